@@ -1,0 +1,1 @@
+"""Data sets: sources of (image, label) pairs, and the stream of training batches."""

@@ -1,0 +1,9 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(ValueError):
+    """A mistake in a flag, a file or a data set.
+
+    The message is one line and names the flag or the file. `cm.dist_util.run_main` prints it
+    without a traceback and exits with code 2.
+    """

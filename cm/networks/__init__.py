@@ -1,0 +1,1 @@
+"""Networks besides the ADM U-Net of `cm.unet`."""

@@ -1,0 +1,1 @@
+"""Metrics of generated images: FID, sFID, Inception Score, precision, recall, KID."""
