@@ -63,7 +63,8 @@ class Stage:
 def progdist_stage(step: int, start_scales: int, stage_length: int) -> Stage:
     """Stage that `step` belongs to: intervals halve every stage_length steps.
 
-    The stages with 2 and 1 intervals last twice as long (Salimans & Ho 2022, App. D). The last stage (one interval) goes on for ever; `total_training_steps` ends it. start_scales is a power of two.
+    The stages with 2 and 1 intervals last twice as long (Salimans & Ho 2022, App. D). The last stage goes on for
+    ever: `total_training_steps` ends it. start_scales is a power of two.
     """
     halvings = int(math.log2(start_scales))
     long_from = max(halvings - 1, 0)  # index of the first double-length stage

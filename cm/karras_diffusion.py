@@ -1,0 +1,287 @@
+"""The public face of the mathematics: KarrasDenoiser and karras_sample, under the names that outside code imports.
+
+Nothing is computed here that the modules below do not compute: preconditionings in `cm.precond`, losses in
+`cm.objectives`, samplers in `cm.samplers`, editing in `cm.editing`.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from cm.denoiser import Denoiser
+from cm.distances import make_distance
+from cm.editing import iterative_colorization, iterative_inpainting, iterative_superres
+from cm.nn import append_zero
+from cm.objectives.base import Roles
+from cm.objectives.consistency import Distance, Grid, consistency_losses, pair_at, solver_by_name
+from cm.objectives.edm import edm_losses
+from cm.objectives.progressive import interval_at, progressive_losses
+from cm.precond import EDMPrecond, Precond, boundary_precond
+from cm.random_util import get_generator
+from cm.samplers import (
+    clamped,
+    get_ancestral_step,
+    run_sampler,
+    sample_dpm,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_onestep,
+    sample_progdist,
+    stochastic_iterative_sampler,
+    to_d,
+)
+from cm.schedules import karras_sigmas
+from cm.weightings import get_snr, get_weightings
+
+__all__ = [
+    "KarrasDenoiser",
+    "get_ancestral_step",
+    "get_sigmas_karras",
+    "get_weightings",
+    "iterative_colorization",
+    "iterative_inpainting",
+    "iterative_superres",
+    "karras_sample",
+    "sample_dpm",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_onestep",
+    "sample_progdist",
+    "stochastic_iterative_sampler",
+    "to_d",
+]
+
+
+class KarrasDenoiser:
+    """Preconditioning, weighting, distance and grid of a model, with its three losses.
+
+    `distillation` selects the boundary-condition scalings of a consistency function; otherwise EDM's. `loss_norm` is
+    read by the consistency and progressive losses only, and its network (LPIPS) is loaded at their first call.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        sigma_max: float = 80.0,
+        sigma_min: float = 0.002,
+        rho: float = 7.0,
+        weight_schedule: str = "karras",
+        distillation: bool = False,
+        loss_norm: str = "lpips",
+        *,
+        ode_solver: str = "heun",
+        boundary: str = "skip",
+        printed_c_out: bool = False,
+        time_scale: float = 1000.0,
+        num_timesteps: int = 40,
+        distance: Distance | None = None,
+    ):
+        get_weightings(weight_schedule, torch.ones(1), sigma_data)  # refuses unknown names at once
+        solver_by_name(ode_solver)
+        self.sigma_data = sigma_data
+        self.sigma_max = sigma_max
+        self.sigma_min = sigma_min
+        self.rho = rho
+        self.weight_schedule = weight_schedule
+        self.distillation = distillation
+        self.loss_norm = loss_norm
+        self.ode_solver = ode_solver
+        self.num_timesteps = num_timesteps
+        self._distance = distance
+        self._edm = EDMPrecond(sigma_data, time_scale)
+        self._boundary = boundary_precond(
+            boundary,
+            sigma_data=sigma_data,
+            sigma_min=sigma_min,
+            time_scale=time_scale,
+            printed_c_out=printed_c_out,
+        )
+
+    @property
+    def precond(self) -> Precond:
+        """The scalings that `denoise` applies."""
+        return self._boundary if self.distillation else self._edm
+
+    @property
+    def grid(self) -> Grid:
+        """The noise grid between sigma_max and sigma_min."""
+        return Grid(self.sigma_min, self.sigma_max, self.rho)
+
+    @cached_property
+    def distance(self) -> Distance:
+        """The distance that `loss_norm` names."""
+        return self._distance or make_distance(self.loss_norm)
+
+    def denoiser(self, model: nn.Module) -> Denoiser:
+        """The model under this preconditioning."""
+        return Denoiser(model, self.precond)
+
+    def get_snr(self, sigmas: Tensor) -> Tensor:
+        """Signal-to-noise ratio 1 / sigma^2."""
+        return get_snr(sigmas)
+
+    def get_sigmas(self, sigmas: Tensor) -> Tensor:
+        """Noise levels of noise levels: the identity, kept for callers."""
+        return sigmas
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """EDM's (c_skip, c_out, c_in)."""
+        return self._edm(sigma)[:3]
+
+    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in) of a consistency function."""
+        return self._boundary(sigma)[:3]
+
+    def denoise(
+        self, model: nn.Module, x_t: Tensor, sigmas: Tensor, **model_kwargs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(raw network output, denoised image) at noise levels sigmas (B,)."""
+        return self.denoiser(model).raw(x_t, sigmas, **model_kwargs)
+
+    def training_losses(
+        self,
+        model: nn.Module,
+        x_start: Tensor,
+        sigmas: Tensor,
+        model_kwargs: dict[str, Tensor] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Denoising score matching: {"loss", "mse", "xs_mse"}, each (B,)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return edm_losses(self.denoiser(model), x_start, sigmas, noise, self._weight, **(model_kwargs or {}))
+
+    def consistency_losses(
+        self,
+        model: nn.Module,
+        x_start: Tensor,
+        num_scales: int,
+        model_kwargs: dict[str, Tensor] | None = None,
+        target_model: nn.Module | None = None,
+        teacher_model: nn.Module | None = None,
+        teacher_diffusion: "KarrasDenoiser | None" = None,
+        noise: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Consistency distillation with a teacher, consistency training without: {"loss": (B,)}.
+
+        indices: int64 (B,) in 0..num_scales-2, 0 = sigma_max; with indices and noise given nothing is drawn.
+        """
+        if target_model is None:
+            raise ValueError("consistency_losses needs target_model")
+        if num_scales < 2:
+            raise ValueError(f"num_scales must be at least 2, got {num_scales}")
+        draw = pair_at(self.grid, num_scales, *self._draw(x_start, num_scales - 1, noise, indices))
+        teacher = None if teacher_model is None else (teacher_diffusion or self).denoiser(teacher_model)
+        roles = Roles(self.denoiser(model), self.denoiser(target_model), teacher)
+        return consistency_losses(
+            roles,
+            x_start,
+            draw,
+            distance=self.distance,
+            weight=self._weight,
+            ode_solver=self.ode_solver,
+            **(model_kwargs or {}),
+        )
+
+    def progdist_losses(
+        self,
+        model: nn.Module,
+        x_start: Tensor,
+        num_scales: int,
+        model_kwargs: dict[str, Tensor] | None = None,
+        teacher_model: nn.Module | None = None,
+        teacher_diffusion: "KarrasDenoiser | None" = None,
+        noise: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Progressive distillation to num_scales sampling steps: {"loss": (B,)}; indices in 0..num_scales-1."""
+        if teacher_model is None:
+            raise ValueError("progdist_losses needs teacher_model")
+        index, noise = self._draw(x_start, num_scales, noise, indices)
+        draw = interval_at(self.grid, num_scales, index, noise)
+        roles = Roles(self.denoiser(model), teacher=(teacher_diffusion or self).denoiser(teacher_model))
+        return progressive_losses(
+            roles,
+            x_start,
+            draw,
+            self.grid.sigma(index + 0.5, num_scales),
+            distance=self.distance,
+            weight=self._weight,
+            **(model_kwargs or {}),
+        )
+
+    def _weight(self, sigmas: Tensor) -> Tensor:
+        return get_weightings(self.weight_schedule, get_snr(sigmas), self.sigma_data)
+
+    @staticmethod
+    def _draw(
+        x_start: Tensor, high: int, noise: Tensor | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if indices is None:
+            indices = torch.randint(0, high, (x_start.shape[0],), device=x_start.device)
+        return indices, torch.randn_like(x_start) if noise is None else noise
+
+
+def get_sigmas_karras(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Karras's grid of n noise levels and a final 0, fp32 (n + 1,) (Karras et al. 2022, Eq. 5)."""
+    return append_zero(karras_sigmas(n, sigma_min, sigma_max, rho).float()).to(device)
+
+
+def karras_sample(
+    diffusion: KarrasDenoiser,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    steps: int,
+    clip_denoised: bool = True,
+    progress: bool = False,
+    callback: Callable[[dict], None] | None = None,
+    model_kwargs: dict[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7.0,
+    sampler: str = "heun",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    generator=None,
+    ts: list[int] | None = None,
+) -> Tensor:
+    """Images (shape) in [-1, 1] drawn with a named sampler on Karras's grid.
+
+    generator: an object with randn and randn_like (`cm.random_util.get_generator`), default torch's global one.
+    ts: grid indices of the multistep sampler, 0 = sigma_max. clip_denoised clamps every prediction to [-1, 1]; the
+    result is clamped always.
+    """
+    generator = get_generator("dummy") if generator is None else generator
+    device = next(model.parameters()).device if device is None else device
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return diffusion.denoise(model, x, sigma, **(model_kwargs or {}))[1]
+
+    x = generator.randn(*shape, device=device) * sigma_max
+    sample = run_sampler(
+        sampler,
+        clamped(denoise) if clip_denoised else denoise,
+        x,
+        generator,
+        steps=steps,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        rho=rho,
+        ts=ts,
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
+        progress=progress,
+        callback=callback,
+    )
+    return sample.clamp(-1, 1)

@@ -1,0 +1,152 @@
+"""Consistency distillation and consistency training (Song et al. 2023, Algorithms 2 and 3).
+
+Both compare f(x_t, t) of the student with f-(x_r, r) of the target network at the next lower noise level r of the
+grid. They differ in how x_r is made: distillation takes one step of a solver along the teacher's probability-flow ODE,
+training re-noises the clean image with the same noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cm.denoiser import Denoiser
+from cm.errors import UserError
+from cm.nn import append_dims
+from cm.objectives.base import Draw, Objective, RandomSource, Roles, replayed_rng, rng_state
+from cm.schedules import EmaAndScales, karras_sigma
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+Weight = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The noise levels of an objective: Karras's grid between sigma_max (position 0) and sigma_min."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def sigma(self, position: Tensor, intervals: int) -> Tensor:
+        """fp32 noise levels at the (possibly fractional) positions 0..intervals."""
+        return karras_sigma(position / intervals, self.sigma_min, self.sigma_max, self.rho).float()
+
+
+def euler_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """One Euler step of the PF-ODE dx/dt = (x - D(x; t)) / t from t to r (Song et al. 2023, Eq. 6)."""
+    slope = (x - denoise(x, t)) / append_dims(t, x.ndim)
+    return x + append_dims(r - t, x.ndim) * slope
+
+
+def heun_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """One step of Heun's second-order method from t to r > 0 (Karras et al. 2022, Algorithm 1)."""
+    dt = append_dims(r - t, x.ndim)
+    slope = (x - denoise(x, t)) / append_dims(t, x.ndim)
+    x_euler = x + dt * slope
+    slope_end = (x_euler - denoise(x_euler, r)) / append_dims(r, x.ndim)
+    return x + dt * (slope + slope_end) / 2
+
+
+# --ode_solver: the one-step solver Phi of consistency distillation
+SOLVERS = {
+    "heun": heun_step,
+    "euler": euler_step,
+}
+
+
+def solver_by_name(name: str) -> Callable[..., Tensor]:
+    """One-step ODE solver by its flag value."""
+    if name not in SOLVERS:
+        raise UserError(f"--ode_solver must be one of {', '.join(SOLVERS)}, got {name}")
+    return SOLVERS[name]
+
+
+def consistency_losses(
+    roles: Roles,
+    x0: Tensor,
+    draw: Draw,
+    *,
+    distance: Distance,
+    weight: Weight,
+    ode_solver: str,
+    **cond: Tensor,
+) -> dict[str, Tensor]:
+    """lambda(t) d(f(x_t, t), f-(x_r, r)) per sample (Song et al. 2023, Eq. 7 and Eq. 10).
+
+    With a teacher x_r is one `ode_solver` step from x_t (Algorithm 2); without, x_r = x0 + r noise (Algorithm 3).
+    Student and target share their dropout masks. Gradients flow through the student only.
+    """
+    x_t = x0 + draw.noise * append_dims(draw.t, x0.ndim)
+    masks = rng_state(x0.device)
+    student = roles.student(x_t, draw.t, **cond)
+    with torch.no_grad():
+        x_r = _lower_point(roles.teacher, x0, x_t, draw, ode_solver, **cond)
+        with replayed_rng(x0.device, masks):
+            target = roles.target(x_r, draw.r, **cond)
+    return {"loss": distance(student, target) * weight(draw.t)}
+
+
+def _lower_point(
+    teacher: Denoiser | None, x0: Tensor, x_t: Tensor, draw: Draw, ode_solver: str, **cond: Tensor
+) -> Tensor:
+    """The point at noise level r on the trajectory through (x_t, t)."""
+    if teacher is None:
+        # Algorithm 3; the same point as an Euler step whose denoiser returns the clean image.
+        return x0 + draw.noise * append_dims(draw.r, x0.ndim)
+    return solver_by_name(ode_solver)(lambda x, t: teacher(x, t, **cond), x_t, draw.t, draw.r)
+
+
+class ConsistencyObjective(Objective):
+    """Algorithm 2 (with a teacher) or Algorithm 3 (without) on the grid of N(k) points, target decay mu(k)."""
+
+    needs_target = True
+
+    def __init__(
+        self,
+        schedule: EmaAndScales,
+        distance: Distance,
+        weight: Weight,
+        *,
+        grid: Grid,
+        distillation: bool,
+        ode_solver: str = "heun",
+    ):
+        solver_by_name(ode_solver)
+        self.schedule = schedule
+        self.distance = distance
+        self.weight = weight
+        self.grid = grid
+        self.needs_teacher = distillation
+        self.ode_solver = ode_solver
+
+    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+        return draw_pair(self.grid, self.num_scales(step), x0, random)
+
+    def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
+        if self.needs_teacher != (roles.teacher is not None):
+            raise ValueError("consistency distillation needs a teacher, consistency training takes none")
+        return consistency_losses(
+            roles, x0, draw, distance=self.distance, weight=self.weight, ode_solver=self.ode_solver, **cond
+        )
+
+    def target_decay(self, step: int) -> float:
+        return self.schedule(step)[0]
+
+    def num_scales(self, step: int) -> int:
+        return self.schedule(step)[1]
+
+
+def draw_pair(grid: Grid, num_scales: int, x0: Tensor, random: RandomSource) -> Draw:
+    """n ~ U{0..N-2} on the grid of N points (0 = sigma_max), t and r its two ends, and the noise."""
+    index = random.randint(0, num_scales - 1)
+    return pair_at(grid, num_scales, index, random.noise(tuple(x0.shape[1:])))
+
+
+def pair_at(grid: Grid, num_scales: int, index: Tensor, noise: Tensor) -> Draw:
+    """The Draw of given grid positions (B,) int64 in 0..num_scales-2 and noise."""
+    if num_scales < 2:
+        raise ValueError(f"a consistency loss needs num_scales >= 2, got {num_scales}")
+    t, r = (grid.sigma(index + shift, num_scales - 1) for shift in (0, 1))
+    return Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), index=index)

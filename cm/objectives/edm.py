@@ -1,0 +1,54 @@
+"""EDM's denoising score matching, the objective of teachers (Karras et al. 2022, Eq. 8)."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from cm.denoiser import Denoiser
+from cm.nn import append_dims, mean_flat
+from cm.objectives.base import Draw, Objective, RandomSource, Roles
+from cm.resample import NoiseSampler, ScheduleSampler
+
+
+def edm_losses(
+    student: Denoiser,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    weight: Callable[[Tensor], Tensor],
+    **cond: Tensor,
+) -> dict[str, Tensor]:
+    """lambda(t) mean (D(x0 + t noise; t) - x0)^2 per sample.
+
+    Returns loss = mse (weighted) and xs_mse (unweighted), each (B,).
+    """
+    x_t = x0 + noise * append_dims(t, x0.ndim)
+    denoised = student(x_t, t, **cond)
+    xs_mse = mean_flat((denoised - x0) ** 2)
+    mse = weight(t) * xs_mse
+    return {"loss": mse, "mse": mse, "xs_mse": xs_mse}
+
+
+class EDMObjective(Objective):
+    """Denoising score matching with noise levels from a sampler and a weighting lambda(sigma)."""
+
+    def __init__(self, sampler: NoiseSampler, weight: Callable[[Tensor], Tensor]):
+        self.sampler = sampler
+        self.weight = weight
+
+    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+        t, importance, index = self.sampler.draw(random)
+        return Draw(t=t, noise=random.noise(tuple(x0.shape[1:])), weight=importance, index=index)
+
+    def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
+        return edm_losses(roles.student, x0, draw.t, draw.noise, self.weight, **cond)
+
+    def observe(self, draw: Draw, losses: Tensor) -> None:
+        if isinstance(self.sampler, ScheduleSampler):
+            self.sampler.observe(draw.index, losses)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sampler.load_state_dict(state)
