@@ -1,0 +1,302 @@
+"""Random numbers that depend on what they are for, never on rank, batch size or time.
+
+Training: `StepRandom` makes the draws of one step. Sampling: a generator is any object with
+`randn(*size)`, `randint(low, high, size)` and `randn_like(tensor)`; `get_generator` makes one by name.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from cm.errors import UserError
+
+
+def derive_seed(*parts: int | float | str) -> int:
+    """A 63-bit seed that is a fixed function of `parts`, equal on every machine and Python version."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class StepRandom:
+    """All draws of one training step, as functions of (seed, step, row of the global batch).
+
+    Scalars are drawn for the whole global batch from one stream and sliced to rows [start, stop), so that
+    any split over ranks gives the same numbers. Noise images are drawn row by row, the local rows only.
+    Each call uses a new stream: the same sequence of calls gives the same numbers.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        start: int,
+        stop: int,
+        global_batch: int,
+        device: torch.device | str = "cpu",
+    ):
+        if not 0 <= start <= stop <= global_batch:
+            raise ValueError(f"rows [{start}, {stop}) are not inside a global batch of {global_batch}")
+        self.seed, self.step, self.start, self.stop = seed, step, start, stop
+        self.global_batch, self.device = global_batch, torch.device(device)
+        self._calls = 0
+
+    def _scalars(self, kind: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, kind, self._calls, self.step))
+        self._calls += 1
+        return draw(generator)[self.start : self.stop].to(self.device)
+
+    def rows(self) -> torch.Tensor:
+        """(stop - start,) int64: the rows of the global batch that are drawn here."""
+        return torch.arange(self.start, self.stop, device=self.device)
+
+    def uniform(self) -> torch.Tensor:
+        """(stop - start,) float32 in [0, 1)."""
+        return self._scalars("uniform", lambda g: torch.rand(self.global_batch, generator=g))
+
+    def normal(self) -> torch.Tensor:
+        """(stop - start,) float32 standard normal."""
+        return self._scalars("normal", lambda g: torch.randn(self.global_batch, generator=g))
+
+    def randint(self, low: int, high: int) -> torch.Tensor:
+        """(stop - start,) int64 in [low, high)."""
+        return self._scalars("randint", lambda g: torch.randint(low, high, (self.global_batch,), generator=g))
+
+    def noise(self, shape: Sequence[int]) -> torch.Tensor:
+        """(stop - start, *shape) float32 standard normal; row k belongs to row start + k of the global batch."""
+        # Drawn on the CPU, so that the numbers do not depend on the device; pinned, so that the copy can overlap.
+        rows = torch.empty(self.stop - self.start, *shape, pin_memory=self.device.type == "cuda")
+        generator = torch.Generator()
+        for k, row in enumerate(rows):
+            generator.manual_seed(derive_seed(self.seed, "noise", self._calls, self.step, self.start + k))
+            torch.randn(row.shape, generator=generator, out=row)
+        self._calls += 1
+        return rows.to(self.device, non_blocking=True)
+
+
+class DummyGenerator:
+    """The global random stream of torch: different numbers in every run and on every rank."""
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """Standard normal tensor."""
+        return torch.randn(*size, dtype=dtype, device=device)
+
+    def randint(
+        self, low: int, high: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device="cpu"
+    ) -> torch.Tensor:
+        """Integers in [low, high)."""
+        return torch.randint(low, high, tuple(size), dtype=dtype, device=device)
+
+    def randn_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Standard normal tensor with the shape, type and device of `tensor`."""
+        return torch.randn_like(tensor)
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """Nothing to advance: the stream knows no samples."""
+
+
+class _ByIndex:
+    """What the generators below share: row j of a batch is sample done + rank + world_size * j."""
+
+    def __init__(self, seed: int, rank: int | None, world_size: int | None):
+        together = dist.is_available() and dist.is_initialized()
+        self.seed = seed
+        self.rank = rank if rank is not None else dist.get_rank() if together else 0
+        self.world_size = world_size if world_size is not None else dist.get_world_size() if together else 1
+        self.done_samples = 0
+
+    def rows(self, batch: int) -> list[int]:
+        """Global sample indices of the `batch` rows of this rank."""
+        first = self.done_samples + self.rank
+        return list(range(first, first + self.world_size * batch, self.world_size))
+
+    def randn_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Standard normal tensor with the shape, type and device of `tensor`."""
+        return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def get_seed(self) -> int:
+        """The seed given at construction."""
+        return self.seed
+
+
+class DeterministicGenerator(_ByIndex):
+    """The original's "determ": every call draws for all `num_samples` samples and keeps this rank's rows.
+
+    Its numbers are kept exactly, its faults with them: the cost of a call is O(num_samples), the values
+    change with `num_samples`, and rows past the last sample repeat it.
+    """
+
+    def __init__(
+        self, num_samples: int, seed: int = 0, *, rank: int | None = None, world_size: int | None = None
+    ):
+        super().__init__(seed, rank, world_size)
+        if num_samples < 1:
+            raise UserError(f"--generator determ needs --num_samples >= 1, got {num_samples}")
+        self.num_samples = num_samples
+        self._streams: dict[torch.device, torch.Generator] = {}
+        self._stream_seed = seed
+
+    def get_generator(self, device: torch.device | str) -> torch.Generator:
+        """The one stream of `device`."""
+        device = torch.device(device)
+        if device not in self._streams:
+            self._streams[device] = torch.Generator(device).manual_seed(self._stream_seed)
+        return self._streams[device]
+
+    def get_global_size_and_indices(self, size: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+        """Shape of the draw for all samples, and the rows of it that belong to this batch."""
+        indices = [min(i, self.num_samples - 1) for i in self.rows(size[0])]
+        return (self.num_samples, *size[1:]), indices
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """Standard normal tensor of shape `size`."""
+        shape, indices = self.get_global_size_and_indices(size)
+        stream = self.get_generator(device)
+        return torch.randn(shape, generator=stream, dtype=dtype, device=device)[indices]
+
+    def randint(
+        self, low: int, high: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device="cpu"
+    ) -> torch.Tensor:
+        """Integers in [low, high) of shape `size`."""
+        shape, indices = self.get_global_size_and_indices(size)
+        stream = self.get_generator(device)
+        return torch.randint(low, high, shape, generator=stream, dtype=dtype, device=device)[indices]
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """Advance: the next batch begins at sample `done_samples`. The stream starts anew from the seed."""
+        self.done_samples = done_samples
+        self.set_seed(self.seed)
+
+    def set_seed(self, seed: int) -> None:
+        """Start the stream anew from `seed`."""
+        self._stream_seed = seed
+        self._streams.clear()
+
+
+class DeterministicIndividualGenerator(_ByIndex):
+    """The original's "determ-indiv": one stream per sample, seeded index + num_samples * seed."""
+
+    def __init__(
+        self, num_samples: int, seed: int = 0, *, rank: int | None = None, world_size: int | None = None
+    ):
+        super().__init__(seed, rank, world_size)
+        if num_samples < 1:
+            raise UserError(f"--generator determ-indiv needs --num_samples >= 1, got {num_samples}")
+        self.num_samples = num_samples
+        self._streams: dict[tuple[torch.device, int], torch.Generator] = {}
+
+    def get_generator(self, device: torch.device | str, index: int) -> torch.Generator:
+        """The stream of sample `index`, made when it is first used."""
+        key = torch.device(device), index
+        if key not in self._streams:
+            self._streams[key] = torch.Generator(key[0]).manual_seed(index + self.num_samples * self.seed)
+        return self._streams[key]
+
+    def get_size_and_indices(self, size: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+        """Shape of one sample, and the sample indices of the batch."""
+        return (1, *size[1:]), [min(i, self.num_samples - 1) for i in self.rows(size[0])]
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """Standard normal tensor of shape `size`."""
+        shape, indices = self.get_size_and_indices(size)
+        streams = [self.get_generator(device, i) for i in indices]
+        return torch.cat([torch.randn(shape, generator=g, dtype=dtype, device=device) for g in streams])
+
+    def randint(
+        self, low: int, high: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device="cpu"
+    ) -> torch.Tensor:
+        """Integers in [low, high) of shape `size`."""
+        shape, indices = self.get_size_and_indices(size)
+        streams = [self.get_generator(device, i) for i in indices]
+        return torch.cat(
+            [torch.randint(low, high, shape, generator=g, dtype=dtype, device=device) for g in streams]
+        )
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """Advance: the next batch begins at sample `done_samples`; streams of earlier samples are dropped."""
+        self.done_samples = done_samples
+        self._streams = {key: g for key, g in self._streams.items() if key[1] >= done_samples}
+
+    def set_seed(self, seed: int) -> None:
+        """Start all streams anew from `seed`."""
+        self.seed = seed
+        self._streams.clear()
+
+
+class IndexedGenerator(_ByIndex):
+    """ "indexed": sample i draws from its own stream, a function of (seed, purpose, i) only.
+
+    The streams of the current rows continue from call to call; choosing rows starts them anew. Numbers are
+    drawn on the CPU in float32 and then moved and converted, so they do not depend on the device either.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        purpose: str = "sample",
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        super().__init__(seed, rank, world_size)
+        self.purpose = purpose
+        self._rows: list[int] | None = None
+        self._streams: list[torch.Generator] = []
+
+    def _seed_of(self, index: int) -> int:
+        # torch's CPU generator uses 32 bits of its seed only: hashing (seed, index) would give two of 50,000
+        # samples the same noise in one run out of four. An odd multiplier gives distinct seeds below 2**32.
+        return (derive_seed(self.seed, self.purpose) + index * 0x9E3779B1) % 2**32
+
+    def set_rows(self, indices: Sequence[int]) -> None:
+        """Say which global samples the rows of the next draws are; their streams start anew."""
+        self._rows = [int(i) for i in indices]
+        self._streams = [torch.Generator().manual_seed(self._seed_of(i)) for i in self._rows]
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """Advance: row j of the next batch is sample done + rank + world_size * j."""
+        self.done_samples = done_samples
+        self._rows = None
+
+    def _streams_of(self, batch: int) -> list[torch.Generator]:
+        if self._rows is None:
+            self.set_rows(self.rows(batch))
+        if batch != len(self._streams):
+            raise ValueError(f"a draw of {batch} rows, but {len(self._streams)} rows are set")
+        return self._streams
+
+    def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """Standard normal tensor of shape `size`; size[0] must equal the number of rows."""
+        batch = torch.empty(size, pin_memory=torch.device(device).type == "cuda")
+        for row, stream in zip(batch, self._streams_of(size[0])):
+            torch.randn(row.shape, generator=stream, out=row)
+        return batch.to(device=device, dtype=dtype, non_blocking=True)
+
+    def randint(
+        self, low: int, high: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device="cpu"
+    ) -> torch.Tensor:
+        """Integers in [low, high) of shape `size`; size[0] must equal the number of rows."""
+        batch = torch.empty(tuple(size), dtype=torch.int64)
+        for row, stream in zip(batch, self._streams_of(size[0])):
+            row.copy_(torch.randint(low, high, row.shape, generator=stream))
+        return batch.to(device=device, dtype=dtype)
+
+
+SampleGenerator = (
+    DummyGenerator | DeterministicGenerator | DeterministicIndividualGenerator | IndexedGenerator
+)
+
+GENERATORS: dict[str, Callable[[int, int], SampleGenerator]] = {
+    "dummy": lambda num_samples, seed: DummyGenerator(),
+    "determ": DeterministicGenerator,
+    "determ-indiv": DeterministicIndividualGenerator,
+    "indexed": lambda num_samples, seed: IndexedGenerator(seed),
+}
+
+
+def get_generator(generator: str, num_samples: int = 0, seed: int = 0) -> SampleGenerator:
+    """Noise source by name: dummy, determ, determ-indiv or indexed. Rank and world come from torch.distributed."""
+    if generator not in GENERATORS:
+        raise UserError(f"--generator {generator!r} is unknown; choose one of {', '.join(GENERATORS)}")
+    return GENERATORS[generator](num_samples, seed)
