@@ -6,6 +6,7 @@ Training: `StepRandom` makes the draws of one step. Sampling: a generator is any
 
 import hashlib
 from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from cm.errors import UserError
 
 
-def derive_seed(*parts: int | float | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a fixed function of `parts`, equal on every machine and Python version."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(index(part)) for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -186,11 +188,11 @@ class DeterministicIndividualGenerator(_ByIndex):
         self.num_samples = num_samples
         self._streams: dict[tuple[torch.device, int], torch.Generator] = {}
 
-    def get_generator(self, device: torch.device | str, index: int) -> torch.Generator:
-        """The stream of sample `index`, made when it is first used."""
-        key = torch.device(device), index
+    def get_generator(self, device: torch.device | str, sample: int) -> torch.Generator:
+        """The stream of this sample, made when it is first used."""
+        key = torch.device(device), sample
         if key not in self._streams:
-            self._streams[key] = torch.Generator(key[0]).manual_seed(index + self.num_samples * self.seed)
+            self._streams[key] = torch.Generator(key[0]).manual_seed(sample + self.num_samples * self.seed)
         return self._streams[key]
 
     def get_size_and_indices(self, size: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
@@ -244,10 +246,10 @@ class IndexedGenerator(_ByIndex):
         self._rows: list[int] | None = None
         self._streams: list[torch.Generator] = []
 
-    def _seed_of(self, index: int) -> int:
+    def _seed_of(self, sample: int) -> int:
         # torch's CPU generator uses 32 bits of its seed only: hashing (seed, index) would give two of 50,000
         # samples the same noise in one run out of four. An odd multiplier gives distinct seeds below 2**32.
-        return (derive_seed(self.seed, self.purpose) + index * 0x9E3779B1) % 2**32
+        return (derive_seed(self.seed, self.purpose) + sample * 0x9E3779B1) % 2**32
 
     def set_rows(self, indices: Sequence[int]) -> None:
         """Say which global samples the rows of the next draws are; their streams start anew."""

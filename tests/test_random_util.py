@@ -1,5 +1,6 @@
 """Draws are functions of (seed, step or sample index): splits, batch sizes and ranks do not matter."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ def test_derive_seed_is_fixed_and_sensitive():
     assert derive_seed(0, "noise", 1, 2) == 5938781660159604271
     assert derive_seed(0, "noise", 1, 2) != derive_seed(0, "noise", 2, 1)
     assert derive_seed("1") != derive_seed(1)
+    assert derive_seed(np.int64(3), "a") == derive_seed(3, "a")
     assert all(0 <= derive_seed(i) < 2**63 for i in range(200))
 
 
