@@ -1,0 +1,179 @@
+"""Layers and small tensor functions that every network and every loss is made of.
+
+Shapes: B batch, C channels, `*spatial` one, two or three image dimensions.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import SiLU
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+__all__ = [
+    "GroupNorm32",
+    "SiLU",
+    "append_dims",
+    "append_zero",
+    "avg_pool_nd",
+    "checkpoint",
+    "conv_nd",
+    "linear",
+    "mean_flat",
+    "normalization",
+    "scale_module",
+    "timestep_embedding",
+    "update_ema",
+    "zero_module",
+]
+
+NORM_GROUPS = 32
+
+CONVOLUTIONS = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+AVERAGE_POOLS = {
+    1: nn.AvgPool1d,
+    2: nn.AvgPool2d,
+    3: nn.AvgPool3d,
+}
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation that computes in fp32 at least and returns the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """The networks' normalisation: 32 groups over `channels`, which must be a multiple of 32."""
+    if channels < 1 or channels % NORM_GROUPS:
+        raise ValueError(f"a layer of {channels} channels cannot be normalised in {NORM_GROUPS} equal groups")
+    return GroupNorm32(NORM_GROUPS, channels)
+
+
+def conv_nd(
+    dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: bool = True,
+) -> nn.Module:
+    """Convolution over `dims` (1, 2 or 3) spatial dimensions."""
+    convolution = _of_dims(CONVOLUTIONS, dims)
+    return convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+
+
+def avg_pool_nd(
+    dims: int, kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None
+) -> nn.Module:
+    """Average pooling over `dims` (1, 2 or 3) spatial dimensions; `stride` None means the kernel's size."""
+    return _of_dims(AVERAGE_POOLS, dims)(kernel_size, stride)
+
+
+def _of_dims(layers: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:
+    if dims not in layers:
+        raise ValueError(f"dims must be 1, 2 or 3, not {dims}")
+    return layers[dims]
+
+
+def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """Fully connected layer."""
+    return nn.Linear(in_features, out_features, bias)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters of a module to zero and return it."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    return module
+
+
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply all parameters of a module by `scale` and return it."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(scale)
+    return module
+
+
+@torch.no_grad()
+def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
+    """Exponential moving average in place: target <- rate * target + (1 - rate) * source.
+
+    Rate 0 copies and rate 1 leaves the target alone, whatever the other side holds (inf and NaN included).
+    The two sides may differ in dtype: the average is taken in the target's.
+    """
+    targets, sources = list(target_params), list(source_params)
+    if len(targets) != len(sources):
+        raise ValueError(f"an average of {len(targets)} tensors cannot follow {len(sources)} tensors")
+    for target, source in zip(targets, sources):
+        if target.shape != source.shape:
+            raise ValueError(
+                f"an average of shape {tuple(target.shape)} cannot follow a tensor of shape {tuple(source.shape)}"
+            )
+    if rate == 1 or not targets:
+        return
+    if rate == 0:
+        torch._foreach_copy_(targets, sources)
+        return
+    sources = [source.to(target.dtype) for target, source in zip(targets, sources)]
+    torch._foreach_lerp_(targets, sources, 1 - rate)
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """Mean over all dimensions but the first: (B, ...) -> (B,)."""
+    return tensor.flatten(1).mean(1)
+
+
+def append_dims(x: Tensor, target_dims: int) -> Tensor:
+    """Add trailing dimensions of size 1 until `x` has `target_dims` dimensions."""
+    missing = target_dims - x.ndim
+    if missing < 0:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has more than {target_dims} dimensions")
+    return x.reshape(*x.shape, *[1] * missing)
+
+
+def append_zero(x: Tensor) -> Tensor:
+    """Append a zero to a 1-D tensor: the noise level at which a sampler ends."""
+    return torch.cat([x, x.new_zeros(1)])
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoidal features of a time: cos(t w_i), then sin(t w_i), with w_i = max_period^(-i / (dim // 2)).
+
+    timesteps (B,) may be fractional. The result is (B, dim) in fp32, or fp64 for fp64 times; an odd
+    `dim` ends in a column of zeros. Frequencies are fp32 always: |t| reaches 1554, and the phases of the
+    released networks hang on their rounding.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    phases = timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))[:, None] * frequencies
+    return F.pad(torch.cat([phases.cos(), phases.sin()], dim=1), (0, dim % 2))
+
+
+def checkpoint(func: Callable, inputs: Sequence, params: Iterable[Tensor], flag: bool):
+    """func(*inputs); with `flag`, activations are recomputed in the backward pass instead of kept.
+
+    Random numbers (dropout) are the same in both passes. `params` are the tensors that `func` uses beside its
+    inputs; they receive their gradients in any case and are named for the reader only.
+    """
+    del params
+    if flag and torch.is_grad_enabled():
+        return torch_checkpoint(func, *inputs, use_reentrant=False)
+    return func(*inputs)
