@@ -1,0 +1,168 @@
+"""fp32 master weights for a network whose torso runs in half precision, and the dynamic loss scale of fp16."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from cm.errors import UserError
+
+# --precision: dtype of the network's torso
+PRECISIONS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+MIN_LG_LOSS_SCALE = -10.0
+
+
+def torso_dtype(precision: str) -> torch.dtype:
+    """dtype by its flag value."""
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+    return PRECISIONS[precision]
+
+
+class MasterWeights:
+    """A module and fp32 copies of its parameters; in fp32 the copies are the parameters themselves.
+
+    The copies are made before the torso is converted, so that they are not rounded to half precision first.
+    """
+
+    def __init__(self, module: nn.Module, precision: str = "fp32"):
+        dtype = torso_dtype(precision)
+        self.module = module
+        self.precision = precision
+        self.names = [name for name, _ in module.named_parameters()]
+        self.shared = dtype == torch.float32
+        if self.shared:
+            self.master_params = list(module.parameters())
+        else:
+            self.master_params = [p.detach().float().clone() for p in module.parameters()]
+            if not hasattr(module, "convert_torso"):
+                raise UserError(
+                    f"--precision {precision}: {type(module).__name__} has no half-precision torso"
+                )
+            module.convert_torso(dtype)
+            for p in self.master_params:
+                p.requires_grad_(True)
+        self.model_params = list(module.parameters())
+
+    @torch.no_grad()
+    def to_model(self) -> None:
+        """Write the master weights into the module, rounding where its dtype is lower."""
+        if not self.shared:
+            torch._foreach_copy_(self.model_params, self.master_params)
+
+    @torch.no_grad()
+    def copy_from(self, source: list[Tensor]) -> None:
+        """Take over fp32 weights in parameter order."""
+        torch._foreach_copy_(self.master_params, source)
+        self.to_model()
+
+    def state_dict(self, params: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """The module's state dict in fp32, from the master weights or from other tensors in parameter order."""
+        state = self.module.state_dict()
+        params = self.master_params if params is None else params
+        state.update({name: p.detach() for name, p in zip(self.names, params, strict=True)})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Strictly load an fp32 state dict into the master weights and the module."""
+        self.module.load_state_dict(state)
+        if not self.shared:
+            self.copy_from([state[name].to(self.master_params[0].device) for name in self.names])
+
+
+class MixedPrecisionTrainer:
+    """Backward passes and optimizer steps on fp32 master weights.
+
+    fp16 multiplies the loss by 2^lg_loss_scale: the exponent grows by `fp16_scale_growth` per good step and falls by
+    1 when a gradient is not finite, in which case the step is skipped (Micikevicius et al. 2018). Steps with bad
+    gradients are skipped in every precision.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        initial_lg_loss_scale: float = 20.0,
+        precision: str | None = None,
+        grad_clip: float = 0.0,
+    ):
+        self.weights = MasterWeights(model, precision or ("fp16" if use_fp16 else "fp32"))
+        self.model = model
+        self.use_fp16 = self.weights.precision == "fp16"
+        self.fp16_scale_growth = fp16_scale_growth
+        self.lg_loss_scale = initial_lg_loss_scale if self.use_fp16 else 0.0
+        self.grad_clip = grad_clip
+        self.grad_norm: Tensor | None = None
+        self.param_norm: Tensor | None = None
+
+    @property
+    def model_params(self) -> list[nn.Parameter]:
+        """Parameters of the module, in its own dtypes."""
+        return self.weights.model_params
+
+    @property
+    def master_params(self) -> list[Tensor]:
+        """fp32 parameters that the optimizer steps on."""
+        return self.weights.master_params
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the module and of the master weights."""
+        for p in (*self.model_params, *self.master_params):
+            p.grad = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of a scalar loss, scaled in fp16."""
+        (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
+
+    @torch.no_grad()
+    def optimize(self, opt: torch.optim.Optimizer) -> bool:
+        """Step on the master weights; False when gradients were not finite and nothing was changed.
+
+        Reads one flag from the device. `grad_norm` and `param_norm` (before the step) stay on the device.
+        """
+        grads = self._master_grads()
+        self.grad_norm = _norm(grads)
+        self.param_norm = _norm(self.master_params)
+        if not bool(torch.isfinite(self.grad_norm)):
+            if self.use_fp16:
+                self.lg_loss_scale = max(self.lg_loss_scale - 1, MIN_LG_LOSS_SCALE)
+            self.zero_grad()
+            return False
+        if self.grad_clip:
+            scale = (self.grad_clip / (self.grad_norm + 1e-6)).clamp_max(1.0)
+            torch._foreach_mul_(grads, scale)
+        opt.step()
+        self.zero_grad()
+        self.weights.to_model()
+        if self.use_fp16:
+            self.lg_loss_scale += self.fp16_scale_growth
+        return True
+
+    def _master_grads(self) -> list[Tensor]:
+        """fp32 gradients of all parameters, unscaled, attached to the master weights."""
+        if not self.weights.shared:
+            for master, p in zip(self.master_params, self.model_params, strict=True):
+                if p.grad is not None:
+                    master.grad = p.grad.to(master.dtype)
+        grads = [p.grad for p in self.master_params if p.grad is not None]
+        if self.use_fp16:
+            torch._foreach_mul_(grads, 2**-self.lg_loss_scale)
+        return grads
+
+    def master_params_to_state_dict(self, master_params: list[Tensor]) -> dict[str, Tensor]:
+        """fp32 state dict of tensors in parameter order (the master weights or a moving average of them)."""
+        return self.weights.state_dict(master_params)
+
+    def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Tensor]:
+        """fp32 tensors in parameter order, detached from the state dict."""
+        return [state_dict[name].detach().float().clone() for name in self.weights.names]
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of all entries of all tensors."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
