@@ -1,0 +1,165 @@
+"""File access: local paths stay local, remote ones go through a stand-in for blobfile (no network)."""
+
+import io
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from cm import blob
+from cm.errors import UserError
+
+
+class FakeBlobfile(types.ModuleType):
+    """The few functions of blobfile that cm.blob calls, over a dict of path -> bytes."""
+
+    def __init__(self):
+        super().__init__("blobfile")
+        self.files, self.calls = {}, []
+
+    def BlobFile(self, path, mode="rb", **options):
+        self.calls.append((path, mode, options))
+        if "r" in mode:
+            return io.BytesIO(self.files[path])
+        store = self.files
+
+        class Upload(io.BytesIO):
+            def __exit__(self, kind, value, trace):
+                if kind is None or options.get("partial_writes_on_exc", True):
+                    store[path] = self.getvalue()
+
+        return Upload()
+
+    def exists(self, path):
+        return path in self.files or self.isdir(path)
+
+    def isdir(self, path):
+        return any(name.startswith(path.rstrip("/") + "/") for name in self.files)
+
+    def makedirs(self, path):
+        self.calls.append(("makedirs", path))
+
+    def listdir(self, path):
+        root = path.rstrip("/") + "/"
+        below = [name[len(root) :] for name in self.files if name.startswith(root)]
+        return {name.split("/")[0] + ("/" if "/" in name else "") for name in below}
+
+    def walk(self, path):
+        root = path.rstrip("/") + "/"
+        folders = {name.rsplit("/", 1)[0] for name in self.files if name.startswith(root)}
+        for folder in sorted(folders):
+            yield folder, [], [n.rsplit("/", 1)[1] for n in self.files if n.rsplit("/", 1)[0] == folder]
+
+    def stat(self, path):
+        return types.SimpleNamespace(size=len(self.files[path]), mtime=1.0)
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    fake = FakeBlobfile()
+    monkeypatch.setitem(sys.modules, "blobfile", fake)
+    return fake
+
+
+def test_schemes():
+    for path in ("gs://b/x", "az://a/c/x", "https://acc.blob.core.windows.net/c/x"):
+        assert blob.is_remote(path)
+    for path in ("/a/b", "a/b", "C:\\x", "gs:/b", "a/gs://b", "."):
+        assert not blob.is_remote(path)
+    for path in (
+        "s3://b/x",
+        "http://h/x",
+        "https://example.org/x",
+        "https://blob.core.windows.net.evil.org/x",
+    ):
+        with pytest.raises(UserError, match="only local paths") as info:
+            blob.open_file(path)
+        assert path in str(info.value)
+
+
+def test_local_paths_never_import_blobfile(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blobfile", None)  # an import would now raise
+    target = tmp_path / "a" / "x.bin"
+    blob.makedirs(target.parent)
+    blob.write_atomic(target, b"abc")
+    assert blob.open_file(target, "rb").read() == b"abc"
+    assert blob.exists(target) and blob.isdir(target.parent) and not blob.isdir(target)
+    assert blob.size(target) == 3
+    assert blob.cache_locally(target) == str(target)
+    assert blob.list_files(tmp_path) == ["a"]
+    with pytest.raises(UserError, match="blobfile"):
+        blob.exists("gs://bucket/x")
+
+
+def test_import_is_light():
+    code = "import sys, cm.blob; sys.exit('blobfile' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_list_recursive_order_links_and_loops(tmp_path):
+    for name in ("b.png", "a-x.png", "a/z.png", "a/b/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "other").symlink_to(tmp_path / "a" / "b")
+    # Folder by folder: the folder "a" comes before "a-x.png", as in a recursive listing.
+    assert blob.list_recursive(tmp_path) == ["a/b/c.png", "a/z.png", "a-x.png", "b.png", "other/c.png"]
+
+
+def test_write_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    target = tmp_path / "x"
+    blob.write_atomic(target, b"old")
+
+    def half(file):
+        file.write(b"new")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        blob.write_atomic(target, half)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_write_atomic_names_path_and_cause(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*nowhere/x: No such file") as info:
+        blob.write_atomic(tmp_path / "nowhere" / "x", b"1")
+    assert isinstance(info.value.__cause__, OSError)
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        blob.write_atomic(tmp_path / "x", full)
+    assert os.listdir(tmp_path) == []
+
+
+def test_remote_access(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
+    blob.write_atomic("gs://b/d/x", b"12345")
+    assert remote.calls[-1] == ("gs://b/d/x", "wb", {"streaming": False, "partial_writes_on_exc": False})
+    blob.write_atomic("gs://b/d/e/y", lambda file: file.write(b"6"))
+    assert blob.open_file("gs://b/d/x").read() == b"12345"
+    assert blob.exists("gs://b/d/x") and blob.isdir("gs://b/d") and blob.size("gs://b/d/x") == 5
+    assert blob.list_files("gs://b/d") == ["e", "x"]
+    assert blob.list_recursive("gs://b/d/") == ["e/y", "x"]
+
+    local = blob.cache_locally("gs://b/d/x")
+    assert local.startswith(str(tmp_path)) and local.endswith("-x")
+    assert Path(local).read_bytes() == b"12345"
+    remote.calls.clear()
+    assert blob.cache_locally("gs://b/d/x") == local and remote.calls == []  # copied once
+    remote.files["gs://b/d/x"] = b"123456"
+    assert blob.cache_locally("gs://b/d/x") != local  # another content, another copy
+
+
+def test_failed_remote_write_leaves_nothing(remote):
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        blob.write_atomic("gs://b/x", fail)
+    assert not blob.exists("gs://b/x")
