@@ -1,0 +1,231 @@
+"""Files of weights and checkpoint directories: written atomically, read without running code.
+
+A weights file is a torch zip whose content is a plain, flat state dict, so that any PyTorch code loads it; the
+resolved configuration travels in one more member of the same zip. Torch's zip was chosen over safetensors because the
+released checkpoints and the names that other code looks for (`model000123.pt`) are in this format.
+
+A checkpoint is one directory per step, `checkpoints/step_000123/`, written under a temporary name and renamed when
+its manifest (sizes and hashes, written last) is on disk. A directory without a manifest is not a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cm.errors import UserError
+
+META_MEMBER = "extra/cm.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_STEP_DIR = re.compile(r"step_(\d+)$")
+
+
+def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: dict | None = None) -> None:
+    """Write a flat state dict (any nesting of tensors and plain values) and JSON meta to one file, atomically.
+
+    Tensors are moved to the CPU and made contiguous. The parent directory must exist.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(_to_cpu(state_dict), temporary)
+        if meta is not None:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                root = archive.namelist()[0].split("/")[0]
+                archive.writestr(f"{root}/{META_MEMBER}", json.dumps(meta))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_cpu(value):
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        # A view of a larger storage would write all of it.
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_cpu(v) for v in value)
+    return value
+
+
+def load_weights(
+    path: str | os.PathLike, map_location: str | torch.device = "cpu"
+) -> tuple[dict, dict | None]:
+    """(state dict, meta or None) of a weights file, local or remote; never runs code from it.
+
+    UserError in one line when the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    from cm.blob import cache_locally
+
+    local = cache_locally(str(path))
+    if not os.path.isfile(local):
+        raise UserError(f"no such weights file: {path}")
+    try:
+        state = torch.load(local, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, or is damaged; it was not loaded ({_first_line(error)})"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+        UnicodeDecodeError,
+    ) as error:
+        raise UserError(f"{path} is not a readable weights file ({_first_line(error)})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state, read_meta(local)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def read_meta(path: str | os.PathLike) -> dict | None:
+    """The JSON that travels in a weights file, without reading its tensors; None for files of other code."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/" + META_MEMBER):
+                return json.loads(archive.read(name))
+    return None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict strictly; UserError that names the first differing tensors when it does not fit."""
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
+    wrong = [
+        f"{n}: {given[n]} in the file, {s} in the model" for n, s in expected.items() if given.get(n, s) != s
+    ]
+    missing = [f"{n}: missing in the file" for n in expected if n not in given]
+    extra = [f"{n}: not in the model" for n in state if n not in expected]
+    problems = wrong + missing + extra
+    if problems:
+        raise UserError(
+            f"{source} does not fit the model: {'; '.join(problems[:3])}"
+            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        )
+    module.load_state_dict(state)
+
+
+def step_directory(run_dir: str | os.PathLike, step: int) -> Path:
+    """Directory of the checkpoint after `step` steps."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
+
+
+def write_checkpoint(
+    run_dir: str | os.PathLike, step: int, files: dict[str, dict[str, Tensor]], state: dict, meta: dict
+) -> Path:
+    """Write one checkpoint directory: weights files by name, `state` as JSON, and the manifest last.
+
+    An interrupted write leaves only a directory with a temporary name, which the next write removes.
+    """
+    final = step_directory(run_dir, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(".tmp_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = final.parent / f".tmp_{final.name}"
+    temporary.mkdir()
+    try:
+        for name, content in files.items():
+            save_weights(temporary / name, content, meta)
+        _write_json(temporary / STATE, state)
+        names = [*files, STATE]
+        manifest = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
+            for name in names
+        }
+        _write_json(temporary / MANIFEST, {"step": step, "files": manifest})
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """Checkpoint directories of a run whose manifest is present and sizes agree, oldest first."""
+    folder = Path(run_dir) / "checkpoints"
+    found = (
+        [p for p in folder.glob("step_*") if _STEP_DIR.search(p.name) and _is_complete(p)]
+        if folder.is_dir()
+        else []
+    )
+    return sorted(found, key=lambda p: int(_STEP_DIR.search(p.name)[1]))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file with the manifest's hash; UserError that names the first one that differs."""
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    for name, entry in files.items():
+        if file_sha256(path / name) != entry["sha256"]:
+            raise UserError(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
+
+
+def read_state(path: Path) -> dict:
+    """The JSON state of a checkpoint directory: step, loss scale, configuration, versions."""
+    return json.loads((path / STATE).read_text())
+
+
+def prune_checkpoints(run_dir: str | os.PathLike, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest keep_last checkpoints and those whose step is a multiple of keep_every.
+
+    keep_last 0 keeps all. The newest complete checkpoint is never deleted.
+    """
+    if keep_last < 1:
+        return
+    for path in complete_checkpoints(run_dir)[:-keep_last]:
+        step = int(_STEP_DIR.search(path.name)[1])
+        if not (keep_every and step % keep_every == 0):
+            shutil.rmtree(path)
