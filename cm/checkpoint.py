@@ -115,8 +115,8 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly; UserError that names the first differing tensors when it does not fit."""
+def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """UserError that names the first differing tensors when a state dict does not fit a module exactly."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
     wrong = [
@@ -130,7 +130,6 @@ def load_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str
             f"{source} does not fit the model: {'; '.join(problems[:3])}"
             + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         )
-    module.load_state_dict(state)
 
 
 def step_directory(run_dir: str | os.PathLike, step: int) -> Path:

@@ -5,6 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.nn import update_ema
 
 # --precision: dtype of the network's torso
 PRECISIONS = {
@@ -57,6 +58,11 @@ class MasterWeights:
     def copy_from(self, source: list[Tensor]) -> None:
         """Take over fp32 weights in parameter order."""
         torch._foreach_copy_(self.master_params, source)
+        self.to_model()
+
+    def ema_from(self, source: list[Tensor], rate: float) -> None:
+        """Move the master weights towards fp32 tensors in parameter order: w <- rate w + (1 - rate) source."""
+        update_ema(self.master_params, source, rate)
         self.to_model()
 
     def state_dict(self, params: list[Tensor] | None = None) -> dict[str, Tensor]:
