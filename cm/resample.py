@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.objectives.base import RandomSource
+from cm.random_util import StepRandom
 from cm.schedules import karras_sigma
 
 
 class NoiseSampler(Protocol):
     """Draws noise levels for a batch."""
 
-    def draw(self, random: RandomSource) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draw(self, random: StepRandom) -> tuple[Tensor, Tensor, Tensor | None]:
         """(sigma, importance weight, grid index or None), each (B,)."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class ScheduleSampler(ABC):
         """(positions int64, importance weights fp32), each (B,), from torch's global generator."""
         return self.at(torch.rand(batch_size), device)
 
-    def draw(self, random: RandomSource) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, random: StepRandom) -> tuple[Tensor, Tensor, Tensor]:
         """Noise levels of sampled positions; a function of (seed, step, global row)."""
         uniforms = random.uniform()
         index, importance = self.at(uniforms, uniforms.device)
@@ -174,7 +174,7 @@ class LogNormalSampler:
         strata = torch.arange(rank * bs, (rank + 1) * bs, device=device)
         return self._levels(self._normal_at(strata, torch.rand(bs, device=device), world * bs))
 
-    def draw(self, random: RandomSource) -> tuple[Tensor, Tensor, None]:
+    def draw(self, random: StepRandom) -> tuple[Tensor, Tensor, None]:
         """Noise levels for this rank's rows; a function of (seed, step, global row)."""
         if not self.even:
             return *self._levels(random.normal()), None

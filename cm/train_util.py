@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cm import dist_util, logger
 from cm.errors import UserError
-from cm.objectives.base import Draw, Objective, RandomSource, Roles
+from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import draw_pair
 from cm.objectives.progressive import interval_at
 from cm.precond import EDMPrecond
+from cm.random_util import StepRandom
 from cm.resample import LogNormalSampler, NoiseSampler, ScheduleSampler
 from cm.schedules import EmaAndScales, LearningRate, Stage, progdist_stage
 from cm.trainer import Optimization, Reporting, Trainer
@@ -28,7 +29,7 @@ class DiffusionObjective(Objective):
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         t, weight, index = self.schedule_sampler.draw(random)
         return Draw(t=t, noise=random.noise(tuple(x0.shape[1:])), weight=weight, index=index)
 
@@ -59,7 +60,7 @@ class DiffusionConsistencyObjective(Objective):
         self.ema_scale_fn = ema_scale_fn
         self.needs_teacher = teacher_diffusion is not None
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         return draw_pair(self.diffusion.grid, self.num_scales(step), x0, random)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ class DiffusionProgressiveObjective(Objective):
         self.teacher_diffusion = teacher_diffusion
         self.ema_scale_fn = ema_scale_fn
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         intervals = self.num_scales(step)
         index = random.randint(0, intervals)
         return interval_at(self.diffusion.grid, intervals, index, random.noise(tuple(x0.shape[1:])))

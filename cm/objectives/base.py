@@ -8,34 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cm.denoiser import Denoiser
+from cm.random_util import StepRandom
 from cm.schedules import Stage
-
-
-class RandomSource(Protocol):
-    """Draws of one training step for this rank's rows of the global batch (cm.random_util.StepRandom)."""
-
-    global_batch: int
-
-    def rows(self) -> Tensor:
-        """(B,) int64: the rows of the global batch that are drawn here."""
-
-    def uniform(self) -> Tensor:
-        """(B,) float32 in [0, 1)."""
-
-    def normal(self) -> Tensor:
-        """(B,) float32 standard normal."""
-
-    def randint(self, low: int, high: int) -> Tensor:
-        """(B,) int64 in [low, high)."""
-
-    def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """(B, *shape) float32 standard normal."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ class Objective(ABC):
     needs_teacher = False
 
     @abstractmethod
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         """Make all random quantities for the images x0 (B, C, ...) of this step."""
 
     @abstractmethod

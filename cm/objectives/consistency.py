@@ -14,7 +14,8 @@ from torch import Tensor
 from cm.denoiser import Denoiser
 from cm.errors import UserError
 from cm.nn import append_dims
-from cm.objectives.base import Draw, Objective, RandomSource, Roles, replayed_rng, rng_state
+from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
+from cm.random_util import StepRandom
 from cm.schedules import EmaAndScales, karras_sigma
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -121,7 +122,7 @@ class ConsistencyObjective(Objective):
         self.needs_teacher = distillation
         self.ode_solver = ode_solver
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         return draw_pair(self.grid, self.num_scales(step), x0, random)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
@@ -138,7 +139,7 @@ class ConsistencyObjective(Objective):
         return self.schedule(step)[1]
 
 
-def draw_pair(grid: Grid, num_scales: int, x0: Tensor, random: RandomSource) -> Draw:
+def draw_pair(grid: Grid, num_scales: int, x0: Tensor, random: StepRandom) -> Draw:
     """n ~ U{0..N-2} on the grid of N points (0 = sigma_max), t and r its two ends, and the noise."""
     index = random.randint(0, num_scales - 1)
     return pair_at(grid, num_scales, index, random.noise(tuple(x0.shape[1:])))

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from cm.denoiser import Denoiser
 from cm.nn import append_dims, mean_flat
-from cm.objectives.base import Draw, Objective, RandomSource, Roles
+from cm.objectives.base import Draw, Objective, Roles
+from cm.random_util import StepRandom
 from cm.resample import NoiseSampler, ScheduleSampler
 
 
@@ -36,7 +37,7 @@ class EDMObjective(Objective):
         self.sampler = sampler
         self.weight = weight
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         t, importance, index = self.sampler.draw(random)
         return Draw(t=t, noise=random.noise(tuple(x0.shape[1:])), weight=importance, index=index)
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from cm.nn import append_dims
-from cm.objectives.base import Draw, Objective, RandomSource, Roles
+from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import Distance, Grid, Weight, euler_step
+from cm.random_util import StepRandom
 from cm.schedules import EmaAndScales, Stage, progdist_stage
 
 
@@ -38,7 +39,7 @@ class ProgressiveObjective(Objective):
         self.weight = weight
         self.grid = grid
 
-    def draw(self, x0: Tensor, step: int, random: RandomSource) -> Draw:
+    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         intervals = self.num_scales(step)
         index = random.randint(0, intervals)
         return interval_at(self.grid, intervals, index, random.noise(tuple(x0.shape[1:])))

@@ -1,0 +1,46 @@
+"""Small networks for tests: those of the golden files, and tiny ones."""
+
+import torch
+from torch import Tensor, nn
+
+from cm.script_util import create_model
+from tests.golden_data import GoldenFile
+
+
+def golden_model(g: GoldenFile, prefix: str = "sd/") -> nn.Module:
+    """The U-Net of a golden file with its stored weights, in eval mode."""
+    model = create_model(**g.config["create_model"])
+    model.load_state_dict(g.state_dict(prefix))
+    return model.eval()
+
+
+def tiny_unet(**changes) -> nn.Module:
+    """A seeded 8x8 U-Net with one channel; zero-initialised layers are filled so that outputs are not trivial."""
+    options = dict(
+        image_size=8,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult="1",
+        attention_resolutions="8",
+        use_scale_shift_norm=True,
+        in_channels=1,
+    )
+    torch.manual_seed(0)
+    model = create_model(**{**options, **changes})
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+class PointNet(nn.Module):
+    """A small MLP F(x, c_noise) for points (B, D)."""
+
+    def __init__(self, dim: int = 2, width: int = 64):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
+        )
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        return self.layers(torch.cat([x, c_noise[:, None].to(x.dtype)], dim=1))
