@@ -1,0 +1,146 @@
+"""Flags that are written as lists or words, turned into values. Pure Python: `--help` and presets stay fast."""
+
+import math
+from itertools import pairwise
+
+from cm.errors import UserError
+
+DEFAULT_ATTENTION = "32,16,8"
+
+# image_size -> channel multipliers per level, where --channel_mult is left empty
+CHANNEL_MULT: dict[int, tuple[float, ...]] = {
+    8: (1, 2),
+    16: (1, 2, 2),
+    28: (1, 2, 2),
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def str2bool(v: str | bool) -> bool:
+    """True or False from yes/no, true/false, t/f, y/n, 1/0 in any case; ValueError otherwise."""
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise ValueError(f"expected True or False, got {v!r}")
+
+
+def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple:
+    """The numbers of a comma-separated list."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        what = "integers" if kind is int else "numbers"
+        raise UserError(f"--{flag} must be a comma-separated list of {what}, got {text!r}")
+    return numbers
+
+
+def parse_ints(flag: str, text: str) -> tuple[int, ...]:
+    """Integers of a comma-separated list; the flag is named in the error."""
+    return _numbers(flag, text, int)
+
+
+def parse_channel_mult(text: str, image_size: int) -> tuple[float, ...]:
+    """Width of each level in units of --num_channels, finest level first; empty text means the table above."""
+    if text:
+        mult = _numbers("channel_mult", text, float)
+        if min(mult) <= 0:
+            raise UserError(f"--channel_mult must be positive, got {text!r}")
+        return tuple(int(m) if m == int(m) else m for m in mult)
+    if image_size not in CHANNEL_MULT:
+        known = ", ".join(map(str, CHANNEL_MULT))
+        raise UserError(
+            f"--channel_mult has no default for --image_size {image_size} (only for {known}): give one"
+        )
+    return CHANNEL_MULT[image_size]
+
+
+def parse_attention(text: str, image_size: int, levels: int) -> tuple[int, ...]:
+    """Down-sampling factors at which a network of `levels` levels has attention.
+
+    Resolutions that the network does not have are an error, except in the default list, of which it takes those that
+    it has. Empty text means none outside the middle.
+    """
+    if not text:
+        return ()
+    resolutions = {image_size // 2**level: 2**level for level in range(levels)}
+    wanted = parse_ints("attention_resolutions", text)
+    if text == DEFAULT_ATTENTION:
+        return tuple(resolutions[r] for r in wanted if r in resolutions)
+    for r in wanted:
+        if r not in resolutions:
+            raise UserError(
+                f"--attention_resolutions {r} is not a resolution of the network ({', '.join(map(str, resolutions))})"
+            )
+    return tuple(resolutions[r] for r in wanted)
+
+
+def parse_ema_rates(text: str) -> tuple[float, ...]:
+    """Decay rates of the moving averages that are kept, each in [0, 1]; no rate twice."""
+    rates = _numbers("ema_rate", text, float)
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(f"--ema_rate must lie in [0, 1], got {text!r}")
+    if len(set(rates)) < len(rates):
+        raise UserError(f"--ema_rate names a rate twice: {text!r}")
+    return rates
+
+
+def parse_ts(text: str, steps: int | None, flag: str = "ts") -> tuple[int, ...]:
+    """Time points as indices of a grid of `steps` noise levels (0 = sigma_max): they may not decrease.
+
+    None: the grid is not known yet. The last index is only the noise level at which sampling stops: `steps - 1`
+    gives clean images.
+    """
+    ts = parse_ints(flag, text)
+    if len(ts) < 2:
+        raise UserError(f"--{flag} needs at least a start and an end, got {text!r}")
+    if min(ts) < 0 or (steps is not None and max(ts) >= steps):
+        raise UserError(f"--{flag} {text} leaves the grid of --steps {steps}: indices are 0..{steps - 1}")
+    if any(b < a for a, b in pairwise(ts)):
+        raise UserError(f"--{flag} must not decrease (index 0 is sigma_max), got {text!r}")
+    return ts
+
+
+def parse_sigmas(text: str, sigma_min: float, sigma_max: float) -> tuple[float, ...]:
+    """Noise levels at which the network is evaluated: decreasing, in (sigma_min, sigma_max].
+
+    Sampling ends at sigma_min, which is not listed.
+    """
+    sigmas = _numbers("sigmas", text, float)
+    if not all(sigma_min < s <= sigma_max for s in sigmas):
+        raise UserError(
+            f"--sigmas must lie above --sigma_min {sigma_min} and not above --sigma_max {sigma_max}, got {text!r}"
+        )
+    if any(b >= a for a, b in pairwise(sigmas)):
+        raise UserError(f"--sigmas must decrease, got {text!r}")
+    return sigmas
+
+
+def parse_classes(text: str, num_classes: int = 0) -> tuple[int, ...]:
+    """Class labels; 0 classes means that their number is not known yet."""
+    classes = parse_ints("classes", text)
+    if min(classes) < 0 or (num_classes and max(classes) >= num_classes):
+        last = f"..{num_classes - 1}" if num_classes else " and up"
+        raise UserError(f"--classes must be labels 0{last}, got {text!r}")
+    return classes
+
+
+def parse_weights(text: str) -> tuple[str, float]:
+    """Which weights of a checkpoint: ("raw" | "target" | "ema" | "", rate); the rate belongs to ema:RATE."""
+    kind, _, rate = text.partition(":")
+    if text in ("", "raw", "target"):
+        return text, 0.0
+    if kind == "ema":
+        try:
+            return "ema", float(rate)
+        except ValueError:
+            pass
+    raise UserError(f"--weights must be raw, ema:RATE, target or empty, got {text!r}")

@@ -1,0 +1,294 @@
+"""Refuse configurations that make no sense, naming the flag. Pure Python; reads no file."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from cm import parsing
+from cm.config import (
+    CmTrainConfig,
+    Config,
+    EdmTrainConfig,
+    LoopFlags,
+    ModelFlags,
+    SampleConfig,
+    SamplingFlags,
+    SearchConfig,
+    flags_of,
+)
+from cm.errors import UserError
+
+# How small a number may be; every flag that is not named here may be anything of its type.
+MINIMUM: dict[str, float] = {
+    "image_size": 1,
+    "in_channels": 0,
+    "num_classes": 0,
+    "num_channels": 1,
+    "num_res_blocks": 1,
+    "num_heads": 1,
+    "dropout": 0,
+    "teacher_dropout": 0,
+    "rho": 1,
+    "startup_timeout": 0,
+    "step_timeout": 0,
+    "num_workers": 0,
+    "lr": 0,
+    "lr_anneal_steps": 0,
+    "lr_warmup_steps": 0,
+    "beta1": 0,
+    "beta2": 0,
+    "adam_eps": 0,
+    "weight_decay": 0,
+    "grad_clip": 0,
+    "global_batch_size": 1,
+    "fp16_scale_growth": 0,
+    "seed": 0,
+    "log_interval": 1,
+    "save_interval": 1,
+    "keep_last": 0,
+    "keep_every": 0,
+    "max_hours": 0,
+    "max_bad_steps": 1,
+    "preview_count": 0,
+    "preview_interval": 0,
+    "total_training_steps": 0,
+    "p_std": 0,
+    "num_timesteps": 2,
+    "start_scales": 1,
+    "end_scales": 1,
+    "distill_steps_per_iter": 1,
+    "lpips_size": 0,
+    "num_samples": 1,
+    "s_churn": 0,
+    "s_tmin": 0,
+    "s_tmax": 0,
+    "s_noise": 0,
+    "steps": 1,
+    "grid_images": 0,
+    "grid_columns": 0,
+    "points": 1,
+    "coarse": 0,
+}
+BELOW_ONE = ("dropout", "teacher_dropout", "beta1", "beta2")
+POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout")
+POSITIVE_OR_UNSET = ("batch_size", "microbatch", "num_heads_upsample", "num_head_channels")
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first flag whose value is unknown, out of range or contradicts another flag."""
+    values = {name: getattr(config, name) for name in flags_of(type(config))}
+    _check_choices(config, values)
+    _check_ranges(values)
+    for cls, check in CHECKS.items():
+        if isinstance(config, cls):
+            check(config)
+
+
+def require_inputs(config: Config) -> None:
+    """Raise UserError for the first path that a real run needs and that was not given (a dry run needs none)."""
+    needed = {
+        EdmTrainConfig: ("data_dir",),
+        CmTrainConfig: ("data_dir",),
+        SampleConfig: ("model_path",),
+        SearchConfig: ("model_path", "ref_batch"),
+    }[type(config)]
+    for name in needed:
+        if not getattr(config, name):
+            raise UserError(f"--{name} is missing")
+    if isinstance(config, CmTrainConfig) and not config.teacher_model_path:
+        if config.training_mode != "consistency_training":
+            raise UserError(f"--training_mode {config.training_mode} needs --teacher_model_path")
+        if config.init == "teacher":
+            raise UserError("--init teacher needs --teacher_model_path")
+
+
+def _check_choices(config: Config, values: dict[str, Any]) -> None:
+    for name, field in flags_of(type(config)).items():
+        choices = field.metadata["choices"]
+        if choices and values[name] not in choices:
+            known = ", ".join(c or '""' for c in choices)
+            raise UserError(f"--{name} must be one of {known}, got {values[name]!r}")
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if math.isnan(value) or (math.isinf(value) and name != "s_tmax"):
+            raise UserError(f"--{name} must be a finite number, got {value}")
+        if name in POSITIVE and value <= 0:
+            raise UserError(f"--{name} must be positive, got {value}")
+        if name in MINIMUM and value < MINIMUM[name]:
+            raise UserError(f"--{name} must be at least {MINIMUM[name]}, got {value}")
+        if name in BELOW_ONE and value >= 1:
+            raise UserError(f"--{name} must be below 1, got {value}")
+        if name in POSITIVE_OR_UNSET and value != -1 and value < 1:
+            # -1 is the published way to say "not given".
+            raise UserError(f"--{name} must be positive, or -1 for unset, got {value}")
+
+
+def _check_model(config: ModelFlags) -> None:
+    if config.sigma_min >= config.sigma_max:
+        raise UserError(f"--sigma_min {config.sigma_min} must be smaller than --sigma_max {config.sigma_max}")
+    if config.use_fp16 and config.precision not in ("", "fp16"):
+        raise UserError(f"--use_fp16 True contradicts --precision {config.precision}")
+    if config.in_channels not in (0, 1, 3):
+        raise UserError(f"--in_channels must be 1 or 3, or 0 for those of the data, got {config.in_channels}")
+    check_architecture(
+        network=config.network,
+        image_size=config.image_size,
+        num_channels=config.num_channels,
+        channel_mult=config.channel_mult,
+        attention_resolutions=config.attention_resolutions,
+        num_heads=config.num_heads,
+        num_heads_upsample=config.num_heads_upsample,
+        num_head_channels=config.num_head_channels,
+    )
+
+
+def check_architecture(
+    *,
+    network: str = "adm",
+    image_size: int,
+    num_channels: int,
+    channel_mult: str,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int = -1,
+    num_head_channels: int = -1,
+) -> None:
+    """Raise UserError where the levels do not divide the image, or heads and groups the widths of a network."""
+    mult = parsing.parse_channel_mult(channel_mult, image_size)
+    divisor = 2 ** (len(mult) - 1)
+    if image_size % divisor:
+        raise UserError(
+            f"--image_size {image_size} is not a multiple of {divisor}, which the {len(mult)} levels of "
+            f"--channel_mult {','.join(map(str, mult))} need"
+        )
+    factors = parsing.parse_attention(attention_resolutions, image_size, len(mult))
+    if network != "adm":
+        return
+    widths = [int(m * num_channels) for m in mult]
+    for width in widths:
+        if width < 32 or width % 32:
+            raise UserError(
+                f"--num_channels {num_channels} times --channel_mult {','.join(map(str, mult))} gives a level of "
+                f"{width} channels; group normalisation needs multiples of 32"
+            )
+    attended = {widths[-1], *(width for level, width in enumerate(widths) if 2**level in factors)}
+    splits = {"num_head_channels": num_head_channels}
+    if num_head_channels == -1:
+        splits = {"num_heads": num_heads, "num_heads_upsample": num_heads_upsample}
+    for name, parts in splits.items():
+        for width in sorted(attended):
+            if parts != -1 and width % parts:
+                raise UserError(f"--{name} {parts} does not divide a level of {width} channels")
+
+
+def _check_training(config: EdmTrainConfig | CmTrainConfig) -> None:
+    parsing.parse_ema_rates(config.ema_rate)
+    if config.adam_eps == 0:
+        raise UserError("--adam_eps must be positive, got 0")
+    decays = config.lr_schedule not in ("", "constant")
+    if decays and not (config.lr_anneal_steps or config.total_training_steps):
+        raise UserError(
+            f"--lr_schedule {config.lr_schedule} needs --lr_anneal_steps or --total_training_steps"
+        )
+    if config.keep_every and not config.keep_last:
+        raise UserError("--keep_every needs --keep_last: without it all checkpoints are kept")
+
+
+def _check_consistency(config: CmTrainConfig) -> None:
+    if config.total_training_steps < 1:
+        raise UserError(f"--total_training_steps must be positive, got {config.total_training_steps}")
+    if config.schedule_sampler != "uniform":
+        raise UserError(
+            f"--schedule_sampler {config.schedule_sampler}: consistency losses draw grid points uniformly"
+        )
+    if (config.training_mode == "progdist") != (config.scale_mode == "progdist"):
+        raise UserError(
+            f"--training_mode {config.training_mode} and --scale_mode {config.scale_mode} do not fit: "
+            "progdist needs progdist"
+        )
+    check_scales(
+        target_ema_mode=config.target_ema_mode,
+        start_ema=config.start_ema,
+        scale_mode=config.scale_mode,
+        start_scales=config.start_scales,
+        end_scales=config.end_scales,
+    )
+
+
+def check_scales(
+    *, target_ema_mode: str, start_ema: float, scale_mode: str, start_scales: int, end_scales: int
+) -> None:
+    """Raise UserError where mu(k) or N(k) is not defined."""
+    if target_ema_mode == "adaptive" and scale_mode != "progressive":
+        raise UserError(f"--target_ema_mode adaptive needs --scale_mode progressive, got {scale_mode}")
+    if target_ema_mode == "adaptive" and not 0 < start_ema < 1:
+        raise UserError(f"--start_ema must lie in (0, 1) with --target_ema_mode adaptive, got {start_ema}")
+    if not 0 <= start_ema <= 1:
+        raise UserError(f"--start_ema must lie in [0, 1], got {start_ema}")
+    if scale_mode == "progdist" and start_scales & (start_scales - 1):
+        raise UserError(
+            f"--start_scales must be a power of two with --scale_mode progdist, got {start_scales}"
+        )
+    if scale_mode != "progdist" and start_scales < 2:
+        raise UserError(f"--start_scales must be at least 2, got {start_scales}")
+    if scale_mode == "progressive" and end_scales < start_scales:
+        raise UserError(f"--end_scales {end_scales} must not be below --start_scales {start_scales}")
+
+
+def _check_sampling(config: SamplingFlags) -> None:
+    parsing.parse_weights(config.weights)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size must be positive, got {config.batch_size}")
+    if config.classes:
+        parsing.parse_classes(config.classes, config.num_classes if config.class_cond else 0)
+    if config.s_tmin > config.s_tmax:
+        raise UserError(f"--s_tmin {config.s_tmin} must not be above --s_tmax {config.s_tmax}")
+
+
+def _check_sample(config: SampleConfig) -> None:
+    if config.sampler == "multistep":
+        if bool(config.ts) == bool(config.sigmas):
+            raise UserError("--sampler multistep needs either --ts or --sigmas")
+    elif config.sigmas:
+        raise UserError(f"--sigmas is for --sampler multistep, not {config.sampler}")
+    if config.ts:
+        # A grid that the command does not give comes from the model file; it is checked again then.
+        parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
+    if config.sigmas:
+        parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
+
+
+def _check_search(config: SearchConfig) -> None:
+    ranges = [parsing.parse_ints(name, getattr(config, name)) for name in ("begin", "end")]
+    for name, values in zip(("begin", "end"), ranges):
+        if len(values) not in (1, config.points):
+            raise UserError(f"--{name} lists {len(values)} indices for --points {config.points}")
+        # As for --ts: a grid that the command does not give comes from the model file.
+        if min(values) < 0 or ("steps" in config.explicit and max(values) >= config.steps):
+            raise UserError(
+                f"--{name} {','.join(map(str, values))} leaves the grid of --steps {config.steps}: "
+                f"indices are 0..{config.steps - 1}"
+            )
+    begins, ends = (v * config.points if len(v) == 1 else v for v in ranges)
+    for begin, end in zip(begins, ends):
+        if begin >= end:
+            raise UserError(f"--begin {begin} must be smaller than --end {end}")
+    if config.coarse > config.num_samples:
+        raise UserError(f"--coarse {config.coarse} must not be above --num_samples {config.num_samples}")
+    if config.features and "=" not in config.features:
+        raise UserError(f"--features must be NAME=PATH, got {config.features!r}")
+
+
+# Group of flags -> its rules; a configuration obeys those of every group that it has
+CHECKS: dict[type, Callable[[Any], None]] = {
+    ModelFlags: _check_model,
+    LoopFlags: _check_training,
+    CmTrainConfig: _check_consistency,
+    SamplingFlags: _check_sampling,
+    SampleConfig: _check_sample,
+    SearchConfig: _check_search,
+}
