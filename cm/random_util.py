@@ -227,10 +227,10 @@ class DeterministicIndividualGenerator(_ByIndex):
 
 
 class IndexedGenerator(_ByIndex):
-    """ "indexed": sample i draws from its own stream, a function of (seed, purpose, i) only.
+    """ "indexed": what sample i draws is a function of (seed, purpose, i, number of the draw) only.
 
-    The streams of the current rows continue from call to call; choosing rows starts them anew. Numbers are
-    drawn on the CPU in float32 and then moved and converted, so they do not depend on the device either.
+    Draws are counted from the moment the rows are set. Numbers are made on the CPU in float32 and then moved and
+    converted, so they do not depend on the device either. A call costs O(batch).
     """
 
     def __init__(
@@ -244,35 +244,40 @@ class IndexedGenerator(_ByIndex):
         super().__init__(seed, rank, world_size)
         self.purpose = purpose
         self._rows: list[int] | None = None
-        self._streams: list[torch.Generator] = []
-
-    def _seed_of(self, sample: int) -> int:
-        # torch's CPU generator uses 32 bits of its seed only: hashing (seed, index) would give two of 50,000
-        # samples the same noise in one run out of four. An odd multiplier gives distinct seeds below 2**32.
-        return (derive_seed(self.seed, self.purpose) + sample * 0x9E3779B1) % 2**32
+        self._draws = 0
 
     def set_rows(self, indices: Sequence[int]) -> None:
-        """Say which global samples the rows of the next draws are; their streams start anew."""
+        """Say which global samples the rows of the next draws are, and count draws from 0 again."""
         self._rows = [int(i) for i in indices]
-        self._streams = [torch.Generator().manual_seed(self._seed_of(i)) for i in self._rows]
+        self._draws = 0
 
     def set_done_samples(self, done_samples: int) -> None:
         """Advance: row j of the next batch is sample done + rank + world_size * j."""
         self.done_samples = done_samples
         self._rows = None
 
-    def _streams_of(self, batch: int) -> list[torch.Generator]:
+    def skip(self) -> None:
+        """Pass over one draw at no cost."""
+        self._draws += 1
+
+    def _seeds(self, batch: int) -> list[int]:
+        """One seed per row for the next draw."""
         if self._rows is None:
             self.set_rows(self.rows(batch))
-        if batch != len(self._streams):
-            raise ValueError(f"a draw of {batch} rows, but {len(self._streams)} rows are set")
-        return self._streams
+        if batch != len(self._rows):
+            raise ValueError(f"a draw of {batch} rows, but {len(self._rows)} rows are set")
+        base = derive_seed(self.seed, self.purpose, self._draws)
+        self._draws += 1
+        # torch's CPU generator uses 32 bits of its seed only: hashing the index would give two of 50,000 samples
+        # the same noise in one run out of four. An odd multiplier keeps the seeds of a draw distinct below 2**32.
+        return [(base + row * 0x9E3779B1) % 2**32 for row in self._rows]
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """Standard normal tensor of shape `size`; size[0] must equal the number of rows."""
         batch = torch.empty(size, pin_memory=torch.device(device).type == "cuda")
-        for row, stream in zip(batch, self._streams_of(size[0])):
-            torch.randn(row.shape, generator=stream, out=row)
+        generator = torch.Generator()
+        for row, seed in zip(batch, self._seeds(size[0])):
+            torch.randn(row.shape, generator=generator.manual_seed(seed), out=row)
         return batch.to(device=device, dtype=dtype, non_blocking=True)
 
     def randint(
@@ -280,9 +285,18 @@ class IndexedGenerator(_ByIndex):
     ) -> torch.Tensor:
         """Integers in [low, high) of shape `size`; size[0] must equal the number of rows."""
         batch = torch.empty(tuple(size), dtype=torch.int64)
-        for row, stream in zip(batch, self._streams_of(size[0])):
-            row.copy_(torch.randint(low, high, row.shape, generator=stream))
+        generator = torch.Generator()
+        for row, seed in zip(batch, self._seeds(size[0])):
+            torch.randint(low, high, row.shape, generator=generator.manual_seed(seed), out=row)
         return batch.to(device=device, dtype=dtype)
+
+
+def skip_draw(generator, like: torch.Tensor) -> None:
+    """Let a generator pass over one `randn_like(like)` whose values nobody needs, for free where it can."""
+    if isinstance(generator, IndexedGenerator):
+        generator.skip()
+    else:
+        generator.randn_like(like)
 
 
 SampleGenerator = (

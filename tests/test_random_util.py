@@ -13,6 +13,7 @@ from cm.random_util import (
     StepRandom,
     derive_seed,
     get_generator,
+    skip_draw,
 )
 from tests import golden_data
 
@@ -154,6 +155,18 @@ def test_indexed_streams_continue_and_start_anew():
     assert torch.equal(generator.randn(1, 20), second[1:])
 
 
+def test_skip_draw_keeps_the_order_of_draws():
+    x = torch.empty(2, 6)
+    for make in (lambda: _indexed([3, 4]), lambda: DeterministicGenerator(5, 1), lambda: DummyGenerator()):
+        torch.manual_seed(0)
+        drawn, skipped = make(), make()
+        drawn.randn_like(x)
+        expected = drawn.randn_like(x)
+        torch.manual_seed(0)
+        skip_draw(skipped, x)
+        assert torch.equal(skipped.randn_like(x), expected)
+
+
 def test_indexed_interleaves_ranks_as_the_original_does():
     a = _indexed(range(8)).randn(8, 3)
     for rank in range(2):
@@ -164,8 +177,7 @@ def test_indexed_interleaves_ranks_as_the_original_does():
 
 def test_indexed_seeds_never_collide():
     """torch's CPU generator truncates seeds to 32 bits; a hash would collide among many samples."""
-    generator = IndexedGenerator(0)
-    assert len({generator._seed_of(i) for i in range(200_000)}) == 200_000
+    assert len(set(_indexed(range(200_000))._seeds(200_000))) == 200_000
 
 
 def test_indexed_types_and_errors():
