@@ -1,0 +1,196 @@
+"""From a configuration to objects: the only place that maps flag values to classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cm import parsing
+from cm.config import CmTrainConfig, Config, EdmTrainConfig
+from cm.derived import is_consistency, lr_decay, precision
+from cm.distances import make_distance
+from cm.errors import UserError
+from cm.networks import NETWORKS
+from cm.objectives import ConsistencyObjective, EDMObjective, Grid, Objective, ProgressiveObjective
+from cm.objectives.consistency import Distance, Weight
+from cm.precond import EDMPrecond, Precond, boundary_precond
+from cm.resample import (
+    LogNormalSampler,
+    LossSecondMomentResampler,
+    NoiseSampler,
+    UniformSampler,
+)
+from cm.schedules import EmaAndScales, LearningRate
+from cm.trainer import Optimization
+from cm.weightings import get_snr, get_weightings
+
+DEFAULT_CLASSES = 1000
+DEFAULT_CHANNELS = 3
+
+
+def create_network(config: Config, *, dropout: float | None = None) -> nn.Module:
+    """The configured network with seeded initial weights left to the caller.
+
+    Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout.
+    """
+    return NETWORKS[config.network].build(
+        image_size=config.image_size,
+        in_channels=config.in_channels or DEFAULT_CHANNELS,
+        num_channels=config.num_channels,
+        num_res_blocks=config.num_res_blocks,
+        channel_mult=parsing.parse_channel_mult(config.channel_mult, config.image_size),
+        attention_resolutions=config.attention_resolutions,
+        num_heads=config.num_heads,
+        num_head_channels=config.num_head_channels,
+        num_heads_upsample=config.num_heads_upsample,
+        num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
+        dropout=config.dropout if dropout is None else dropout,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        resblock_updown=config.resblock_updown,
+        use_checkpoint=config.use_checkpoint,
+        learn_sigma=config.learn_sigma,
+    )
+
+
+def create_precond(config: Config, *, consistency: bool) -> Precond:
+    """Scalings of a consistency function, or EDM's, on the clock of the configured network."""
+    time_scale = NETWORKS[config.network].time_scale
+    if not consistency:
+        return EDMPrecond(config.sigma_data, time_scale)
+    return boundary_precond(
+        config.boundary,
+        sigma_data=config.sigma_data,
+        sigma_min=config.sigma_min,
+        time_scale=time_scale,
+        printed_c_out=config.c_out_formula == "printed",
+    )
+
+
+@dataclass(frozen=True)
+class _GridInfo:
+    """What an index sampler asks of a diffusion."""
+
+    num_timesteps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+
+# --schedule_sampler of edm_train: name -> sampler(config)
+NOISE_SAMPLERS = {
+    "lognormal": lambda c: LogNormalSampler(c.p_mean, c.p_std),
+    "lognormal-even": lambda c: LogNormalSampler(c.p_mean, c.p_std, even=True),
+    "uniform": lambda c: UniformSampler(_GridInfo(c.num_timesteps, c.sigma_min, c.sigma_max, c.rho)),
+    "loss-second-moment": lambda c: LossSecondMomentResampler(
+        _GridInfo(c.num_timesteps, c.sigma_min, c.sigma_max, c.rho)
+    ),
+}
+
+
+def create_noise_sampler(config: EdmTrainConfig) -> NoiseSampler:
+    """The distribution of noise levels that the teacher is trained on."""
+    return NOISE_SAMPLERS[config.schedule_sampler](config)
+
+
+def create_weight(config: Config) -> Weight:
+    """lambda(sigma) by --weight_schedule."""
+    return lambda sigma: get_weightings(config.weight_schedule, get_snr(sigma), config.sigma_data)
+
+
+def create_distance(config: CmTrainConfig) -> Distance:
+    """The distance d by --loss_norm."""
+    return make_distance(
+        config.loss_norm,
+        lpips_path=config.lpips_path,
+        lpips_size=config.lpips_size,
+        precision=config.lpips_precision,
+    )
+
+
+def create_schedule(config: CmTrainConfig) -> EmaAndScales:
+    """N(k) and mu(k)."""
+    return EmaAndScales(
+        config.target_ema_mode,
+        config.start_ema,
+        config.scale_mode,
+        config.start_scales,
+        config.end_scales,
+        config.total_training_steps,
+        config.distill_steps_per_iter,
+        printed_mu=config.mu_formula == "paper",
+    )
+
+
+def _consistency(config: CmTrainConfig, distillation: bool) -> Objective:
+    return ConsistencyObjective(
+        create_schedule(config),
+        create_distance(config),
+        create_weight(config),
+        grid=_grid(config),
+        distillation=distillation,
+        ode_solver=config.ode_solver,
+    )
+
+
+def _progressive(config: CmTrainConfig) -> Objective:
+    return ProgressiveObjective(
+        create_schedule(config), create_distance(config), create_weight(config), grid=_grid(config)
+    )
+
+
+def _grid(config: Config) -> Grid:
+    return Grid(config.sigma_min, config.sigma_max, config.rho)
+
+
+# --training_mode -> objective(config); a new objective is one file in cm/objectives and one line here
+OBJECTIVES = {
+    "consistency_distillation": lambda c: _consistency(c, distillation=True),
+    "consistency_training": lambda c: _consistency(c, distillation=False),
+    "progdist": _progressive,
+}
+
+
+def create_objective(config: EdmTrainConfig | CmTrainConfig) -> Objective:
+    """The loss, its draws and its schedules."""
+    if isinstance(config, EdmTrainConfig):
+        return EDMObjective(create_noise_sampler(config), create_weight(config))
+    return OBJECTIVES[config.training_mode](config)
+
+
+def training_mode(config: EdmTrainConfig | CmTrainConfig) -> str:
+    """`edm`, or the --training_mode of cm_train."""
+    return config.training_mode if isinstance(config, CmTrainConfig) else "edm"
+
+
+def trains_consistency(config: EdmTrainConfig | CmTrainConfig) -> bool:
+    """Whether the student is a consistency function, with a boundary condition."""
+    return is_consistency(training_mode(config))
+
+
+def create_optimization(config: EdmTrainConfig | CmTrainConfig) -> Optimization:
+    """How the student's weights move."""
+    schedule, length = lr_decay(config)
+    return Optimization(
+        LearningRate(config.lr, schedule, length, config.lr_warmup_steps),
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        grad_clip=config.grad_clip,
+        precision=precision(config),
+        fp16_scale_growth=config.fp16_scale_growth,
+        ema_rate=config.ema_rate,
+        ema_warmup=config.ema_warmup,
+        max_bad_steps=config.max_bad_steps,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Device by --device: this rank's GPU if there is any, else the CPU."""
+    from cm import dist_util
+
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device")
+    return dist_util.dev()
