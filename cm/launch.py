@@ -1,0 +1,184 @@
+"""Who started this process, as which rank, and how the ranks of a job find each other.
+
+    torchrun            RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment; MPI is never imported
+    mpiexec, mpirun     PMI_SIZE or OMPI_COMM_WORLD_SIZE; mpi4py tells the ranks where rank 0 listens
+    srun                SLURM_STEP_NUM_TASKS > 1 and none of the above
+    anything else       one process
+
+All three end in the same kind of key-value store; `torch.distributed` does the rest.
+"""
+
+import dataclasses
+import os
+import re
+import socket
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from cm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Place of this process in its job. `kind` is torchrun, mpi, slurm or single."""
+
+    kind: str = "single"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def detect(env: Mapping[str, str] = os.environ) -> Launch:
+    """Read the launcher's variables. Imports nothing and contacts nobody."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
+        rank, world_size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
+        found = Launch(
+            "torchrun",
+            rank,
+            world_size,
+            _integer(env, "LOCAL_RANK", rank),
+            _integer(env, "LOCAL_WORLD_SIZE", world_size),
+        )
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        found = Launch(
+            "mpi",
+            _integer(env, "OMPI_COMM_WORLD_RANK"),
+            _integer(env, "OMPI_COMM_WORLD_SIZE"),
+            _integer(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
+            _integer(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1),
+        )
+    elif "PMI_SIZE" in env:
+        found = Launch(
+            "mpi",
+            _integer(env, "PMI_RANK"),
+            _integer(env, "PMI_SIZE"),
+            _integer(env, "MPI_LOCALRANKID", 0),
+            _integer(env, "MPI_LOCALNRANKS", 1),
+        )
+    elif _integer(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        found = Launch(
+            "slurm",
+            _integer(env, "SLURM_PROCID"),
+            _integer(env, "SLURM_STEP_NUM_TASKS"),
+            _integer(env, "SLURM_LOCALID"),
+            slurm_tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[_integer(env, "SLURM_NODEID", 0)],
+        )
+    else:
+        found = Launch()
+    return found if found.world_size > 1 else Launch()
+
+
+def connect(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
+    """Meet the other ranks: the final ranks and a store that all of them reach.
+
+    Every rank of the job must call it. Raises UserError when the launcher and the libraries do not fit.
+    """
+    if launch.kind == "torchrun":
+        if "MASTER_PORT" not in os.environ:
+            raise UserError(
+                "RANK, WORLD_SIZE and MASTER_ADDR are set but MASTER_PORT is not: start with torchrun"
+            )
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+        return launch, store
+    if launch.kind == "mpi":
+        return _connect_mpi(launch, timeout)
+    if launch.kind == "slurm":
+        host, port = slurm_address(os.environ)
+        return launch, _tcp_store(host, port, launch, timeout)
+    raise ValueError("a single process has nobody to connect to")
+
+
+def abort_mpi(code: int) -> None:
+    """End all ranks of an MPI job at once; returns only when MPI was never started."""
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Abort(code)
+
+
+def _connect_mpi(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
+    comm, node = _mpi_communicators(launch)
+    launch = Launch("mpi", comm.rank, comm.size, node.rank, node.size)
+    store, address = None, None
+    if launch.rank == 0:
+        # Port 0: the system picks a free port and the store already listens on it when its number is told.
+        store = _tcp_store("0.0.0.0", 0, launch, timeout)
+        one_node = node.size == comm.size
+        host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else socket.gethostname())
+        address = (host, store.port)
+    host, port = comm.bcast(address, root=0)
+    return launch, store or _tcp_store(host, port, launch, timeout)
+
+
+def _mpi_communicators(launch: Launch):
+    """COMM_WORLD and the communicator of this node's ranks."""
+    try:
+        with warnings.catch_warnings():
+            # mpi4py warns of a wrong launcher; the check below says what to do about it.
+            warnings.simplefilter("ignore")
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(
+            "starting with mpiexec needs mpi4py and an MPI library: pip install '.[mpi]', "
+            f"or start with torchrun ({cause}){_srun_hint()}"
+        ) from error
+    comm = MPI.COMM_WORLD
+    if comm.size != launch.world_size:
+        library = MPI.Get_library_version().strip("\0").split("\n")[0].split(",")[0]
+        raise UserError(
+            f"the launcher started {launch.world_size} processes but mpi4py uses {library}, which sees {comm.size}: "
+            "start with the mpiexec of that library, or pip install '.[mpi]' and use "
+            f"the mpiexec it brings{_srun_hint()}"
+        )
+    return comm, comm.Split_type(MPI.COMM_TYPE_SHARED)
+
+
+def _srun_hint() -> str:
+    return "; under srun, --mpi=none needs no MPI" if "SLURM_STEP_ID" in os.environ else ""
+
+
+def _tcp_store(host: str, port: int, launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    is_host = launch.rank == 0
+    return dist.TCPStore(
+        host, port, launch.world_size, is_master=is_host, timeout=timeout, wait_for_workers=False
+    )
+
+
+def slurm_address(env: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of rank 0 in a SLURM step; MASTER_ADDR and MASTER_PORT override them.
+
+    The port follows from the job and step numbers, so that steps on one node do not meet, and lies
+    below the range from which systems give out ports by themselves.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "localhost"
+    job, step = _integer(env, "SLURM_JOB_ID", 0), _integer(env, "SLURM_STEP_ID", 0)
+    port = 15000 + (31 * job + step) % 15000
+    return env.get("MASTER_ADDR") or first_slurm_host(nodes), _integer(env, "MASTER_PORT", port)
+
+
+def first_slurm_host(nodes: str) -> str:
+    """First name of a SLURM host list: `gpu[003-007,12],cpu1` -> `gpu003`."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0])
+
+
+def slurm_tasks_per_node(text: str) -> list[int]:
+    """Tasks of each node: `2(x3),1` -> [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        tasks, _, repeat = part.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(repeat or 1)
+    return counts
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment variable {name} should be an integer, got {text!r}") from None
