@@ -1,0 +1,294 @@
+"""Where images come from. A source has names, gives item i as file bytes or as a uint8 (H, W, C) array, and
+knows the labels that were stored with it. Arrays of one size also offer `shape` and `gather` (no PIL needed).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+
+from cm import blob
+from cm.data import labels as label_modes
+from cm.data import store
+from cm.data.decode import EXTENSIONS, readable
+from cm.data.labels import Labels
+from cm.errors import UserError
+
+MAX_MEMBER_BYTES = 256 << 20
+MAX_COMPRESSION = 200
+
+
+class Source(Protocol):
+    """What `cm.data.dataset.ImageData` needs of a source."""
+
+    path: str
+    shape: tuple[int, int, int] | None  # (H, W, C) when all images are arrays of that shape
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """For messages: which image this is."""
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or uint8 (H, W, C)."""
+
+    def labels(self, mode: str) -> Labels:
+        """Labels by `--labels` mode."""
+
+    def identity(self) -> Iterator[str]:
+        """Text that changes when the images change."""
+
+
+class FolderSource:
+    """All images below a folder, local or remote, sorted folder by folder; or the given ones of them."""
+
+    shape = None
+
+    def __init__(self, path: str, names: Sequence[str] | None = None):
+        self.path = path
+        listing = blob.list_recursive(path) if names is None else []
+        self.names = image_names(listing, path) if names is None else list(names)
+        self._has_json = "dataset.json" in listing
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self._full(self.names[index])
+
+    def read(self, index: int) -> bytes:
+        with readable(self.name(index)), blob.open_file(self.name(index), "rb") as file:
+            return file.read()
+
+    def labels(self, mode: str) -> Labels:
+        content = None
+        if self._has_json and mode in ("auto", "json"):
+            with blob.open_file(self._full("dataset.json"), "rb") as file:
+                content = parse_json(file.read(), self._full("dataset.json"))
+        return label_modes.resolve(self.names, mode, content, self.path)
+
+    def identity(self) -> Iterator[str]:
+        """Names and sizes; names only where each size would be a request over the network."""
+        remote = blob.is_remote(self.path)
+        for name in self.names:
+            yield name if remote else f"{name}:{blob.size(self._full(name))}"
+
+    def _full(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}" if self.path else name
+
+
+class ZipSource:
+    """All images in a zip file (compressed or not), with EDM's dataset.json when it is there."""
+
+    shape = None
+
+    def __init__(self, path: str):
+        self.path = path
+        self._local = blob.cache_locally(path)
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        with readable(path):
+            members = self._archive().infolist()
+            for member in members:
+                check_member(member)
+        self.names = image_names(sorted(m.filename for m in members), path)
+        self._identity = {m.filename: f"{m.filename}:{m.file_size}:{m.CRC}" for m in members}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}: {self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        with readable(self.name(index)):
+            return self._archive().read(self.names[index])
+
+    def labels(self, mode: str) -> Labels:
+        content = None
+        if "dataset.json" in self._identity and mode in ("auto", "json"):
+            with readable(f"{self.path}: dataset.json"):
+                data = self._archive().read("dataset.json")
+            content = parse_json(data, f"{self.path}: dataset.json")
+        return label_modes.resolve(self.names, mode, content, self.path)
+
+    def identity(self) -> Iterator[str]:
+        for name in self.names:
+            yield self._identity[name]
+
+    def _archive(self) -> zipfile.ZipFile:
+        """One handle per process: workers that shared one would move each other's file position."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self._local))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": None}
+
+
+class NpzSource:
+    """The layout of sample files: `arr_0` uint8 (N, H, W, C) or (N, H, W), optional integer labels `arr_1` (N,)."""
+
+    def __init__(self, path: str):
+        self.path = path
+        with readable(path):
+            arrays = _read_npz(blob.cache_locally(path))
+        images = arrays["arr_0"]
+        self.images = images[..., None] if images.ndim == 3 else images
+        if self.images.ndim != 4 or self.images.shape[3] not in (1, 3) or 0 in self.images.shape:
+            raise UserError(
+                f"{path}: arr_0 has shape {images.shape}; expected (N, H, W, 1 or 3) or (N, H, W)"
+            )
+        self.shape = self.images.shape[1:]
+        self._stored = label_modes.UNLABELLED
+        if "arr_1" in arrays:
+            self._stored = label_modes.from_integers(arrays["arr_1"], f"{path}: arr_1")
+            if len(self._stored.indices) != len(self.images):
+                raise UserError(f"{path}: {len(self._stored.indices)} labels for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}: image {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def gather(self, indices: Sequence[int]) -> np.ndarray:
+        """(len(indices), H, W, C) uint8."""
+        return self.images[np.asarray(indices, dtype=np.int64)]
+
+    def labels(self, mode: str) -> Labels:
+        return stored_labels(self._stored, mode, self.path)
+
+    def identity(self) -> Iterator[str]:
+        yield f"{self.images.shape}:{hashlib.sha256(self.images.data).hexdigest()}"
+
+
+class StoreSource:
+    """A folder written by scripts/prepare_data.py: memory-mapped uint8 shards and a manifest."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.manifest = store.read_manifest(path)
+        self.shape = (self.manifest["resolution"], self.manifest["resolution"], self.manifest["channels"])
+        self._starts = np.cumsum([0, *(shard["count"] for shard in self.manifest["shards"])])
+        _ = self._shards  # all files are there and whole, now rather than in a worker
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def name(self, index: int) -> str:
+        return f"{self.path}: image {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        return self.gather([index])[0]
+
+    def gather(self, indices: Sequence[int]) -> np.ndarray:
+        """(len(indices), H, W, C) uint8."""
+        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for row, (shard, offset) in enumerate(zip(shards, np.asarray(indices) - self._starts[shards])):
+            out[row] = self._shards[shard][offset]
+        return out
+
+    def labels(self, mode: str) -> Labels:
+        values = store.read_labels(self.path, self.manifest)
+        classes = tuple(self.manifest["classes"])
+        known = Labels(values, classes, "manifest") if values is not None else label_modes.UNLABELLED
+        return stored_labels(known, mode, self.path)
+
+    def identity(self) -> Iterator[str]:
+        yield self.manifest["sha256"]
+
+    @functools.cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return store.open_shards(self.path, self.manifest)
+
+    def __getstate__(self) -> dict:
+        """Memory maps are opened again in a worker; pickling one would copy its pixels."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+
+def open_source(path: str) -> Source:
+    """The source that a path is: a prepared store, a folder, a .zip or an .npz."""
+    if not path:
+        raise UserError("--data_dir is missing: give a folder, a .zip or an .npz of images")
+    if not blob.exists(path):
+        raise UserError(f"{path}: no such folder or file")
+    if blob.isdir(path):
+        return StoreSource(path) if store.is_store(path) else FolderSource(path)
+    if path.lower().endswith(".zip"):
+        return ZipSource(path)
+    if path.lower().endswith(".npz"):
+        return NpzSource(path)
+    raise UserError(
+        f"{path}: not a folder, .zip or .npz; scripts/prepare_data.py reads tars, lmdb and CIFAR-10"
+    )
+
+
+def image_names(names: Sequence[str], path: str, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """Those names that end as image files do; UserError when there is none."""
+    images = [name for name in names if PurePosixPath(name).suffix[1:].lower() in extensions]
+    if not images:
+        raise UserError(f"{path}: holds no images ({', '.join(extensions)})")
+    return images
+
+
+def check_member(member: zipfile.ZipInfo) -> None:
+    """Refuse names that leave the archive and members that unpack to more than any image."""
+    if member.filename.startswith(("/", "\\")) or ".." in member.filename.replace("\\", "/").split("/"):
+        raise UserError(f"unsafe member name {member.filename!r}")
+    if member.file_size > MAX_MEMBER_BYTES:
+        raise UserError(f"member {member.filename} unpacks to {member.file_size} bytes (decompression bomb?)")
+
+
+def stored_labels(known: Labels, mode: str, where: str) -> Labels:
+    """Labels of a source that brings its own: only auto and none make sense."""
+    if mode == "none":
+        return label_modes.UNLABELLED
+    if mode != "auto":
+        raise UserError(
+            f"{where}: --labels {mode} needs image files; this source brings its own labels (auto)"
+        )
+    return known
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The content of a JSON file; UserError with its name when it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+    """arr_0 and arr_1 of an npz; types and sizes are judged from the headers before anything is unpacked."""
+    with np.load(path, allow_pickle=False) as arrays:
+        if not isinstance(arrays, np.lib.npyio.NpzFile) or "arr_0" not in arrays.files:
+            raise UserError("has no array arr_0")
+        for name in ("arr_0", "arr_1"):
+            if name not in arrays.files:
+                continue
+            member = arrays.zip.getinfo(name + ".npy")
+            if (
+                member.file_size > MAX_MEMBER_BYTES
+                and member.file_size > MAX_COMPRESSION * member.compress_size
+            ):
+                raise UserError(f"{name} unpacks to {member.file_size} bytes (decompression bomb?)")
+            with arrays.zip.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                dtype = read(file)[2]
+            if dtype.hasobject or (name == "arr_0" and dtype != np.uint8):
+                raise UserError(f"{name} is {dtype}; expected {'uint8' if name == 'arr_0' else 'integers'}")
+        return {name: arrays[name] for name in ("arr_0", "arr_1") if name in arrays.files}
