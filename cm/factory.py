@@ -1,16 +1,15 @@
 """From a configuration to objects: the only place that maps flag values to classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
-from cm import parsing
 from cm.config import CmTrainConfig, Config, EdmTrainConfig
 from cm.derived import is_consistency, lr_decay, precision
 from cm.distances import make_distance
 from cm.errors import UserError
-from cm.networks import NETWORKS
+from cm.networks.build import TIME_SCALES, Architecture, build_network
 from cm.objectives import ConsistencyObjective, EDMObjective, Grid, Objective, ProgressiveObjective
 from cm.objectives.consistency import Distance, Weight
 from cm.precond import EDMPrecond, Precond, boundary_precond
@@ -33,28 +32,24 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
 
     Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout.
     """
-    return NETWORKS[config.network].build(
-        image_size=config.image_size,
-        in_channels=config.in_channels or DEFAULT_CHANNELS,
-        num_channels=config.num_channels,
-        num_res_blocks=config.num_res_blocks,
-        channel_mult=parsing.parse_channel_mult(config.channel_mult, config.image_size),
-        attention_resolutions=config.attention_resolutions,
-        num_heads=config.num_heads,
-        num_head_channels=config.num_head_channels,
-        num_heads_upsample=config.num_heads_upsample,
-        num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
-        dropout=config.dropout if dropout is None else dropout,
-        use_scale_shift_norm=config.use_scale_shift_norm,
-        resblock_updown=config.resblock_updown,
-        use_checkpoint=config.use_checkpoint,
-        learn_sigma=config.learn_sigma,
+    names = [f.name for f in fields(Architecture) if f.name not in ("use_fp16", "in_channels", "num_classes")]
+    flags = {name: getattr(config, name) for name in names}
+    if dropout is not None:
+        flags["dropout"] = dropout
+    return build_network(
+        Architecture(
+            **flags,
+            # Precision is the training loop's and the sampler's affair: weights are loaded in fp32 first.
+            use_fp16=False,
+            in_channels=config.in_channels or DEFAULT_CHANNELS,
+            num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
+        )
     )
 
 
 def create_precond(config: Config, *, consistency: bool) -> Precond:
     """Scalings of a consistency function, or EDM's, on the clock of the configured network."""
-    time_scale = NETWORKS[config.network].time_scale
+    time_scale = TIME_SCALES[config.network]
     if not consistency:
         return EDMPrecond(config.sigma_data, time_scale)
     return boundary_precond(
@@ -103,7 +98,7 @@ def create_distance(config: CmTrainConfig) -> Distance:
         config.loss_norm,
         lpips_path=config.lpips_path,
         lpips_size=config.lpips_size,
-        precision=config.lpips_precision,
+        lpips_precision=config.lpips_precision,
     )
 
 

@@ -57,7 +57,8 @@ class Reporting:
     keep_last: int = 0
     keep_every: int = 0
     meta: dict = field(default_factory=dict)
-    on_save: Callable[["Trainer"], None] | None = None
+    preview: Callable[["Trainer"], None] | None = None
+    preview_interval: int = 0  # 0: at each checkpoint
 
 
 class Trainer:
@@ -190,12 +191,19 @@ class Trainer:
         while not self.finished:
             batch, cond = next(self.data)
             self.run_step(batch, cond)
-            if self.state.step % self.reporting.log_interval == 0 or self.finished:
+            if self._due(self.reporting.log_interval):
                 self.log_step()
-            if self.reporting.save_interval > 0 and self.state.step % self.reporting.save_interval == 0:
+            if self._due(self.reporting.save_interval):
                 self.save()
+            if self.reporting.preview and self._due(
+                self.reporting.preview_interval or self.reporting.save_interval
+            ):
+                self.reporting.preview(self)
         if self._saved_step != self.state.step:
             self.save()
+
+    def _due(self, interval: int) -> bool:
+        return self.finished or (interval > 0 and self.state.step % interval == 0)
 
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> bool:
         """One step on this rank's rows; False when bad gradients made it a skipped one, which still counts."""
@@ -328,5 +336,3 @@ class Trainer:
         if problem:
             raise UserError(problem)
         self._saved_step = state.step
-        if r.on_save is not None:
-            r.on_save(self)
