@@ -26,12 +26,13 @@ from cm.samplers import (
     to_d,
 )
 from cm.schedules import karras_sigmas
-from cm.unet import UNetModel
 from tests import golden_data
-from tests.ideal import Gaussian, Mixture
+from tests.analytic import Gaussian
+from tests.ideal import SolvedMixture
+from tests.models import golden_model
 
 GAUSS = Gaussian(mean=0.3, std=0.5)
-MIXTURE = Mixture(torch.tensor([[-1.0, 0.5], [0.8, -0.3], [0.1, 1.2]], dtype=torch.float64), std=0.2)
+MIXTURE = SolvedMixture(torch.tensor([[-1.0, 0.5], [0.8, -0.3], [0.1, 1.2]], dtype=torch.float64), std=0.2)
 DUMMY = get_generator("dummy")
 
 
@@ -104,10 +105,10 @@ def test_multistep_with_the_exact_consistency_function_samples_exactly(levels):
     """Algorithm 1 then returns data at noise level sigma_min, for any time points (1-D mixture, KS test)."""
     from scipy.stats import kstest
 
-    data = Mixture(torch.tensor([[-1.0], [0.7]], dtype=torch.float64), std=0.1)
+    data = SolvedMixture(torch.tensor([[-1.0], [0.7]], dtype=torch.float64), std=0.1)
     generator = IndexedGenerator(1)
     n = 4000
-    start = data.centers[generator.randint(0, 2, (n,))] + 0.1 * generator.randn(n, 1, dtype=torch.float64)
+    start = data.centres[generator.randint(0, 2, (n,))] + 0.1 * generator.randn(n, 1, dtype=torch.float64)
     x = start + 80 * generator.randn(n, 1, dtype=torch.float64)
     sample = sample_multistep(
         lambda x, sigma: data.consistency(x, float(sigma[0]), 0.002), x, torch.tensor(levels), generator
@@ -243,21 +244,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def network(golden):
-    """The small U-Net of config.create_model: one level, attention at full size."""
-    net = UNetModel(
-        image_size=16,
-        in_channels=3,
-        model_channels=32,
-        out_channels=3,
-        num_res_blocks=1,
-        attention_resolutions=(1,),
-        channel_mult=(1,),
-        num_head_channels=16,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-    )
-    net.load_state_dict(golden.state_dict())
-    return net.eval()
+    return golden_model(golden)
 
 
 def _denoiser(golden, network, case):
