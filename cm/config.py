@@ -34,7 +34,9 @@ class RunFlags:
     """Run"""
 
     preset: str = flag(
-        "", "named experiment whose values replace the defaults; docs/presets.md lists them", result=False
+        "",
+        "named experiment whose values replace the defaults; python -m cm.presets lists them",
+        result=False,
     )
     variant: str = flag(
         "release",

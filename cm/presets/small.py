@@ -1,0 +1,151 @@
+"""Experiments for a laptop: handwritten digits at 8 and 16 pixels, and a network for tests and benchmarks."""
+
+from cm.presets.base import Flags, Preset
+
+DIGITS8: Flags = {
+    "image_size": 8,
+    "in_channels": 1,
+    "num_classes": 10,
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_head_channels": 16,
+    "attention_resolutions": "4",
+    "class_cond": True,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+DIGITS16: Flags = {**DIGITS8, "image_size": 16, "channel_mult": "1,1,1"}
+
+# Digits have a handedness, and fit in memory.
+TRAINING: Flags = {
+    "random_flip": False,
+    "num_workers": 0,
+    "global_batch_size": 64,
+    "lr_schedule": "late_decay",
+    "ema_warmup": True,
+    "log_interval": 50,
+    "save_interval": 500,
+}
+SAMPLING: Flags = {"num_samples": 1000, "batch_size": 250}
+CONSISTENCY_GRID: Flags = {"sampler": "onestep", "steps": 18, "ts": "0,11,17"}
+SEARCH: Flags = {"begin": "1", "end": "16", "steps": 18, **SAMPLING}
+
+
+def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[str, Preset]:
+    """Teacher and the three ways to few steps, all with a budget of minutes on two cores."""
+    edm = Preset(
+        model={**model, "weight_schedule": "karras"},
+        scripts={
+            "edm_train": {
+                **TRAINING,
+                "schedule_sampler": "lognormal",
+                "lr": 2e-3,
+                "ema_rate": "0.99",
+                "total_training_steps": edm_steps,
+            },
+            "image_sample": {**SAMPLING, "training_mode": "edm", "sampler": "heun", "steps": 18},
+        },
+    )
+    consistency = {**model, "weight_schedule": "uniform"}
+    cd = Preset(
+        model=consistency,
+        scripts={
+            "cm_train": {
+                **TRAINING,
+                "training_mode": "consistency_distillation",
+                "start_ema": 0.9,
+                "start_scales": 18,
+                "loss_norm": "l2",
+                "lr": 1e-3,
+                "ema_rate": "0.98",
+                "total_training_steps": cd_steps,
+            },
+            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_distillation"},
+            "ternary_search": SEARCH,
+        },
+    )
+    ct = Preset(
+        model=consistency,
+        scripts={
+            "cm_train": {
+                **TRAINING,
+                "training_mode": "consistency_training",
+                "init": "random",
+                "target_ema_mode": "adaptive",
+                "start_ema": 0.9,
+                "scale_mode": "progressive",
+                "start_scales": 2,
+                "end_scales": 17,
+                "loss_norm": "l2",
+                "lr": 1e-3,
+                "ema_rate": "0.99",
+                "total_training_steps": ct_steps,
+            },
+            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_training"},
+            "ternary_search": SEARCH,
+        },
+    )
+    pd = Preset(
+        model={**model, "weight_schedule": "truncated-snr"},
+        scripts={
+            "cm_train": {
+                **TRAINING,
+                "training_mode": "progdist",
+                "scale_mode": "progdist",
+                "start_scales": 16,
+                "distill_steps_per_iter": cd_steps // 5,
+                "total_training_steps": 7 * (cd_steps // 5),  # 16, 8, 4 once; 2, 1 twice as long
+                "loss_norm": "l2",
+                "optimizer": "adam",
+                "lr": 1e-3,
+                "ema_rate": "0.95",
+            },
+            "image_sample": {**SAMPLING, "training_mode": "progdist", "sampler": "progdist", "steps": 1},
+        },
+    )
+    return {"edm": edm, "cd": cd, "ct": ct, "pd": pd}
+
+
+# A run of a few seconds: what is trained is of no use.
+TINY = Preset(
+    model={
+        "image_size": 16,
+        "num_channels": 32,
+        "channel_mult": "1,2",
+        "num_res_blocks": 1,
+        "num_head_channels": 16,
+        "attention_resolutions": "8",
+        "resblock_updown": True,
+    },
+    scripts={
+        "edm_train": {
+            "schedule_sampler": "lognormal",
+            "global_batch_size": 8,
+            "num_workers": 0,
+            "log_interval": 1,
+            "save_interval": 4,
+            "total_training_steps": 4,
+        },
+        "cm_train": {
+            "training_mode": "consistency_distillation",
+            "start_ema": 0.9,
+            "start_scales": 4,
+            "loss_norm": "l2",
+            "weight_schedule": "uniform",
+            "global_batch_size": 8,
+            "num_workers": 0,
+            "log_interval": 1,
+            "save_interval": 4,
+            "total_training_steps": 4,
+        },
+        "image_sample": {"num_samples": 8, "batch_size": 4, "steps": 4},
+        "ternary_search": {"begin": "0", "end": "3", "steps": 4, "num_samples": 8, "batch_size": 4},
+    },
+)
+
+PRESETS: dict[str, Preset] = {
+    **{f"digits_{method}": preset for method, preset in _digits(DIGITS8, 1500, 500, 1500).items()},
+    **{f"digits16_{method}": preset for method, preset in _digits(DIGITS16, 900, 300, 900).items()},
+    "tiny": TINY,
+}

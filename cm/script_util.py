@@ -1,0 +1,219 @@
+"""The original's helpers under their names: defaults, models from flags, schedules, argparse from dicts."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from cm.config import CmTrainConfig, EdmTrainConfig, flags_of
+from cm.karras_diffusion import KarrasDenoiser
+from cm.networks.build import TIME_SCALES, Architecture, build_network
+from cm.parsing import str2bool as _str2bool
+from cm.schedules import EmaAndScales
+
+NUM_CLASSES = 1000
+
+MODEL_AND_DIFFUSION = [
+    "sigma_min",
+    "sigma_max",
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "num_heads_upsample",
+    "num_head_channels",
+    "attention_resolutions",
+    "channel_mult",
+    "dropout",
+    "class_cond",
+    "use_checkpoint",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "use_fp16",
+    "use_new_attention_order",
+    "learn_sigma",
+    "weight_schedule",
+]
+CM_TRAIN = [
+    "teacher_model_path",
+    "teacher_dropout",
+    "training_mode",
+    "target_ema_mode",
+    "scale_mode",
+    "total_training_steps",
+    "start_ema",
+    "start_scales",
+    "end_scales",
+    "distill_steps_per_iter",
+    "loss_norm",
+]
+
+
+def _defaults(config_class: type, names: Iterable[str]) -> dict[str, Any]:
+    flags = flags_of(config_class)
+    return {name: flags[name].default for name in names}
+
+
+def cm_train_defaults() -> dict[str, Any]:
+    """Defaults of the flags that consistency training has beyond those of the model."""
+    return _defaults(CmTrainConfig, CM_TRAIN)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Defaults of the arguments of `create_model_and_diffusion`."""
+    return _defaults(EdmTrainConfig, MODEL_AND_DIFFUSION)
+
+
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    use_new_attention_order: bool,
+    weight_schedule: str,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    distillation: bool = False,
+    *,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    loss_norm: str = "lpips",
+    ode_solver: str = "heun",
+    sigma_data: float = 0.5,
+    rho: float = 7.0,
+    network: str = "adm",
+) -> tuple[nn.Module, KarrasDenoiser]:
+    """(network, diffusion) from flag values; `distillation` gives the scalings of a consistency function."""
+    model = create_model(
+        image_size,
+        num_channels,
+        num_res_blocks,
+        channel_mult=channel_mult,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+        resblock_updown=resblock_updown,
+        use_fp16=use_fp16,
+        use_new_attention_order=use_new_attention_order,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        network=network,
+    )
+    diffusion = KarrasDenoiser(
+        sigma_data=sigma_data,
+        sigma_max=sigma_max,
+        sigma_min=sigma_min,
+        rho=rho,
+        weight_schedule=weight_schedule,
+        distillation=distillation,
+        loss_norm=loss_norm,
+        ode_solver=ode_solver,
+        time_scale=TIME_SCALES[network],
+    )
+    return model, diffusion
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    *,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    network: str = "adm",
+) -> nn.Module:
+    """A network from flag values, lists as text; with class_cond, num_classes None means NUM_CLASSES."""
+    return build_network(
+        Architecture(
+            network=network,
+            image_size=image_size,
+            num_channels=num_channels,
+            num_res_blocks=num_res_blocks,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample,
+            dropout=dropout,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_fp16=use_fp16,
+            use_new_attention_order=use_new_attention_order,
+            learn_sigma=learn_sigma,
+            in_channels=in_channels,
+            num_classes=(num_classes or NUM_CLASSES) if class_cond else None,
+        )
+    )
+
+
+def create_ema_and_scales_fn(
+    target_ema_mode: str,
+    start_ema: float,
+    scale_mode: str,
+    start_scales: int,
+    end_scales: int,
+    total_steps: int,
+    distill_steps_per_iter: int,
+) -> Callable[[int], tuple[float, int]]:
+    """step -> (decay of the target network, number of grid points or, for progdist, of intervals)."""
+    return EmaAndScales(
+        target_ema_mode=target_ema_mode,
+        start_ema=start_ema,
+        scale_mode=scale_mode,
+        start_scales=start_scales,
+        end_scales=end_scales,
+        total_steps=total_steps,
+        distill_steps_per_iter=distill_steps_per_iter,
+    )
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
+    """One flag per entry, typed like its default; None counts as text, bools are written True or False."""
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The named attributes of parsed arguments."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(v: str | bool) -> bool:
+    """A bool from text such as True, no, 1; argparse reports anything else."""
+    try:
+        return _str2bool(v)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
