@@ -94,12 +94,18 @@ class DummyGenerator:
         """Standard normal tensor with the shape, type and device of `tensor`."""
         return torch.randn_like(tensor)
 
+    def set_rows(self, indices: Sequence[int]) -> None:
+        """Nothing to choose: the stream knows no samples."""
+
     def set_done_samples(self, done_samples: int) -> None:
-        """Nothing to advance: the stream knows no samples."""
+        """Nothing to advance."""
 
 
 class _ByIndex:
-    """What the generators below share: row j of a batch is sample done + rank + world_size * j."""
+    """What the generators below share: which samples of the whole run the rows of a batch are.
+
+    `set_rows` says it outright. Otherwise row j is sample done + rank + world_size * j, as in the original.
+    """
 
     def __init__(self, seed: int, rank: int | None, world_size: int | None):
         together = dist.is_available() and dist.is_initialized()
@@ -107,11 +113,26 @@ class _ByIndex:
         self.rank = rank if rank is not None else dist.get_rank() if together else 0
         self.world_size = world_size if world_size is not None else dist.get_world_size() if together else 1
         self.done_samples = 0
+        self._rows: list[int] | None = None
+
+    def set_rows(self, indices: Sequence[int]) -> None:
+        """The rows of the next draws are these samples, and what they draw begins anew."""
+        self.set_done_samples(min(indices, default=0))
+        self._rows = [int(i) for i in indices]
+
+    def set_done_samples(self, done_samples: int) -> None:
+        """The next batch begins at sample `done_samples`."""
+        self.done_samples = done_samples
+        self._rows = None
 
     def rows(self, batch: int) -> list[int]:
-        """Global sample indices of the `batch` rows of this rank."""
-        first = self.done_samples + self.rank
-        return list(range(first, first + self.world_size * batch, self.world_size))
+        """Sample indices of the `batch` rows of a draw."""
+        if self._rows is None:
+            first = self.done_samples + self.rank
+            return list(range(first, first + self.world_size * batch, self.world_size))
+        if batch != len(self._rows):
+            raise ValueError(f"a draw of {batch} rows, but {len(self._rows)} rows are set")
+        return self._rows
 
     def randn_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """Standard normal tensor with the shape, type and device of `tensor`."""
@@ -166,8 +187,8 @@ class DeterministicGenerator(_ByIndex):
         return torch.randint(low, high, shape, generator=stream, dtype=dtype, device=device)[indices]
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Advance: the next batch begins at sample `done_samples`. The stream starts anew from the seed."""
-        self.done_samples = done_samples
+        """The next batch begins at sample `done_samples`. The stream starts anew from the seed."""
+        super().set_done_samples(done_samples)
         self.set_seed(self.seed)
 
     def set_seed(self, seed: int) -> None:
@@ -216,8 +237,8 @@ class DeterministicIndividualGenerator(_ByIndex):
         )
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Advance: the next batch begins at sample `done_samples`; streams of earlier samples are dropped."""
-        self.done_samples = done_samples
+        """The next batch begins at sample `done_samples`; streams of earlier samples are dropped."""
+        super().set_done_samples(done_samples)
         self._streams = {key: g for key, g in self._streams.items() if key[1] >= done_samples}
 
     def set_seed(self, seed: int) -> None:
@@ -229,7 +250,7 @@ class DeterministicIndividualGenerator(_ByIndex):
 class IndexedGenerator(_ByIndex):
     """ "indexed": what sample i draws is a function of (seed, purpose, i, number of the draw) only.
 
-    Draws are counted from the moment the rows are set. Numbers are made on the CPU in float32 and then moved and
+    Draws are counted from where the rows are set. Numbers are made on the CPU in float32 and then moved and
     converted, so they do not depend on the device either. A call costs O(batch).
     """
 
@@ -243,18 +264,12 @@ class IndexedGenerator(_ByIndex):
     ):
         super().__init__(seed, rank, world_size)
         self.purpose = purpose
-        self._rows: list[int] | None = None
-        self._draws = 0
-
-    def set_rows(self, indices: Sequence[int]) -> None:
-        """Say which global samples the rows of the next draws are, and count draws from 0 again."""
-        self._rows = [int(i) for i in indices]
         self._draws = 0
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Advance: row j of the next batch is sample done + rank + world_size * j."""
-        self.done_samples = done_samples
-        self._rows = None
+        """The next batch begins at sample `done_samples`; draws are counted from 0 again."""
+        super().set_done_samples(done_samples)
+        self._draws = 0
 
     def skip(self) -> None:
         """Pass over one draw at no cost."""
@@ -262,15 +277,12 @@ class IndexedGenerator(_ByIndex):
 
     def _seeds(self, batch: int) -> list[int]:
         """One seed per row for the next draw."""
-        if self._rows is None:
-            self.set_rows(self.rows(batch))
-        if batch != len(self._rows):
-            raise ValueError(f"a draw of {batch} rows, but {len(self._rows)} rows are set")
+        rows = self.rows(batch)
         base = derive_seed(self.seed, self.purpose, self._draws)
         self._draws += 1
         # torch's CPU generator uses 32 bits of its seed only: hashing the index would give two of 50,000 samples
         # the same noise in one run out of four. An odd multiplier keeps the seeds of a draw distinct below 2**32.
-        return [(base + row * 0x9E3779B1) % 2**32 for row in self._rows]
+        return [(base + row * 0x9E3779B1) % 2**32 for row in rows]
 
     def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """Standard normal tensor of shape `size`; size[0] must equal the number of rows."""

@@ -125,6 +125,19 @@ def test_original_generators_advance_by_batch(kind):
     assert run(7).unique().numel() == 70
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_original_generators_take_explicit_rows(kind):
+    whole = get_generator(kind, num_samples=7, seed=2)
+    expected = torch.cat([whole.randn(7, 5), whole.randn(7, 5)], 1)
+    part = get_generator(kind, num_samples=7, seed=2)
+    for rows in ([0, 1], [2, 5], [6]):
+        part.set_rows(rows)
+        got = torch.cat([part.randn(len(rows), 5), part.randn(len(rows), 5)], 1)
+        assert torch.equal(got, expected[rows])
+    with pytest.raises(ValueError, match="2 rows, but 1"):
+        part.randn(2, 5)
+
+
 # ---- indexed ----------------------------------------------------------------------------------
 
 
