@@ -1,0 +1,20 @@
+"""Draw images from a model: an npz of uint8 images and labels, a PNG grid, and what they were drawn with.
+
+python scripts/image_sample.py --model_path RUN_OR_FILE --num_samples 64
+"""
+
+import _root  # noqa: F401
+
+from cm.cli import run_script
+from cm.config import SampleConfig
+
+
+def sample(config: SampleConfig) -> None:
+    """torch is imported here, after --help has been answered."""
+    from cm.sample_run import run_image_sample
+
+    run_image_sample(config)
+
+
+if __name__ == "__main__":
+    run_script(SampleConfig, sample)
