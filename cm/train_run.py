@@ -238,7 +238,8 @@ def announce(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> None:
     steps = trainer.total_steps or "no limit on"
     logger.log(
         f"{len(dataset)} images of {config.image_size} px, {dataset.channels} channel(s), "
-        f"{config.num_classes if config.class_cond else 'no'} classes; {parameters:,} parameters, initial weights: {init}"
+        f"{config.num_classes if config.class_cond else 'no'} classes; {parameters:,} parameters, "
+        f"initial weights: {init}"
     )
     logger.log(
         f"global batch {trainer.global_batch_size} on {dist_util.get_world_size()} process(es), {steps} steps, "

@@ -83,14 +83,16 @@ class TrainState:
 
     def load_original(self, model_path: str) -> None:
         """Go on from a run of the original repository, given its model%06d.pt; siblings are found beside it."""
-        match = _MODEL_FILE.search(model_path)
+        name = Path(model_path).name
+        match = _MODEL_FILE.search(name)
         if not match:
             raise UserError(f"--resume_checkpoint {model_path}: the name does not end in model<step>.pt")
         self.step = int(match[1])
-        folder, prefix = Path(model_path).parent, Path(model_path).name[: match.start()]
+        folder, tag = Path(model_path).parent, f"{self.step:06d}"
 
-        def find(name: str) -> Path | None:
-            path = folder / (prefix + re.sub(r"\d+\.pt$", f"{match[1]}.pt", name))
+        def find(wanted: str) -> Path | None:
+            # The file's own spelling of the step number, and what stands before "model" in its name.
+            path = folder / (name[: match.start()] + wanted.replace(f"{tag}.pt", f"{match[1]}.pt"))
             if path.is_file():
                 return path
             logger.warn(f"--resume_checkpoint: no {path}; this part starts anew from the model's weights")

@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from cm.script_util import create_model
+from cm.networks.build import Architecture, build_network
 from tests.golden_data import GoldenFile
 
 
 def golden_model(g: GoldenFile, prefix: str = "sd/") -> nn.Module:
     """The U-Net of a golden file with its stored weights, in eval mode."""
-    model = create_model(**g.config["create_model"])
+    options = dict(g.config["create_model"])
+    model = build_network(
+        Architecture(num_classes=1000 if options.pop("class_cond", False) else None, **options)
+    )
     model.load_state_dict(g.state_dict(prefix))
     return model.eval()
 
@@ -26,7 +29,7 @@ def tiny_unet(**changes) -> nn.Module:
         in_channels=1,
     )
     torch.manual_seed(0)
-    model = create_model(**{**options, **changes})
+    model = build_network(Architecture(**{**options, **changes}))
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)
