@@ -236,6 +236,11 @@ class DeterministicIndividualGenerator(_ByIndex):
             [torch.randint(low, high, shape, generator=g, dtype=dtype, device=device) for g in streams]
         )
 
+    def set_rows(self, indices: Sequence[int]) -> None:
+        """The rows of the next draws are these samples; their streams begin anew."""
+        super().set_rows(indices)
+        self._streams.clear()
+
     def set_done_samples(self, done_samples: int) -> None:
         """The next batch begins at sample `done_samples`; streams of earlier samples are dropped."""
         super().set_done_samples(done_samples)
