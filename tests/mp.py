@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import traceback
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 

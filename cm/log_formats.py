@@ -1,0 +1,215 @@
+"""Writers of log rows and messages: screen table, text, CSV, JSON lines, TensorBoard.
+
+Files are opened for each write and appended to, so that nothing is lost when the process dies and a resumed run goes
+on in the same files.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from cm.errors import UserError
+
+
+class KVWriter:
+    """Receives the values of one dump."""
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Write one row."""
+        raise NotImplementedError
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the first row whose "step" exceeds `step`, and all rows after it. Called before the first write."""
+
+    def close(self) -> None:
+        """Release what the writer holds. Most hold nothing between writes."""
+
+
+class SeqWriter:
+    """Receives messages."""
+
+    def writeseq(self, seq: list[str]) -> None:
+        """Write one message, given as its parts."""
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """A table per dump and a line per message, to an open stream or appended to a file."""
+
+    def __init__(self, filename_or_file: str | os.PathLike | IO[str]):
+        self.target = filename_or_file
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        cells = {
+            key: f"{value:.4g}" if isinstance(value, float) else str(value)
+            for key, value in sorted(kvs.items())
+        }
+        if not cells:
+            return
+        left, right = max(map(len, cells)), max(map(len, cells.values()))
+        rule = "-" * (left + right + 7)
+        rows = [f"| {key:<{left}} | {cell:<{right}} |" for key, cell in cells.items()]
+        self._write("\n".join([rule, *rows, rule]) + "\n")
+
+    def writeseq(self, seq: list[str]) -> None:
+        self._write(" ".join(seq) + "\n")
+
+    def _write(self, text: str) -> None:
+        if isinstance(self.target, (str, os.PathLike)):
+            with open(self.target, "a") as file:
+                file.write(text)
+        elif "tqdm" in sys.modules:
+            # A running progress bar is redrawn below the text instead of being torn by it.
+            sys.modules["tqdm"].tqdm.write(text, file=self.target, end="")
+            self.target.flush()
+        else:
+            self.target.write(text)
+            self.target.flush()
+
+
+class JSONOutputFormat(KVWriter):
+    """One JSON object per line, appended; numbers that are not finite become null."""
+
+    def __init__(self, filename: str | os.PathLike):
+        self.path = Path(filename)
+        _drop_torn_line(self.path)
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        row = {key: None if is_number(v) and not math.isfinite(v) else v for key, v in kvs.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = _until(lines, [_json_step(line) for line in lines], step)
+            _replace_text(self.path, "".join(kept))
+
+
+class CSVOutputFormat(KVWriter):
+    """Comma-separated values, appended. A new key becomes a new last column: the file is rewritten, no row is lost."""
+
+    def __init__(self, filename: str | os.PathLike):
+        self.path = Path(filename)
+        _drop_torn_line(self.path)
+        self.keys = self._read()[0]
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        new = [key for key in kvs if key not in self.keys]
+        if new:
+            rows = self._read()[1]
+            self.keys = self.keys + new
+            self._rewrite(rows)
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([kvs.get(key, "") for key in self.keys])
+
+    def truncate_after(self, step: int) -> None:
+        if "step" in self.keys:
+            rows = self._read()[1]
+            self._rewrite(_until(rows, [dict(zip(self.keys, row)).get("step") for row in rows], step))
+
+    def _read(self) -> tuple[list[str], list[list[str]]]:
+        if not self.path.exists():
+            return [], []
+        with open(self.path, newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        return header, rows
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.keys)
+        writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows)
+        _replace_text(self.path, text.getvalue())
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """Scalars for TensorBoard at the row's "step" (else at a running count). Needs the package tensorboard."""
+
+    def __init__(self, dir: str | os.PathLike):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "log format tensorboard needs the package tensorboard: pip install '.[tensorboard]'"
+            ) from error
+        self._open = functools.partial(SummaryWriter, os.fspath(dir))
+        self._writer = None
+        self._purge_step = None
+        self._count = 0
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        self._writer = self._writer or self._open(purge_step=self._purge_step)
+        self._count += 1
+        step = int(kvs.get("step", self._count))
+        for key, value in kvs.items():
+            if is_number(value):
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
+    "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
+    "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
+    "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
+    "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
+    "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
+}
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
+    """A writer by name (a key of FORMATS) whose files lie in the folder `ev_dir`, created when missing."""
+    if format not in FORMATS:
+        raise UserError(f"log format {format!r} is unknown; choose from {', '.join(FORMATS)}")
+    os.makedirs(ev_dir, exist_ok=True)
+    return FORMATS[format](ev_dir, log_suffix)
+
+
+def is_number(value: Any) -> bool:
+    """True for what a table, CSV or TensorBoard shows as a number."""
+    return isinstance(value, (int, float))
+
+
+def _until(rows: list, steps: list, last: int) -> list:
+    """The rows before the first whose step exceeds `last`; a row without a step belongs to the one before."""
+    for index, step in enumerate(steps):
+        with contextlib.suppress(TypeError, ValueError):
+            if float(step) > last:
+                return rows[:index]
+    return rows
+
+
+def _json_step(line: str) -> Any:
+    try:
+        return json.loads(line).get("step")
+    except json.JSONDecodeError:
+        return None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line without its line end: the process died, or the disk was full, while writing it."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
