@@ -152,7 +152,8 @@ class KarrasDenoiser:
     ) -> dict[str, Tensor]:
         """Denoising score matching: {"loss", "mse", "xs_mse"}, each (B,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        return edm_losses(self.denoiser(model), x_start, sigmas, noise, self._weight, **(model_kwargs or {}))
+        terms = edm_losses(self.denoiser(model), x_start, sigmas, noise, self._weight, **(model_kwargs or {}))
+        return {**terms, "mse": terms["loss"]}
 
     def consistency_losses(
         self,

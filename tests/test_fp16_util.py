@@ -64,7 +64,7 @@ def test_half_precision_steps_follow_fp32(precision):
     reference, half = tiny_unet(), tiny_unet()
     trainers = [
         MixedPrecisionTrainer(model=reference),
-        MixedPrecisionTrainer(model=half, precision=precision),
+        MixedPrecisionTrainer(model=half, precision=precision, initial_lg_loss_scale=8),
     ]
     moves = []
     for trainer in trainers:

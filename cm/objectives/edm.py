@@ -21,13 +21,11 @@ def edm_losses(
 ) -> dict[str, Tensor]:
     """lambda(t) mean (D(x0 + t noise; t) - x0)^2 per sample.
 
-    Returns loss = mse (weighted) and xs_mse (unweighted), each (B,).
+    Returns loss (weighted) and xs_mse (unweighted), each (B,).
     """
-    x_t = x0 + noise * append_dims(t, x0.ndim)
-    denoised = student(x_t, t, **cond)
+    denoised = student(x0 + noise * append_dims(t, x0.ndim), t, **cond)
     xs_mse = mean_flat((denoised - x0) ** 2)
-    mse = weight(t) * xs_mse
-    return {"loss": mse, "mse": mse, "xs_mse": xs_mse}
+    return {"loss": weight(t) * xs_mse, "xs_mse": xs_mse}
 
 
 class EDMObjective(Objective):
