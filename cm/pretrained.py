@@ -1,0 +1,62 @@
+"""A trained model ready for use: found, identified, loaded strictly, and put under its preconditioning."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from cm.checkpoint import check_matching
+from cm.config import ModelFlags
+from cm.denoiser import Denoiser
+from cm.derived import inherit, is_consistency, precision
+from cm.factory import choose_device, create_network, create_precond
+from cm.fp16_util import torso_dtype
+from cm.legacy import identify
+from cm.model_files import ModelFile, load_model_file
+
+ConfigType = TypeVar("ConfigType", bound=ModelFlags)
+
+
+@dataclass(frozen=True)
+class Pretrained(Generic[ConfigType]):
+    """A network with its denoiser, and the configuration completed by what the file says."""
+
+    config: ConfigType
+    file: ModelFile
+    network: nn.Module
+    denoiser: Denoiser
+    device: torch.device
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights came from, for metadata of results."""
+        return {"model_path": self.file.path, "weights": self.file.kind, "model_sha256": self.file.sha256}
+
+
+def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
+    """The model of --model_path, in eval mode on --device.
+
+    Our own checkpoints carry their configuration; of a bare state dict the shapes give the architecture, and
+    --training_mode or --preset what shapes cannot tell.
+    """
+    file = load_model_file(config.model_path, config.weights)
+    size = config.image_size if "image_size" in config.explicit else 0
+    fully_given = {"num_channels", "num_res_blocks", "image_size"} <= config.explicit
+    stored = file.config
+    if stored is None:
+        # Flags of the published command lines describe the network; without them its shapes must.
+        stored = {} if fully_given else identify(file.state, config.model_path, size)
+        if config.class_cond and "label_emb.weight" in file.state:
+            stored["num_classes"] = len(file.state["label_emb.weight"])
+    config = inherit(config, stored, config.model_path)
+    device = choose_device(config.device)
+    network = create_network(config)
+    check_matching(network, file.state, f"--model_path {file.path}")
+    network.load_state_dict(file.state)
+    if (dtype := torso_dtype(precision(config))) != torch.float32:
+        network.convert_torso(dtype)
+    network = network.to(device).eval().requires_grad_(False)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    precond = create_precond(config, consistency=is_consistency(config.training_mode))
+    return Pretrained(config, file, network, Denoiser(network, precond), device)
