@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .nn import checkpoint, conv_nd, normalization, zero_module
+from cm.nn import checkpoint, conv_nd, normalization, zero_module
 
 
 def forward_ad_attention() -> AbstractContextManager:

@@ -13,8 +13,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import AttentionBlock
-from .nn import SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
+from cm.attention import AttentionBlock
+from cm.nn import (
+    SiLU,
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 
 __all__ = [
     "AttentionBlock",
