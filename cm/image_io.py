@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm.blob import write_atomic
 from cm.errors import UserError
 
 SMALLEST_CELL = 64  # pixels: smaller images are enlarged in a grid
@@ -90,16 +91,12 @@ def save_grid(path: str | os.PathLike, images: np.ndarray | Tensor, columns: int
 
 def save_png(path: str | os.PathLike, image) -> None:
     """Write a Pillow image as PNG, all of it or nothing."""
-    partial = Path(f"{path}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    write_atomic(path, lambda file: image.save(file, format="PNG"))
 
 
 def save_json(path: str | os.PathLike, content: dict) -> None:
     """Write a dict as indented JSON, all of it or nothing."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 class SampleWriter:
