@@ -158,7 +158,7 @@ def open_dataset(
         labels: auto, folder, prefix, json or none (see `cm.data.labels.resolve`).
         class_cond: items carry {"y": label}; an error for unlabelled data.
         random_flip, random_crop: augmentations, functions of the item's seed.
-        composite: "" drops alpha; "white" or "black" paints the image over that colour.
+        composite: "drop" (or "") drops alpha; "white" or "black" paints the image over that colour.
         exif_transpose: turn images upright by their EXIF orientation (ignored by default).
         skip_unreadable: pass over damaged files instead of stopping at them.
     """

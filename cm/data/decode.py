@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
-COMPOSITES = {"": None, "white": (255, 255, 255, 255), "black": (0, 0, 0, 255)}
+COMPOSITES = {"": None, "drop": None, "white": (255, 255, 255, 255), "black": (0, 0, 0, 255)}
 # Only these decoders of Pillow run, whatever a file calls itself: others start external programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -29,7 +29,7 @@ _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 class Decoder:
     """How files become pixels.
 
-    channels: 1 (grey) or 3 (RGB). composite: "" drops alpha, "white" or "black" paints it over that colour.
+    channels: 1 (grey) or 3 (RGB). composite: "drop" (or "") drops alpha, "white" or "black" paints it over that colour.
     exif_transpose: turn the image upright first. refuse_colour: with channels 1, a colour image is an error
     (for data taken to be grey from a sample), instead of being converted.
     """
@@ -43,13 +43,13 @@ class Decoder:
         if self.channels not in (1, 3):
             raise UserError(f"channels must be 1 or 3, not {self.channels}")
         if self.composite not in COMPOSITES:
-            raise UserError(f"--composite {self.composite}: choose white or black, or leave it out")
+            raise UserError(f"--composite {self.composite}: choose drop, white or black")
 
     def __call__(self, data: "bytes | np.ndarray", name: str) -> "Image":
         """The image in mode L or RGB; UserError with `name` when it cannot be read."""
         with readable(name):
             image = _open(data)
-            if self.refuse_colour and image.mode not in _GREY_MODES:
+            if self.channels == 1 and self.refuse_colour and image.mode not in _GREY_MODES:
                 raise UserError("a colour image among grey ones; pass --in_channels 3 (or 1 to convert it)")
             if self.exif_transpose:
                 image = _upright(image)

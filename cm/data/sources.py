@@ -94,7 +94,7 @@ class ZipSource:
         with readable(path):
             members = self._archive().infolist()
             for member in members:
-                check_member(member)
+                check_member(member.filename, member.file_size)
         self.names = image_names(sorted(m.filename for m in members), path)
         self._identity = {m.filename: f"{m.filename}:{m.file_size}:{m.CRC}" for m in members}
 
@@ -240,12 +240,12 @@ def image_names(names: Sequence[str], path: str, extensions: Sequence[str] = EXT
     return images
 
 
-def check_member(member: zipfile.ZipInfo) -> None:
-    """Refuse names that leave the archive and members that unpack to more than any image."""
-    if member.filename.startswith(("/", "\\")) or ".." in member.filename.replace("\\", "/").split("/"):
-        raise UserError(f"unsafe member name {member.filename!r}")
-    if member.file_size > MAX_MEMBER_BYTES:
-        raise UserError(f"member {member.filename} unpacks to {member.file_size} bytes (decompression bomb?)")
+def check_member(name: str, size: int) -> None:
+    """Refuse an archive member whose name leaves the archive, or that unpacks to more than any image."""
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+        raise UserError(f"unsafe member name {name!r}")
+    if size > MAX_MEMBER_BYTES:
+        raise UserError(f"member {name} unpacks to {size} bytes (decompression bomb?)")
 
 
 def stored_labels(known: Labels, mode: str, where: str) -> Labels:

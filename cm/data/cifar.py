@@ -1,0 +1,149 @@
+"""CIFAR-10 archives (Krizhevsky 2009): cifar-10-python.tar.gz and cifar-10-binary.tar.gz, the 50,000 training images.
+
+The Python version is pickled. A pickle can run any code, so its few allowed objects are rebuilt by hand: no
+class or function named in the file is ever imported, and anything unexpected is refused.
+"""
+
+import pickle
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from typing import IO, Any
+
+import numpy as np
+
+from cm.errors import UserError
+
+FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+_SIDE = 32
+_IMAGE_BYTES = 3 * _SIDE * _SIDE
+_MAX_BATCH_BYTES = 64 << 20
+
+
+def read_training_set(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images (N, 32, 32, 3) uint8, labels (N,) int64 and class names from an opened archive."""
+    members = dict(_members(file))
+    python = [members[name] for name in sorted(members) if name.startswith("data_batch_") and "." not in name]
+    binary = [
+        members[name] for name in sorted(members) if name.startswith("data_batch_") and name.endswith(".bin")
+    ]
+    if python:
+        batches = [_python_batch(content) for content in python]
+        classes = _python_classes(members.get("batches.meta"))
+    elif binary:
+        batches = [_binary_batch(content) for content in binary]
+        classes = tuple(members.get("batches.meta.txt", b"").decode().split())
+    else:
+        raise UserError("holds no CIFAR-10 training batches")
+    images = np.concatenate([pixels for pixels, _ in batches])
+    labels = np.concatenate([numbers for _, numbers in batches])
+    classes = classes or tuple(str(number) for number in range(10))
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"a label is outside the {len(classes)} classes")
+    return images.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels, classes
+
+
+def _members(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """(name without folder, content) of the archive's batches and their descriptions."""
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").partition("/")
+            if (
+                not member.isfile()
+                or folder not in FOLDERS
+                or not name.startswith(("data_batch_", "batches.meta"))
+            ):
+                continue
+            if member.size > _MAX_BATCH_BYTES:
+                raise UserError(f"{member.name} unpacks to {member.size} bytes")
+            yield name, archive.extractfile(member).read()
+
+
+def _python_batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    batch = load_restricted(content)
+    pixels = batch.get(b"data") if isinstance(batch, dict) else None
+    numbers = batch.get(b"labels") if isinstance(batch, dict) else None
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise UserError("a batch is not a CIFAR-10 batch: its labels are no list of integers")
+    if not isinstance(pixels, _Array) or pixels.pixels.shape != (len(numbers), _IMAGE_BYTES):
+        raise UserError(
+            f"a batch is not a CIFAR-10 batch: its data are not {len(numbers)} rows of {_IMAGE_BYTES}"
+        )
+    return pixels.pixels, np.array(numbers, dtype=np.int64)
+
+
+def _python_classes(content: bytes | None) -> tuple[str, ...]:
+    meta = load_restricted(content) if content else {}
+    names = meta.get(b"label_names", []) if isinstance(meta, dict) else []
+    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+
+
+def _binary_batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Records of one label byte and 3072 pixel bytes, red plane first."""
+    if not content or len(content) % (1 + _IMAGE_BYTES):
+        raise UserError("a binary batch has an incomplete record")
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + _IMAGE_BYTES)
+    return records[:, 1:], records[:, 0].astype(np.int64)
+
+
+def load_restricted(content: bytes) -> Any:
+    """A pickle made of dict, list, tuple, bytes, str, numbers and uint8 arrays (`_Array`); else a UserError."""
+    try:
+        return _Unpickler(BytesIO(content), encoding="bytes").load()
+    except UserError:
+        raise
+    except Exception as error:  # pickle raises whatever the damaged bytes lead it to
+        raise UserError(f"damaged pickle ({' '.join(str(error).split())})") from error
+
+
+class _Array:
+    """Stands in for a numpy array while unpickling; `pixels` is its content."""
+
+    pixels: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, shape, dtype, fortran_order, content = state
+        if not isinstance(dtype, _Uint8) or not isinstance(content, bytes):
+            raise UserError("refused: an array in it is not uint8")
+        self.pixels = np.frombuffer(content, dtype=np.uint8).reshape(
+            shape, order="F" if fortran_order else "C"
+        )
+
+
+class _Uint8:
+    """Stands in for numpy.dtype: only 'u1' exists."""
+
+    def __init__(self, code: str | bytes, *_flags: Any):
+        if code not in ("u1", b"u1"):
+            raise UserError(f"refused: an array in it has type {code!r}, not uint8")
+
+    def __setstate__(self, state: tuple) -> None:
+        """Byte order and alignment, which mean nothing for single bytes."""
+
+
+def _empty_array(*_arguments: Any) -> _Array:
+    """Stands in for numpy's _reconstruct; the content follows in __setstate__."""
+    return _Array()
+
+
+def _latin1_bytes(text: str, encoding: str | bytes = "latin1") -> bytes:
+    """Stands in for _codecs.encode, by which Python 3 writes bytes into old pickle protocols."""
+    if encoding not in ("latin1", b"latin1"):
+        raise UserError("refused: unexpected text encoding in it")
+    return text.encode("latin1")
+
+
+_STAND_INS = {
+    ("numpy", "ndarray"): "a name that _reconstruct is given, never called",
+    ("numpy", "dtype"): _Uint8,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("_codecs", "encode"): _latin1_bytes,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise UserError(f"refused: its pickle asks for {module}.{name}")
+        return _STAND_INS[module, name]
