@@ -17,7 +17,8 @@ MODES = ("consistency_distillation", "consistency_training", "progdist")
 NETWORKS = ("adm", "ncsnpp", "ddpmpp")
 SAMPLERS = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
 WEIGHT_SCHEDULES = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
-LOSS_NORMS = ("l1", "l2", "l2-32", "lpips")
+LOSS_NORMS = ("l1", "l2", "l2-32", "linf", "lpips", "lpips-max")
+EDIT_TASKS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate")
 GENERATORS = ("indexed", "determ", "determ-indiv", "dummy")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -117,6 +118,13 @@ class ModelFlags:
         False,
         "accepted for old command lines; the order is always that of the released weights",
         result=False,
+    )
+    augment_dim: int = flag(
+        0, "augmentation labels that the network takes (ncsnpp, ddpmpp); sampling passes none"
+    )
+    time_scale: float = flag(
+        0.0,
+        "clock of the network, c_noise = time_scale * ln(sigma) / 4; 0: the architecture's own (adm 1000, others 1)",
     )
     learn_sigma: bool = flag(False, "twice the output channels; the second half is not used")
     weight_schedule: str = flag("karras", "weighting of the loss over noise levels", choices=WEIGHT_SCHEDULES)
@@ -269,7 +277,9 @@ class ConsistencyFlags:
     distill_steps_per_iter: int = flag(
         50000, "length of a stage of progdist; the last two take double", unit="steps"
     )
-    loss_norm: str = flag("lpips", "distance between images", choices=LOSS_NORMS)
+    loss_norm: str = flag(
+        "lpips", "distance between images (lpips-max: VGG with max pooling)", choices=LOSS_NORMS
+    )
     ode_solver: str = flag("heun", "one-step solver of consistency distillation", choices=("heun", "euler"))
     lpips_path: str = flag("", "folder with LPIPS weights; empty: torch's hub cache", result=False)
     lpips_size: int = flag(224, "side to which LPIPS enlarges images below 256; 0: never", unit="pixels")
@@ -289,7 +299,7 @@ class SamplingFlags:
     num_samples: int = flag(10000, "images to draw", unit="images")
     batch_size: int = flag(16, "images per batch and rank", unit="images", result=False)
     sampler: str = flag("heun", "sampler", choices=SAMPLERS)
-    s_churn: float = flag(0.0, "noise that heun, euler and dpm add back, in all")
+    s_churn: float = flag(0.0, "noise that heun and dpm add back, over all steps")
     s_tmin: float = flag(0.0, "smallest noise level with churn")
     s_tmax: float = flag(math.inf, "largest noise level with churn")
     s_noise: float = flag(1.0, "scale of churn's noise")
@@ -352,13 +362,53 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
     inception_path: str = flag("", "file or URL of the Inception weights; empty: the user cache")
 
 
-Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig
+@dataclass(frozen=True)
+class EditConfig(ModelFlags, RunFlags):
+    """Edit images with a consistency model that was not trained for it."""
+
+    task: str = flag("inpaint", "what to do; written as the first word", choices=EDIT_TASKS)
+    input: str = flag("", "image or folder of images; for superres also low-resolution ones")
+    model_path: str = flag("", "model: file or run directory")
+    weights: str = flag("", "raw, ema:RATE or target; empty: the slowest average that the file has")
+    training_mode: str = flag(
+        "consistency_distillation", "objective that the model was trained with", choices=("edm", *MODES)
+    )
+    classes: str = flag("", "labels of the input images in turn, as a list (class-conditional models)")
+    num_results: int = flag(1, "results per image", unit="images")
+    seed: int = flag(42, "seed of all noise; result i depends on (seed, image, i) only")
+    steps: int = flag(40, "points of the grid that --ts indexes; our own model files know theirs")
+    ts: str = flag("", "time points as grid indices, 0 = sigma_max; empty: four evenly over the grid")
+    sigmas: str = flag("", "noise levels, decreasing, instead of --ts; ends at sigma_min by itself")
+    clip_denoised: bool = flag(True, "clamp every prediction to [-1, 1]")
+    final_project: bool = flag(True, "replace what is known once more at the very end")
+    mask: str = flag(
+        "center:0.5",
+        "inpaint: what to generate: a picture (white), box:x,y,w,h, center:F, random:F, left or text:S",
+    )
+    factor: int = flag(8, "superres: side of the patches whose mean is known", unit="pixels")
+    sigma_start: float = flag(1.0, "stroke: noise level from which the painting is completed")
+    repeat: int = flag(1, "stroke: how often the result is completed again")
+    sigma: float = flag(0.5, "denoise: noise level of the input")
+    noisy_input: bool = flag(False, "denoise: the input carries that noise already; else it is added")
+    between: str = flag("", "interpolate: seeds or .npy files of noise (C, H, W), as a list of two or more")
+    frames: int = flag(9, "interpolate: images from one noise to the next, both included", unit="images")
+    frame_ms: int = flag(120, "interpolate: time that a frame is shown", unit="milliseconds", result=False)
+    animation: str = flag("gif", "interpolate: animation format", choices=("gif", "apng"), result=False)
+    batch_size: int = flag(16, "images per batch and rank", unit="images", result=False)
+    resize: bool = flag(False, "crop and resize images of another resolution as training does")
+    skip_unreadable: bool = flag(False, "leave out damaged images instead of stopping at the first")
+    overwrite: bool = flag(False, "replace results that are already there", result=False)
+    grid_images: int = flag(16, "images in the side-by-side grid; 0: no grid", unit="images", result=False)
+
+
+Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig | EditConfig
 
 SCRIPTS: dict[str, type[Config]] = {
     "edm_train": EdmTrainConfig,
     "cm_train": CmTrainConfig,
     "image_sample": SampleConfig,
     "ternary_search": SearchConfig,
+    "image_edit": EditConfig,
 }
 
 

@@ -102,7 +102,9 @@ def parse_ts(text: str, steps: int | None, flag: str = "ts") -> tuple[int, ...]:
     ts = parse_ints(flag, text)
     if len(ts) < 2:
         raise UserError(f"--{flag} needs at least a start and an end, got {text!r}")
-    if min(ts) < 0 or (steps is not None and max(ts) >= steps):
+    if min(ts) < 0:
+        raise UserError(f"--{flag} must not be negative, got {text!r}")
+    if steps is not None and max(ts) >= steps:
         raise UserError(f"--{flag} {text} leaves the grid of --steps {steps}: indices are 0..{steps - 1}")
     if any(b < a for a, b in pairwise(ts)):
         raise UserError(f"--{flag} must not decrease (index 0 is sigma_max), got {text!r}")

@@ -1,6 +1,6 @@
 """CIFAR-10 with NCSN++: the authors' JAX runs, unconditional, 32x32.
 
-The authors' LPIPS has max pooling here and average pooling for the larger images.
+The authors' LPIPS has max pooling here, average pooling for the larger images.
 """
 
 from cm.presets.base import Flags, Preset, Result
@@ -137,7 +137,7 @@ PRESETS: dict[str, Preset] = {
     "cifar10_edm": _edm(),
     "cifar10_cd_l1": _distillation("l1", 2e-4),
     "cifar10_cd_l2": _distillation("l2", 4e-4),
-    "cifar10_cd_lpips": _distillation("lpips", 4e-4, _results((1, 3.55, 9.48), (2, 2.93, 9.75))),
+    "cifar10_cd_lpips": _distillation("lpips-max", 4e-4, _results((1, 3.55, 9.48), (2, 2.93, 9.75))),
     "cifar10_ct": _consistency(
         {
             "training_mode": "consistency_training",
@@ -146,7 +146,7 @@ PRESETS: dict[str, Preset] = {
             "scale_mode": "progressive",
             "start_scales": 2,
             "end_scales": 150,
-            "loss_norm": "lpips",
+            "loss_norm": "lpips-max",
         },
         {"steps": 151},
         PAPER_CT,
@@ -160,11 +160,11 @@ PRESETS: dict[str, Preset] = {
             "start_ema": 0.99,
             "scale_mode": "fixed",
             "start_scales": 120,
-            "loss_norm": "lpips",
+            "loss_norm": "lpips-max",
         },
         {"steps": 120},
         {"init": "random"},
     ),
     "cifar10_pd_l2": _progdist("l2", _results((1, 8.34, 8.69), (2, 5.58, 9.05))),
-    "cifar10_pd_lpips": _progdist("lpips"),
+    "cifar10_pd_lpips": _progdist("lpips-max"),
 }

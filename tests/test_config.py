@@ -1,0 +1,442 @@
+"""Configurations: flags against the golden lists, rules, and what follows from a configuration."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+
+from cm import config as config_module
+from cm.config import (
+    SCRIPTS,
+    CmTrainConfig,
+    EdmTrainConfig,
+    SampleConfig,
+    SearchConfig,
+    config_hash,
+    flags_of,
+    resolved,
+    result_flags,
+)
+from cm.derived import (
+    global_batch,
+    inherit,
+    init_source,
+    lr_decay,
+    precision,
+    run_dir,
+    stop_step,
+    stored_config,
+)
+from cm.errors import UserError
+from cm.parsing import (
+    parse_attention,
+    parse_channel_mult,
+    parse_classes,
+    parse_sigmas,
+    parse_ts,
+    parse_weights,
+)
+from cm.validation import MINIMUM, require_inputs, validate
+from tests import golden_data
+
+RUN = [
+    "preset",
+    "variant",
+    "config",
+    "dry_run",
+    "out_dir",
+    "device",
+    "precision",
+    "deterministic",
+    "compile",
+    "channels_last",
+    "startup_timeout",
+    "step_timeout",
+]
+MODEL = [
+    "network",
+    "sigma_data",
+    "rho",
+    "in_channels",
+    "num_classes",
+    "boundary",
+    "c_out_formula",
+    "augment_dim",
+    "time_scale",
+]
+TRAIN = [
+    "labels",
+    "composite",
+    "random_crop",
+    "random_flip",
+    "skip_unreadable",
+    "num_workers",
+    "lr_schedule",
+    "lr_warmup_steps",
+    "optimizer",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "grad_clip",
+    "ema_warmup",
+    "seed",
+    "resume",
+    "resume_with_changes",
+    "keep_last",
+    "keep_every",
+    "async_save",
+    "on_save_error",
+    "max_hours",
+    "max_bad_steps",
+    "tensorboard",
+    "preview_count",
+    "preview_interval",
+]
+# Every flag that the original does not have
+ADDED = {
+    "edm_train": [*RUN, *MODEL, *TRAIN, *["p_mean", "p_std", "num_timesteps", "total_training_steps"]],
+    "cm_train": [
+        *RUN,
+        *MODEL,
+        *TRAIN,
+        *["init", "mu_formula", "ode_solver", "lpips_path", "lpips_size", "lpips_precision"],
+    ],
+    "image_sample": [
+        *RUN,
+        *MODEL,
+        *["weights", "classes", "sigmas", "overwrite", "grid_images", "grid_columns"],
+    ],
+    "ternary_search": [
+        *RUN,
+        *MODEL,
+        *["weights", "classes", "points", "coarse", "protocol", "features", "inception_path"],
+    ],
+}
+# The defaults that differ from the original's on purpose
+CHANGED = {
+    ("edm_train", "schedule_sampler"): "lognormal",
+    ("image_sample", "generator"): "indexed",
+    ("ternary_search", "generator"): "indexed",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_are_the_originals_and_the_declared_additions(script):
+    """The list of flags is frozen: names, types and defaults."""
+    golden = {row["dest"]: row for row in golden_data.json("cli_defaults")[script]}
+    flags = flags_of(SCRIPTS[script])
+    assert sorted(flags) == sorted([*golden, *ADDED[script]])
+    for name, row in golden.items():
+        assert row["flag"] == f"--{name}"
+        assert type(flags[name].default).__name__ == row["type"], name
+        expected = CHANGED.get((script, name), row["default"])
+        assert flags[name].default == (math.inf if expected == "inf" else expected), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_explains_itself(script):
+    for name, field in flags_of(SCRIPTS[script]).items():
+        assert len(field.metadata["help"]) > 5, name
+        choices = field.metadata["choices"]
+        assert not choices or field.default in choices, name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_valid_and_frozen(script):
+    config = SCRIPTS[script]()
+    validate(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.image_size = 32
+
+
+def test_every_minimum_names_a_flag():
+    names = set().union(*(flags_of(cls) for cls in SCRIPTS.values()))
+    assert set(MINIMUM) <= names
+
+
+def test_no_torch():
+    """The command line answers --help without torch."""
+    code = "import sys, cm.cli, cm.derived, cm.presets; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_choices_are_the_registries():
+    """What a flag offers is what the library has."""
+    from cm.distances import DISTANCES
+    from cm.fp16_util import PRECISIONS
+    from cm.networks.build import NETWORKS
+    from cm.objectives.consistency import SOLVERS
+    from cm.optim import OPTIMIZERS
+    from cm.random_util import GENERATORS
+    from cm.resample import SCHEDULE_SAMPLERS
+    from cm.samplers import SAMPLERS
+    from cm.schedules import LEARNING_RATES, MODES
+    from cm.train_util import TRAINING_MODES
+    from cm.weightings import WEIGHTINGS
+
+    def choices(cls, name):
+        return set(flags_of(cls)[name].metadata["choices"])
+
+    assert choices(CmTrainConfig, "loss_norm") == set(DISTANCES)
+    assert choices(CmTrainConfig, "precision") == {"", *PRECISIONS}
+    assert choices(CmTrainConfig, "network") == set(NETWORKS)
+    assert choices(CmTrainConfig, "ode_solver") == set(SOLVERS)
+    assert choices(CmTrainConfig, "optimizer") == set(OPTIMIZERS)
+    assert choices(CmTrainConfig, "lr_schedule") == {"", *LEARNING_RATES}
+    assert choices(CmTrainConfig, "training_mode") == set(TRAINING_MODES)
+    assert choices(CmTrainConfig, "weight_schedule") == set(WEIGHTINGS)
+    assert choices(CmTrainConfig, "target_ema_mode") == {target for target, _ in MODES}
+    assert choices(CmTrainConfig, "scale_mode") == {scale for _, scale in MODES}
+    assert choices(EdmTrainConfig, "schedule_sampler") == set(SCHEDULE_SAMPLERS)
+    assert choices(SampleConfig, "sampler") == set(SAMPLERS)
+    assert choices(SampleConfig, "generator") == set(GENERATORS)
+    assert choices(SampleConfig, "training_mode") == {"edm", *TRAINING_MODES}
+
+
+BAD = [
+    (EdmTrainConfig, {"image_size": 0}, "image_size"),
+    (EdmTrainConfig, {"image_size": -64}, "image_size"),
+    (EdmTrainConfig, {"image_size": 36}, "channel_mult"),
+    (EdmTrainConfig, {"image_size": 36, "channel_mult": "1,2,3,4"}, "image_size 36"),
+    (EdmTrainConfig, {"channel_mult": "1,x"}, "channel_mult"),
+    (EdmTrainConfig, {"channel_mult": "1,nan"}, "channel_mult"),
+    (EdmTrainConfig, {"channel_mult": "1,0"}, "channel_mult"),
+    (EdmTrainConfig, {"num_channels": 100}, "num_channels"),
+    (EdmTrainConfig, {"num_head_channels": 48}, "num_head_channels"),
+    (EdmTrainConfig, {"num_heads": 3}, "num_heads 3"),
+    (EdmTrainConfig, {"num_heads_upsample": 5}, "num_heads_upsample"),
+    (EdmTrainConfig, {"attention_resolutions": "24"}, "attention_resolutions"),
+    (EdmTrainConfig, {"attention_resolutions": "128"}, "attention_resolutions"),
+    (EdmTrainConfig, {"attention_resolutions": "4"}, "attention_resolutions"),
+    (EdmTrainConfig, {"in_channels": 2}, "in_channels"),
+    (EdmTrainConfig, {"sigma_min": 0.0}, "sigma_min"),
+    (EdmTrainConfig, {"sigma_min": 90.0}, "sigma_max"),
+    (EdmTrainConfig, {"sigma_max": math.inf}, "sigma_max"),
+    (EdmTrainConfig, {"lr": -1.0}, "lr"),
+    (EdmTrainConfig, {"lr": math.nan}, "lr"),
+    (EdmTrainConfig, {"dropout": 1.0}, "dropout"),
+    (EdmTrainConfig, {"global_batch_size": 0}, "global_batch_size"),
+    (EdmTrainConfig, {"batch_size": 0}, "batch_size"),
+    (EdmTrainConfig, {"microbatch": -2}, "microbatch"),
+    (EdmTrainConfig, {"ema_rate": "0.9,oops"}, "ema_rate"),
+    (EdmTrainConfig, {"ema_rate": "1.5"}, "ema_rate"),
+    (EdmTrainConfig, {"ema_rate": "0.9,0.90"}, "ema_rate"),
+    (EdmTrainConfig, {"schedule_sampler": "normal"}, "schedule_sampler"),
+    (EdmTrainConfig, {"weight_schedule": "snr2"}, "weight_schedule"),
+    (EdmTrainConfig, {"use_fp16": True, "precision": "bf16"}, "precision"),
+    (EdmTrainConfig, {"lr_schedule": "late_decay"}, "lr_schedule"),
+    (EdmTrainConfig, {"keep_every": 5}, "keep_last"),
+    (CmTrainConfig, {"training_mode": "cd"}, "training_mode"),
+    (CmTrainConfig, {"loss_norm": "l3"}, "loss_norm"),
+    (CmTrainConfig, {"target_ema_mode": "adaptive", "scale_mode": "progressive"}, "start_ema"),
+    (CmTrainConfig, {"target_ema_mode": "adaptive", "start_ema": 0.9}, "scale_mode"),
+    (CmTrainConfig, {"start_ema": 1.5}, "start_ema"),
+    (CmTrainConfig, {"start_scales": 1}, "start_scales"),
+    (CmTrainConfig, {"scale_mode": "progressive", "end_scales": 30}, "end_scales"),
+    (CmTrainConfig, {"training_mode": "progdist"}, "scale_mode"),
+    (CmTrainConfig, {"scale_mode": "progdist"}, "training_mode"),
+    (CmTrainConfig, {"training_mode": "progdist", "scale_mode": "progdist"}, "start_scales"),
+    (CmTrainConfig, {"total_training_steps": 0}, "total_training_steps"),
+    (CmTrainConfig, {"schedule_sampler": "lognormal"}, "schedule_sampler"),
+    (SampleConfig, {"num_samples": 0}, "num_samples"),
+    (SampleConfig, {"batch_size": -1}, "batch_size"),
+    (SampleConfig, {"steps": 0}, "steps"),
+    (SampleConfig, {"sampler": "ddim"}, "sampler"),
+    (SampleConfig, {"sampler": "multistep"}, "ts"),
+    (SampleConfig, {"sampler": "multistep", "ts": "0,5", "sigmas": "80,2"}, "sigmas"),
+    (SampleConfig, {"sigmas": "80,2"}, "sampler multistep"),
+    (SampleConfig, {"sampler": "multistep", "ts": "5,2,39"}, "ts"),
+    (SampleConfig, {"sampler": "multistep", "ts": "0"}, "ts"),
+    (SampleConfig, {"sampler": "multistep", "ts": "-1,39"}, "ts"),
+    (SampleConfig, {"sampler": "multistep", "ts": "0,22,40", "explicit": frozenset({"steps"})}, "steps 40"),
+    (SampleConfig, {"sampler": "multistep", "sigmas": "80,90"}, "sigmas"),
+    (SampleConfig, {"weights": "ema:fast"}, "weights"),
+    (SampleConfig, {"weights": "best"}, "weights"),
+    (SampleConfig, {"classes": "3,-1"}, "classes"),
+    (SampleConfig, {"classes": "3,10", "class_cond": True, "num_classes": 10}, "classes"),
+    (SearchConfig, {"begin": "9", "end": "9"}, "begin"),
+    (SearchConfig, {"end": "40", "explicit": frozenset({"steps"})}, "end"),
+    (SearchConfig, {"begin": "-1"}, "begin"),
+    (SearchConfig, {"begin": "0,1", "points": 3}, "begin"),
+    (SearchConfig, {"coarse": 20000}, "coarse"),
+    (SearchConfig, {"features": "digits.pt"}, "features"),
+]
+
+
+@pytest.mark.parametrize("cls, change, named", BAD, ids=[f"{c.__name__}-{k}" for c, k, _ in BAD])
+def test_bad_values_name_the_flag(cls, change, named):
+    with pytest.raises(UserError, match=f"--.*{named}") as error:
+        validate(cls(**change))
+    assert "\n" not in str(error.value)
+
+
+GOOD = [
+    (EdmTrainConfig, {"image_size": 512}),
+    (EdmTrainConfig, {"image_size": 16, "channel_mult": "0.5,1", "num_channels": 64}),
+    (EdmTrainConfig, {"image_size": 24, "channel_mult": "1,2,2"}),
+    (EdmTrainConfig, {"num_channels": 96}),
+    (EdmTrainConfig, {"attention_resolutions": ""}),
+    (CmTrainConfig, {"training_mode": "progdist", "scale_mode": "progdist", "start_scales": 1024}),
+    (SampleConfig, {"sampler": "multistep", "ts": "0,22,22,39"}),
+    (SampleConfig, {"sampler": "multistep", "ts": "0,106,200"}),
+    (SampleConfig, {"sampler": "multistep", "sigmas": "80,1.4"}),
+    (SearchConfig, {"begin": "0,5", "end": "20,30", "points": 2}),
+]
+
+
+@pytest.mark.parametrize("cls, change", GOOD, ids=[str(k) for _, k in GOOD])
+def test_good_values_pass(cls, change):
+    validate(cls(**change))
+
+
+def test_inputs_that_only_a_real_run_needs():
+    for config, named in [
+        (EdmTrainConfig(), "data_dir"),
+        (CmTrainConfig(teacher_model_path="t"), "data_dir"),
+        (CmTrainConfig(data_dir="d"), "teacher_model_path"),
+        (CmTrainConfig(data_dir="d", training_mode="consistency_training", init="teacher"), "init"),
+        (SampleConfig(), "model_path"),
+        (SearchConfig(model_path="m"), "ref_batch"),
+    ]:
+        validate(config)
+        with pytest.raises(UserError, match=named):
+            require_inputs(config)
+    require_inputs(CmTrainConfig(data_dir="d", training_mode="consistency_training"))
+
+
+def test_lists():
+    assert parse_channel_mult("", 512) == (0.5, 1, 1, 2, 2, 4, 4)
+    assert parse_channel_mult("", 64) == (1, 2, 3, 4)
+    assert parse_channel_mult("0.5,1.0", 8) == (0.5, 1)
+    assert parse_attention("32,16,8", 64, 4) == (2, 4, 8)
+    assert parse_attention("32,16,8", 256, 6) == (8, 16, 32)
+    assert parse_attention("32,16,8", 16, 3) == (1, 2)  # the default names what the network has
+    assert parse_attention("16", 16, 1) == (1,)
+    assert parse_ts("0,22,39", 40) == (0, 22, 39)
+    assert parse_sigmas("80,1.5", 0.002, 80.0) == (80.0, 1.5)
+    assert parse_classes("3,7", 10) == (3, 7)
+    assert parse_weights("ema:0.999") == ("ema", 0.999)
+    assert parse_weights("raw") == ("raw", 0.0)
+
+
+def test_resolved_is_plain_json_with_every_flag():
+    values = resolved(SampleConfig())
+    assert set(values) == set(flags_of(SampleConfig))
+    assert values["s_tmax"] == "inf"
+
+
+def test_hash_sees_what_changes_the_result():
+    base = EdmTrainConfig()
+    same = dataclasses.replace(base, num_workers=0, log_interval=1, out_dir="x", dry_run=True, max_hours=2.0)
+    assert config_hash(same) == config_hash(base)
+    assert len(config_hash(base)) == 8 and int(config_hash(base), 16) >= 0
+    for change in (
+        {"lr": 2e-4},
+        {"seed": 1},
+        {"data_dir": "d"},
+        {"precision": "bf16"},
+        {"global_batch_size": 8},
+    ):
+        assert config_hash(dataclasses.replace(base, **change)) != config_hash(base), change
+    assert "lr" in result_flags(base) and "num_workers" not in result_flags(base)
+
+
+def test_run_directory(monkeypatch):
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    config = EdmTrainConfig(preset="digits_edm")
+    assert run_dir(config) == f"runs/digits_edm-{config_hash(config)}"
+    assert run_dir(SampleConfig()) == f"runs/image_sample-{config_hash(SampleConfig())}"
+    monkeypatch.setenv("OPENAI_LOGDIR", "/logs")
+    assert run_dir(config) == "/logs"
+    assert run_dir(dataclasses.replace(config, out_dir="here")) == "here"
+
+
+def test_derived_quantities():
+    assert precision(EdmTrainConfig()) == "fp32"
+    assert precision(EdmTrainConfig(use_fp16=True)) == "fp16"
+    assert precision(EdmTrainConfig(precision="bf16")) == "bf16"
+    assert global_batch(EdmTrainConfig(), 8) == 2048
+    assert global_batch(EdmTrainConfig(batch_size=3), 8) == 24
+    assert stop_step(EdmTrainConfig()) == 0
+    assert stop_step(EdmTrainConfig(lr_anneal_steps=5)) == 5
+    assert stop_step(CmTrainConfig(lr_anneal_steps=5)) == 600000
+    assert lr_decay(EdmTrainConfig()) == ("constant", 0)
+    assert lr_decay(EdmTrainConfig(lr_anneal_steps=5)) == ("linear", 5)
+    assert lr_decay(EdmTrainConfig(lr_schedule="late_decay", total_training_steps=7)) == ("late_decay", 7)
+    pd = CmTrainConfig(training_mode="progdist", scale_mode="progdist", start_scales=8, lr_schedule="linear")
+    assert lr_decay(pd) == ("linear", 50000)
+    assert init_source(CmTrainConfig()) == "random"
+    assert init_source(CmTrainConfig(teacher_model_path="t")) == "teacher"
+    assert init_source(CmTrainConfig(teacher_model_path="t", init="random")) == "random"
+
+
+def _ct(**flags) -> CmTrainConfig:
+    return CmTrainConfig(
+        training_mode="consistency_training",
+        target_ema_mode="adaptive",
+        start_ema=0.9,
+        scale_mode="progressive",
+        start_scales=2,
+        end_scales=150,
+        image_size=32,
+        class_cond=True,
+        num_classes=10,
+        **flags,
+    )
+
+
+def test_a_checkpoint_fills_in_what_the_command_leaves_open():
+    stored = stored_config(_ct(sigma_data=0.7))
+    config = inherit(SampleConfig(num_channels=128, explicit=frozenset({"num_channels"})), stored, "run/x")
+    assert config.image_size == 32 and config.class_cond and config.sigma_data == 0.7
+    assert (config.training_mode, config.sampler, config.steps) == ("consistency_training", "onestep", 151)
+    teacher = inherit(SampleConfig(), stored_config(EdmTrainConfig(image_size=32)), "run/x")
+    assert (teacher.training_mode, teacher.sampler, teacher.steps) == ("edm", "heun", 40)
+    search = inherit(SearchConfig(), stored_config(CmTrainConfig(start_scales=18)), "run/x")
+    assert (search.begin, search.end, search.steps) == ("0", "17", 18)
+    pd = stored_config(CmTrainConfig(training_mode="progdist", scale_mode="progdist", start_scales=8))
+    assert (inherit(SampleConfig(), pd, "run/x").sampler, pd["steps"]) == ("progdist", 1)
+
+
+def test_flags_win_over_a_checkpoint_unless_they_contradict_it():
+    stored = stored_config(_ct())
+    explicit = SampleConfig(sampler="heun", steps=5, explicit=frozenset({"sampler", "steps"}))
+    assert (inherit(explicit, stored, "x").sampler, inherit(explicit, stored, "x").steps) == ("heun", 5)
+    for change, named in [
+        ({"boundary": "piecewise"}, "boundary"),
+        ({"training_mode": "edm"}, "training_mode"),
+        ({"num_heads": 2}, "num_heads"),
+    ]:
+        with pytest.raises(UserError, match=rf"--{named}.*run/x"):
+            inherit(SampleConfig(**change, explicit=frozenset(change)), stored, "run/x")
+    # The same preconditioning under another name is no contradiction.
+    cd = SampleConfig(training_mode="consistency_distillation", explicit=frozenset({"training_mode"}))
+    assert inherit(cd, stored, "run/x").training_mode == "consistency_distillation"
+
+
+def test_points_and_classes_are_checked_against_the_checkpoint():
+    stored = stored_config(_ct())
+    flags = {"sampler": "multistep", "ts": "0,75,150"}
+    assert inherit(SampleConfig(**flags, explicit=frozenset(flags)), stored, "x").steps == 151
+    with pytest.raises(UserError, match="--ts"):
+        inherit(SampleConfig(sampler="multistep", ts="0,75,151", explicit=frozenset(flags)), stored, "x")
+    with pytest.raises(UserError, match="--classes"):
+        inherit(SampleConfig(classes="10", explicit=frozenset({"classes"})), stored, "x")
+    with pytest.raises(UserError, match="--classes"):
+        inherit(SampleConfig(classes="1"), stored_config(EdmTrainConfig()), "x")
+
+
+def test_a_bare_file_needs_its_objective():
+    with pytest.raises(UserError, match="--training_mode"):
+        inherit(SampleConfig(), {"image_size": 64}, "model.pt")
+    config = SampleConfig(training_mode="edm", explicit=frozenset({"training_mode"}))
+    assert inherit(config, {"image_size": 32}, "model.pt").image_size == 32
+
+
+def test_scripts_registry_is_complete():
+    classes = [
+        c for c in vars(config_module).values() if isinstance(c, type) and c.__name__.endswith("Config")
+    ]
+    assert set(SCRIPTS.values()) == set(classes)
