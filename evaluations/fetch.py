@@ -3,34 +3,25 @@
 import hashlib
 import os
 import re
+import shutil
 import urllib.request
 from pathlib import Path
 
-from cm import dist_util
+from cm import blob, dist_util
+from cm.checkpoint import file_sha256
 from cm.errors import UserError
 
 _TIMEOUT_S = 30
-_CHUNK = 1 << 20
 
 
 def cache_dir() -> Path:
-    """`CM_CACHE_DIR`, else `consistency_models` in the user's cache folder (`XDG_CACHE_HOME` or ~/.cache)."""
+    """`CM_CACHE_DIR`, else ~/.cache/consistency-models."""
     if os.environ.get("CM_CACHE_DIR"):
         return Path(os.environ["CM_CACHE_DIR"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).expanduser() / "consistency_models"
+    return Path.home() / ".cache" / "consistency-models"
 
 
-def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_sha256(path: str | Path, expected: str = "") -> str:
+def check_sha256(path: str | Path, expected: str = "", *, name: str = "") -> str:
     """Hash of `path`; UserError when it does not begin with `expected`.
 
     Without `expected`, a name such as `weights-6726825d.pth` carries its own beginning (the convention of torch.hub),
@@ -38,28 +29,29 @@ def check_sha256(path: str | Path, expected: str = "") -> str:
     """
     path = Path(path)
     side_file = path.with_name(path.name + ".sha256")
-    named = re.search(r"-([0-9a-f]{8,64})\.(pt|pth|pkl|npz)$", path.name)
+    named = re.search(r"-([0-9a-f]{8,64})\.(pt|pth|npz)$", name or path.name)
     expected = expected or (named[1] if named else "")
     if not expected and side_file.exists():
         expected = side_file.read_text().strip()
-    found = sha256_file(path)
+    found = file_sha256(path)
     if not found.startswith(expected.lower()):
         raise UserError(
-            f"{path}: SHA-256 is {found[:16]}..., expected {expected[:16]}...; delete it and try again"
+            f"{path}: SHA-256 is {found[:16]}..., expected {expected[:16]}...: damaged or another file; delete it"
         )
     return found
 
 
 def local_copy(location: str, *, target: Path | None = None, sha256: str = "", flag: str) -> Path:
-    """A local path for a file or http(s) URL; downloads once per node into the cache.
+    """A local path for a file, an http(s) URL or a gs:// or az:// path; downloads once per node into the cache.
 
     `flag` is the option that named the file; error messages repeat it. Offline and absent: one line that says
     which file, from where, and where to put it.
     """
     if not re.match(r"https?://", location):
-        if not Path(location).is_file():
-            raise UserError(f"{flag}: no file {location}")
-        return Path(location)
+        if not blob.is_remote(location) and not os.path.exists(location):
+            raise UserError(f"{flag}: no file or folder {location}")
+        with dist_util.node_first():
+            return Path(blob.cache_locally(location))
     name = location.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     url_id = hashlib.sha256(location.encode()).hexdigest()[:8]
     target = target or cache_dir() / "downloads" / url_id / name
@@ -70,23 +62,19 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
 
 
 def _download(url: str, target: Path, sha256: str, flag: str) -> None:
+    """Fetch to a temporary name, check the hash, then rename: a file at `target` is whole."""
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as source, open(part, "wb") as sink:
-            while chunk := source.read(_CHUNK):
-                sink.write(chunk)
+            shutil.copyfileobj(source, sink, 1 << 20)
+        found = check_sha256(part, sha256, name=target.name)
         os.replace(part, target)
+        target.with_name(target.name + ".sha256").write_text(found + "\n")
     except OSError as error:  # URLError and time-outs are OSErrors
-        part.unlink(missing_ok=True)
-        reason = str(error).replace("\n", " ")
         raise UserError(
-            f"{flag}: {target.name} is not here and {url} cannot be reached ({reason}); "
+            f"{flag}: {target.name} is not here and {url} cannot be reached ({error}); "
             f"download it elsewhere and save it as {target}, or give {flag} its path"
         ) from None
-    try:
-        found = check_sha256(target, sha256)
-    except UserError:
-        target.unlink()
-        raise
-    target.with_name(target.name + ".sha256").write_text(found + "\n")
+    finally:
+        part.unlink(missing_ok=True)

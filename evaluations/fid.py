@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from cm import dist_util
 
 _ROWS = 4096  # rows converted to float64 at a time
 
@@ -54,15 +55,16 @@ class FeatureStatistics:
 
     def reduce(self) -> None:
         """Replace every rank's part by the whole; collective, a no-op in a single process."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if dist_util.get_world_size() == 1:
             return
-        sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
-        dist.all_reduce(sums)
+        sums = dist_util.all_reduce_sum(
+            torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
+        )
         total = float(sums[-1])
         mean = sums[:-1] / max(total, 1.0)
         delta = self.mean - mean
         self.m2.addr_(delta, delta, alpha=self.count)
-        dist.all_reduce(self.m2)
+        dist_util.all_reduce_sum(self.m2)
         self.mean, self.count = mean, total
 
     def covariance(self) -> Tensor:
@@ -132,7 +134,7 @@ class Interval:
 
 def bootstrap_distance(
     features: Tensor,
-    rows: range,
+    rows: Sequence[int],
     total: int,
     reference: FrechetReference,
     value: float,
@@ -140,26 +142,21 @@ def bootstrap_distance(
     replicates: int,
     seed: int = 0,
 ) -> Interval:
-    """95 % interval of the distance `value` when the `total` images are drawn again with replacement.
+    """Standard error and 95 % interval of the distance `value`, drawing the `total` images again with replacement.
 
-    `features` are this rank's rows of the set; collective over ranks, same result for any number of them. A replicate
-    repeats images and so reads too high; the basic interval 2*value - quantile removes that bias to first order.
+    `features` are this rank's `rows` of the set; collective over ranks, same result for any number of them. The
+    interval is value +- 1.96 std: it says how much another set of as many samples would differ, not how far the
+    distance of infinitely many samples is (replicates repeat images and read too high, so their mean is not used).
     """
     if replicates < 2:
         raise ValueError(f"a bootstrap needs at least 2 replicates, got {replicates}")
     values = []
     for b in range(replicates):
         drawn = np.random.default_rng([seed, b]).integers(0, total, total)
-        counts = torch.from_numpy(np.bincount(drawn, minlength=total)[rows.start : rows.stop])
+        counts = torch.from_numpy(np.bincount(drawn, minlength=total)[np.asarray(rows, np.int64)])
         stats = FeatureStatistics(features.shape[1], reference.mu.device)
         stats.update(features, counts)
         stats.reduce()
         values.append(reference.distance(stats.mean, stats.covariance()))
-    return basic_interval(values, value)
-
-
-def basic_interval(replicates: Sequence[float], value: float) -> Interval:
-    """Basic bootstrap 95 % interval around `value` (Davison and Hinkley 1997, Eq. 5.6)."""
-    low, high = np.quantile(replicates, [0.025, 0.975])
-    std = float(np.std(replicates, ddof=1))
-    return Interval(std, max(2 * value - float(high), 0.0), 2 * value - float(low), len(replicates))
+    std = float(np.std(values, ddof=1))
+    return Interval(std, max(value - 1.96 * std, 0.0), value + 1.96 * std, replicates)

@@ -1,0 +1,317 @@
+"""FID, sFID, Inception Score, precision, recall, KID and class accuracy of samples against a reference.
+
+    python -m evaluations.evaluator REF SAMPLES [SAMPLES ...]
+
+REF: an npz of images (`arr_0` uint8, N x H x W x C), of statistics (`mu, sigma, mu_s, sigma_s`, the reference batches
+of guided-diffusion), or both; or a folder or zip of images. SAMPLES: images likewise. Several files of samples, for
+example of three seeds, are reported with their mean and range. Runs in one process or under mpiexec or torchrun.
+"""
+
+import argparse
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cm
+from cm import dist_util
+from cm.errors import UserError
+from cm.image_io import save_json
+from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
+from evaluations.fetch import local_copy
+from evaluations.fid import FrechetReference, bootstrap_distance
+from evaluations.inception_score import inception_score
+from evaluations.kid import kernel_distance
+from evaluations.npz_io import ImageSet, Reference, default_json, open_images, open_reference
+from evaluations.pipeline import Extracted, extract, gather_rows, image_batches
+from evaluations.precision_recall import precision_recall
+from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol, mismatches
+
+# name -> (title, digits after the point, what it needs of the reference: "pool", "spatial", "images" or "")
+METRICS = {
+    "inception_score": ("Inception Score", 4, ""),
+    "fid": ("FID", 4, "pool"),
+    "sfid": ("sFID", 4, "spatial"),
+    "precision": ("Precision", 4, "images"),
+    "recall": ("Recall", 4, "images"),
+    "kid": ("KID", 6, "images"),
+    "accuracy": ("Accuracy", 4, ""),
+}
+_LACKS = {"spatial": "spatial statistics (mu_s, sigma_s)", "images": "images (arr_0)"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure. bootstrap: replicates of an interval of the FID, 0 for none. seed: of bootstrap and KID."""
+
+    protocol: Protocol
+    metrics: tuple[str, ...]
+    batch_size: int = 64
+    bootstrap: int = 0
+    seed: int = 0
+
+
+class Evaluator:
+    """One reference, prepared once, and any number of sets of samples. Methods are collective over ranks."""
+
+    def __init__(self, reference: Reference, network: FeatureNetwork, options: Options):
+        self.reference, self.network, self.options = reference, network, options
+        self.missing: dict[str, str] = {}  # metric -> why it cannot be had
+        wanted = [m for m in options.metrics if self._is_possible(m)]
+        self.metrics = wanted
+        needs = {METRICS[m][2] for m in wanted}
+        self.kinds = [kind for kind in ("pool", "spatial") if kind in needs]
+        gaussians = {k: pair for k, pair in reference.statistics.items() if k in self.kinds}
+        self.pool: Tensor | None = None
+        from_images = [kind for kind in self.kinds if kind not in gaussians]
+        if from_images or "images" in needs:
+            extracted = self._extract(
+                reference.images, from_images, keep="images" in needs, title="reference"
+            )
+            gaussians |= {kind: extracted.gaussian(kind) for kind in from_images}
+            if extracted.pool is not None:
+                self.pool = gather_rows(extracted.pool)
+        self.frechet = {k: self._frechet_reference(k, *pair) for k, pair in gaussians.items()}
+
+    def _is_possible(self, metric: str) -> bool:
+        need, lacks = METRICS[metric][2], ""
+        if need == "spatial" and "spatial" not in self.network.dims:
+            lacks = f"{self.network.name} has no spatial features"
+        elif (
+            need in ("pool", "spatial")
+            and need not in self.reference.statistics
+            and not self.reference.images
+        ):
+            lacks = f"{self.reference.path} has no {_LACKS[need]}"
+        elif (
+            need == "spatial"
+            and need not in self.reference.statistics
+            and "pool" in self.reference.statistics
+        ):
+            lacks = f"{self.reference.path} has no {_LACKS[need]}"  # its images are only a part of the set
+        elif need == "images" and not self.reference.images:
+            lacks = f"{self.reference.path} has no {_LACKS[need]}"
+        elif metric == "accuracy" and not self.network.classes:
+            lacks = f"{self.network.name} does not know the samples' classes"
+        if lacks:
+            self.missing[metric] = lacks
+        return not lacks
+
+    def _frechet_reference(self, kind: str, mu, sigma) -> FrechetReference:
+        if len(mu) != self.network.dims[kind]:
+            raise UserError(
+                f"{self.reference.path}: {kind} statistics have {len(mu)} dimensions, "
+                f"{self.network.name} gives {self.network.dims[kind]}"
+            )
+        return FrechetReference(mu, sigma, self.network.classifier.device)
+
+    def _extract(self, images: ImageSet, kinds: list[str], keep: bool, title: str) -> Extracted:
+        self.network.check(images.shape, images.path)
+        batches = image_batches(images, self.options.batch_size, title)
+        return extract(batches, self.network, kinds=kinds, keep=keep, source=images.path)
+
+    def measure(self, samples: ImageSet) -> dict[str, Any]:
+        """Values, intervals and what could not be measured; complete on rank 0 and the same on all ranks."""
+        missing = dict(self.missing)
+        metrics = list(self.metrics)
+        if "accuracy" in metrics and samples.labels is None:
+            missing["accuracy"] = f"{samples.path} has no labels (arr_1)"
+            metrics.remove("accuracy")
+        keep = bool(self.options.bootstrap or set(metrics) - {"fid", "sfid"})
+        extracted = self._extract(samples, self.kinds, keep, "samples")
+        values = {
+            name: self.frechet[kind].distance(*extracted.gaussian(kind))
+            for name, kind in (("fid", "pool"), ("sfid", "spatial"))
+            if name in metrics
+        }
+        intervals = {}
+        if self.options.bootstrap and "fid" in values:
+            interval = bootstrap_distance(
+                extracted.pool,
+                extracted.rows,
+                samples.shape[0],
+                self.frechet["pool"],
+                values["fid"],
+                replicates=self.options.bootstrap,
+                seed=self.options.seed,
+            )
+            intervals["fid"] = asdict(interval)
+        pool = gather_rows(extracted.pool) if keep else None
+        error = None
+        if dist_util.is_main() and pool is not None:
+            try:
+                self._measure_features(metrics, pool, samples, values, intervals)
+            except ValueError as problem:  # such as too few samples; the other ranks wait for an answer
+                error = f"{samples.path}: {problem}"
+        values, intervals, error = dist_util.broadcast_object((values, intervals, error))
+        if error:
+            raise UserError(error)
+        ordered = {name: values[name] for name in METRICS if name in values}
+        return {"metrics": ordered, "intervals": intervals, "not_measured": missing}
+
+    def _measure_features(
+        self, metrics, pool: Tensor, samples: ImageSet, values: dict, intervals: dict
+    ) -> None:
+        """What needs all pooled features at once; on rank 0."""
+        pool = pool.to(self.network.classifier.device)
+        if "inception_score" in metrics:
+            split_size = self.options.protocol.split_size
+            values["inception_score"] = inception_score(pool, self.network.classifier, split_size)
+        if "accuracy" in metrics:
+            read = (pool @ self.network.classifier.T).argmax(1).cpu().numpy()
+            values["accuracy"] = float(np.mean(read == samples.labels))
+        if self.pool is None:
+            return
+        reference = self.pool.to(pool.device)
+        if {"precision", "recall"} & set(metrics):
+            both = precision_recall(reference, pool, self.options.protocol.k)
+            values |= {m: v for m, v in zip(("precision", "recall"), both) if m in metrics}
+        if "kid" in metrics:
+            values["kid"], std = kernel_distance(reference, pool, seed=self.options.seed)
+            intervals["kid"] = {"std": std}
+
+
+def evaluate(
+    reference: Reference,
+    samples: list[ImageSet],
+    network: FeatureNetwork,
+    options: Options,
+    *,
+    strict: bool = True,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Measure each set of samples; the result is plain JSON with its provenance. Collective.
+
+    UserError when reference and samples do not follow one protocol, unless `force`; then the reasons are notes.
+    """
+    checks = [mismatches(options.protocol, reference, s, network, strict) for s in samples]
+    errors = [e for found, _ in checks for e in found]
+    if errors and not force:
+        raise UserError(f"{errors[0]}; --force True measures anyway")
+    evaluator = Evaluator(reference, network, options)
+    runs = []
+    for images, (found, notes) in zip(samples, checks):
+        run = evaluator.measure(images) | {"samples": _describe_images(images)}
+        runs.append(run | {"comparable": not (found or notes), "notes": [*found, *notes]})
+    result: dict[str, Any] = {
+        "protocol": options.protocol.describe(),
+        "features": {"name": network.name, "sha256": network.sha256, "transform": network.transform},
+        "reference": {"path": reference.path, "sha256": _on_main(reference.sha256), "meta": reference.meta}
+        | {"images": reference.images.shape[0] if reference.images else 0},
+        "options": {"batch_size": options.batch_size, "bootstrap": options.bootstrap, "seed": options.seed},
+        "versions": {"cm": cm.__version__, "torch": torch.__version__, "numpy": np.__version__}
+        | {"python": platform.python_version()},
+    }
+    if len(runs) == 1:
+        return runs[0] | result
+    return {"metrics": _mean(runs), "summary": _summary(runs), "runs": runs} | result
+
+
+def _describe_images(images: ImageSet) -> dict[str, Any]:
+    return {
+        "path": images.path,
+        "count": images.shape[0],
+        "shape": list(images.shape[1:]),
+        "sha256": _on_main(images.sha256),
+        "meta": images.meta,
+    }
+
+
+def _on_main(compute: Callable[[], str]) -> str:
+    return dist_util.broadcast_object(compute() if dist_util.is_main() else "")
+
+
+def _mean(runs: list[dict]) -> dict[str, float]:
+    return {metric: s["mean"] for metric, s in _summary(runs).items()}
+
+
+def _summary(runs: list[dict]) -> dict[str, dict[str, float]]:
+    columns = {m: [run["metrics"][m] for run in runs] for m in runs[0]["metrics"]}
+    return {
+        m: {"mean": float(np.mean(v)), "min": min(v), "max": max(v), "std": float(np.std(v, ddof=1))}
+        for m, v in columns.items()
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text for a terminal."""
+    lines = [f"protocol {result['protocol']['name']}, features {result['features']['name']}"]
+    lines[0] += f" {result['features']['sha256'][:12]}, reference {result['reference']['path']}"
+    for run in result.get("runs", [result]):
+        lines += ["", f"{run['samples']['path']}: {run['samples']['count']:,} images"]
+        for name, value in run["metrics"].items():
+            title, digits, _ = METRICS[name]
+            extra = ""
+            if interval := run["intervals"].get(name):
+                extra = f"  ± {interval['std']:.{digits}f}"
+                extra += (
+                    f"  95 % [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+                    if "low" in interval
+                    else ""
+                )
+            lines.append(f"  {title:<16}{value:>12.{digits}f}{extra}")
+        lines += [f"  {METRICS[name][0]:<16}{'-':>12}  {why}" for name, why in run["not_measured"].items()]
+        lines += [f"  note: {note}" for note in run["notes"]]
+    for name, s in result.get("summary", {}).items():
+        title, digits, _ = METRICS[name]
+        numbers = ", ".join(f"{k} {s[k]:.{digits}f}" for k in ("mean", "min", "max"))
+        lines.append(f"{title:<18}{numbers}")
+    return "\n".join(lines)
+
+
+def parse_metrics(text: str, protocol: Protocol) -> tuple[str, ...]:
+    """The metrics of a comma-separated list; "" for the protocol's, "all" for every one."""
+    names = list(METRICS) if text == "all" else [n.strip() for n in text.split(",") if n.strip()]
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"--metrics {name}: unknown; choose {', '.join(METRICS)}")
+    return tuple(names) or protocol.metrics
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags but the positional ones."""
+    parser.add_argument(
+        "--protocol", default="", choices=("", *PROTOCOLS), help="named protocol; a mismatch is an error"
+    )
+    parser.add_argument("--metrics", default="", help="comma-separated, or all; empty: the protocol's")
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, help="replicates for a 95 %% interval of the FID; 0: none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of bootstrap and KID subsets")
+    parser.add_argument("--force", nargs="?", const="True", default="False", choices=("True", "False"))
+    parser.add_argument("--out", default="", help="result JSON; empty: beside the samples")
+    add_feature_flags(parser)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reference", metavar="REF")
+    parser.add_argument("samples", metavar="SAMPLES", nargs="+")
+    add_flags(parser)
+    args = parser.parse_args()
+    dist_util.setup_dist()
+    if args.bootstrap < 0 or args.bootstrap == 1:
+        raise UserError(f"--bootstrap {args.bootstrap}: give 0 or at least 2 replicates")
+    reference = open_reference(str(local_copy(args.reference, flag="REF")))
+    samples = [open_images(str(local_copy(path, flag="SAMPLES"))) for path in args.samples]
+    wanted = "inception" if args.inception_path else args.features
+    protocol, strict = choose_protocol(args.protocol, wanted, reference)
+    network = features_from_flags(args, protocol.features)
+    metrics = parse_metrics(args.metrics, protocol)
+    options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
+    result = evaluate(reference, samples, network, options, strict=strict, force=args.force == "True")
+    if dist_util.is_main():
+        out = args.out or default_json(args.samples[0], args.reference)
+        save_json(out, result)
+        print(f"{table(result)}\n\nresult: {out}", flush=True)
+
+
+if __name__ == "__main__":
+    dist_util.run_main(main)

@@ -1,0 +1,243 @@
+"""Sets of images and reference statistics on disk.
+
+Images: an npz with `arr_0` uint8 (N, H, W, C) and optional labels `arr_1`, a folder, a zip, or a prepared store.
+They are streamed: only the batch in hand is in memory. Statistics: an npz with `mu`, `sigma` (pooled features) and
+optionally `mu_s`, `sigma_s` (spatial features) and `arr_0`, the layout of guided-diffusion's reference batches; files
+written here also carry `meta`, a JSON text that says where the numbers come from.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cm import blob
+from cm.checkpoint import file_sha256
+from cm.data.dataset import sampled_channels
+from cm.data.decode import Decoder, readable
+from cm.data.sources import Source, open_source
+from cm.data.transforms import center_crop_arr
+from cm.errors import UserError
+
+META = "meta"
+# Which arrays hold the mean and covariance of which features.
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class ImageSet(Protocol):
+    """Images of one size, read in order."""
+
+    path: str
+    shape: tuple[int, int, int, int]  # N, H, W, C
+    labels: np.ndarray | None  # (N,) int64
+    meta: dict | None
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
+        """uint8 (n, H, W, C) arrays that cover `rows` (contiguous) in order."""
+
+    def sha256(self) -> str:
+        """Hash of the content."""
+
+
+def open_images(path: str, image_size: int = 0) -> ImageSet:
+    """The images that a path is: .npz, .zip, folder or prepared store. At least 2, all of one size.
+
+    `image_size` crops and resizes as training does (ADM's centre crop); 0 takes the images as they are.
+    """
+    stream = str(path).lower().endswith(".npz") and not image_size
+    images = NpzImages(path) if stream else FileImages(path, image_size)
+    if images.shape[0] < 2:
+        raise UserError(f"{path}: holds {images.shape[0]} image; statistics need at least 2")
+    return images
+
+
+class NpzImages:
+    """`arr_0` of an npz, compressed or not, streamed from the archive."""
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        self._local = blob.cache_locally(self.path)
+        with readable(self.path), zipfile.ZipFile(self._local) as archive:
+            names = archive.namelist()
+            if "arr_0.npy" not in names:
+                found = ", ".join(sorted(n.removesuffix(".npy") for n in names)) or "nothing"
+                raise UserError(f"has no array arr_0 of images (it holds {found})")
+            with archive.open("arr_0.npy") as member:
+                shape, dtype = _npy_header(member)
+                if dtype != np.uint8:
+                    raise UserError(_wrong_type(member, shape, dtype))
+        if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+            raise UserError(f"{path}: arr_0 is {shape}; expected (N, H, W, C): transpose it to channels last")
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or 0 in shape[1:]:
+            raise UserError(f"{path}: arr_0 is {shape}; expected (N, H, W, 3), (N, H, W, 1) or (N, H, W)")
+        self.shape = shape if len(shape) == 4 else (*shape, 1)
+        with readable(self.path), np.load(self._local, allow_pickle=False) as arrays:
+            self.labels = _labels(arrays["arr_1"], shape[0]) if "arr_1" in arrays.files else None
+            self.meta = _read_meta(arrays)
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
+        size = int(np.prod(self.shape[1:]))
+        archive = zipfile.ZipFile(self._local)
+        with readable(f"{self.path}: arr_0.npy"), archive, archive.open("arr_0.npy") as member:
+            _npy_header(member)
+            member.seek(member.tell() + rows.start * size)
+            for start in range(rows.start, rows.stop, batch_size):
+                n = min(batch_size, rows.stop - start)
+                data = member.read(n * size)
+                if len(data) != n * size:
+                    raise UserError("ends early")
+                yield np.frombuffer(data, np.uint8).reshape(n, *self.shape[1:])
+
+    def sha256(self) -> str:
+        return file_sha256(self._local)
+
+
+class FileImages:
+    """A folder, zip or prepared store of images; files are grey when a sample of them is, else RGB."""
+
+    meta = None
+
+    def __init__(self, path: str, image_size: int = 0):
+        self.path = str(path)
+        self._image_size = image_size
+        self._source: Source = open_source(self.path)
+        known = self._source.labels("auto")
+        self.labels = known.indices
+        self._decode = Decoder(channels=sampled_channels(self._source))
+        self.shape = (len(self._source), *self._pixels(0).shape)
+
+    def _pixels(self, index: int) -> np.ndarray:
+        image = self._decode(self._source.read(index), self._source.name(index))
+        pixels = center_crop_arr(image, self._image_size) if self._image_size else np.asarray(image)
+        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(rows.start, rows.stop, batch_size):
+            stop = min(start + batch_size, rows.stop)
+            out = np.empty((stop - start, *self.shape[1:]), np.uint8)
+            for i in range(start, stop):
+                pixels = self._pixels(i)
+                if pixels.shape != self.shape[1:]:
+                    raise UserError(
+                        f"{self._source.name(i)} is {pixels.shape[1]}x{pixels.shape[0]}, "
+                        f"{self._source.name(0)} is {self.shape[2]}x{self.shape[1]}: all images must have one size"
+                    )
+                out[i - start] = pixels
+            yield out
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for text in self._source.identity():
+            digest.update(text.encode("utf-8", "surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: statistics, images or both. `statistics`: "pool", "spatial" -> (mu, sigma)."""
+
+    path: str
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    images: ImageSet | None
+    meta: dict | None
+
+    def sha256(self) -> str:
+        """Hash of the file, or of the images of a folder or zip."""
+        return self.images.sha256() if self.images else file_sha256(blob.cache_locally(self.path))
+
+
+def open_reference(path: str) -> Reference:
+    """A statistics npz, with or without `arr_0`, or any set of images."""
+    if not str(path).lower().endswith(".npz"):
+        return Reference(str(path), {}, open_images(path), None)
+    with readable(str(path)), np.load(blob.cache_locally(path), allow_pickle=False) as arrays:
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise UserError("is not an npz archive")
+        statistics = {
+            kind: _gaussian(arrays[mu], arrays[sigma], mu, sigma)
+            for kind, (mu, sigma) in STATISTICS.items()
+            if mu in arrays.files and sigma in arrays.files
+        }
+        has_images, meta = "arr_0" in arrays.files, _read_meta(arrays)
+        if "pool" not in statistics and not has_images:
+            raise UserError(
+                f"has neither mu and sigma nor arr_0 (it holds {', '.join(arrays.files) or 'nothing'})"
+            )
+    return Reference(str(path), statistics, open_images(path) if has_images else None, meta)
+
+
+def write_reference(
+    path: str,
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]],
+    meta: dict[str, Any],
+    images: np.ndarray | None = None,
+) -> None:
+    """Write a statistics npz, whole or not at all. `images` (n, H, W, C) uint8 become `arr_0`."""
+    arrays = {name: a for kind, pair in statistics.items() for name, a in zip(STATISTICS[kind], pair)}
+    if images is not None:
+        arrays["arr_0"] = images
+    blob.write_atomic(path, lambda file: np.savez(file, **arrays, **{META: np.array(json.dumps(meta))}))
+
+
+def default_json(samples: str, reference: str) -> Path:
+    """Where a result goes unless told otherwise: beside the samples, named after both files."""
+    place = Path(str(samples).rstrip("/"))
+    return place.parent / f"{place.stem}_vs_{Path(str(reference).rstrip('/')).stem}.json"
+
+
+def _npy_header(member) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    one = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(member)
+    if fortran and len(shape) > 1:
+        raise UserError("arr_0 is in Fortran order; save it in C order (np.ascontiguousarray)")
+    return shape, dtype
+
+
+def _wrong_type(member, shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """Why arrays that are not uint8 are refused, with the conversion that would be right for their range."""
+    if dtype.hasobject or dtype.kind not in "fiu":
+        return f"arr_0 is {dtype}; expected uint8 images"
+    count = min(int(np.prod(shape)), 1 << 20)
+    values = np.frombuffer(member.read(count * dtype.itemsize), dtype)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if dtype.kind in "iu" or high > 1:
+        advice = "x.clip(0, 255).astype(np.uint8)"
+    else:
+        scaled = "(x + 1) * 127.5" if low < 0 else "x * 255"
+        advice = f"({scaled}).clip(0, 255).astype(np.uint8)"
+    return (
+        f"arr_0 is {dtype} with values from {low:.3g} to {high:.3g}; metrics need uint8 images: save {advice}"
+    )
+
+
+def _labels(values: np.ndarray, count: int) -> np.ndarray:
+    if values.dtype.kind not in "iu" or values.shape != (count,):
+        raise UserError(f"arr_1 is {values.dtype} {values.shape}; expected integer labels ({count},)")
+    return values.astype(np.int64)
+
+
+def _gaussian(
+    mu: np.ndarray, sigma: np.ndarray, mu_name: str, sigma_name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{mu_name} {mu.shape} and {sigma_name} {sigma.shape} do not fit together")
+    if mu.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{mu_name} or {sigma_name} holds values that are not finite numbers")
+    return mu.astype(np.float64), sigma.astype(np.float64)
+
+
+def _read_meta(arrays: np.lib.npyio.NpzFile) -> dict | None:
+    if META not in arrays.files or arrays[META].dtype.kind != "U":
+        return None
+    try:
+        meta = json.loads(str(arrays[META]))
+    except ValueError as error:
+        raise UserError(f"{META} is not valid JSON ({error})") from None
+    return meta if isinstance(meta, dict) else None

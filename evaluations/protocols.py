@@ -1,0 +1,135 @@
+"""Named evaluation protocols: everything that two numbers must share to be compared.
+
+| protocol | network, resize | samples | reference | compare with |
+|---|---|---|---|---|
+| adm | Inception 2015-12-05, TensorFlow 1 bilinear | 50,000, uint8 by truncation | guided-diffusion's file | Table 2 |
+| cifar10 | the same | 50,000, uint8 by truncation | statistics of the 50,000 training images | Table 1 |
+| digits | the digit classifier, no resize | any | any | runs with the same classifier file |
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cm.errors import UserError
+from evaluations.features import FeatureNetwork
+from evaluations.npz_io import ImageSet, Reference
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """num_samples: how many images a comparable number needs, 0 for any. split_size: rows per split of the Inception
+    Score. k: neighbour of precision and recall. reference: what the samples are compared with, in words."""
+
+    name: str
+    features: str
+    num_samples: int
+    quantisation: str
+    split_size: int
+    k: int
+    metrics: tuple[str, ...]
+    reference: str
+    compare_with: str
+
+    def describe(self) -> dict[str, Any]:
+        """All fields as plain JSON."""
+        return asdict(self)
+
+
+PROTOCOLS = {
+    "adm": Protocol(
+        name="adm",
+        features="inception",
+        num_samples=50_000,
+        quantisation="truncate",
+        split_size=5000,
+        k=3,
+        metrics=("fid", "sfid", "inception_score", "precision", "recall"),
+        reference="guided-diffusion reference batch: statistics of the full set, 10,000 of its images",
+        compare_with="Table 2 of the paper (ImageNet 64x64, LSUN 256x256) and ADM's tables",
+    ),
+    "cifar10": Protocol(
+        name="cifar10",
+        features="inception",
+        num_samples=50_000,
+        quantisation="truncate",
+        split_size=5000,
+        k=3,
+        metrics=("fid", "inception_score"),
+        reference="statistics of the 50,000 training images at 32x32",
+        compare_with="Table 1 of the paper (clean-fid legacy_tensorflow against the training set)",
+    ),
+    "digits": Protocol(
+        name="digits",
+        features="digits",
+        num_samples=0,
+        quantisation="truncate",
+        split_size=5000,
+        k=3,
+        metrics=("fid", "inception_score", "precision", "recall", "accuracy"),
+        reference="any set of digits",
+        compare_with="runs that used the same classifier file and reference only",
+    ),
+}
+
+
+def choose_protocol(name: str, features: str, reference: Reference) -> tuple[Protocol, bool]:
+    """(protocol, strict): strict when asked for by name.
+
+    Without a name: the one that the reference was made for, else the first that uses the network `features`, else adm.
+    """
+    if name:
+        if name not in PROTOCOLS:
+            raise UserError(f"--protocol {name}: unknown; choose {', '.join(PROTOCOLS)}")
+        return PROTOCOLS[name], True
+    made_for = (reference.meta or {}).get("protocol", "")
+    network = features.partition("=")[0]
+    candidates = [p for p in PROTOCOLS.values() if p.features == network] or [PROTOCOLS["adm"]]
+    return PROTOCOLS.get(made_for, candidates[0]), False
+
+
+def mismatches(
+    protocol: Protocol, reference: Reference, samples: ImageSet, network: FeatureNetwork, strict: bool
+) -> tuple[list[str], list[str]]:
+    """(errors, notes): what makes the number incomparable, naming both sides; a wrong count is a note unless strict."""
+    ref_name, name = f"reference {reference.path}", f"samples {samples.path}"
+    meta, sample_meta = reference.meta or {}, samples.meta or {}
+    errors, notes = [], []
+    if network.name != protocol.features:
+        errors.append(
+            f"protocol {protocol.name} uses {protocol.features}, {name} would be measured by {network.name}"
+        )
+    if meta.get("protocol", protocol.name) != protocol.name:
+        errors.append(
+            f"{ref_name} was made for protocol {meta['protocol']}, {name} are measured by {protocol.name}"
+        )
+    if meta.get("features", network.name) != network.name:
+        errors.append(
+            f"{ref_name} holds features of {meta['features']}, {name} are measured by {network.name}"
+        )
+    elif meta.get("features_sha256", network.sha256) != network.sha256:
+        errors.append(
+            f"{ref_name} was made with {network.name} weights {meta['features_sha256'][:12]}, "
+            f"{name} are measured with {network.sha256[:12]}"
+        )
+    elif meta.get("transform", network.transform) != network.transform:
+        errors.append(f"{ref_name} used transform {meta['transform']!r}, {name} get {network.transform!r}")
+    shape = tuple(meta.get("shape") or (reference.images.shape[1:] if reference.images else ()))
+    if shape and shape[:2] != samples.shape[1:3]:
+        errors.append(
+            f"{ref_name} is {shape[0]}x{shape[1]}, {name} are {samples.shape[1]}x{samples.shape[2]}"
+        )
+    if "quantisation" in sample_meta and sample_meta["quantisation"] != protocol.quantisation:
+        errors.append(
+            f"protocol {protocol.name} wants uint8 by {protocol.quantisation}, {name} by {sample_meta['quantisation']}"
+        )
+    if protocol.num_samples and samples.shape[0] != protocol.num_samples:
+        text = (
+            f"protocol {protocol.name} of {ref_name} counts {protocol.num_samples:,} samples, "
+            f"{name} are {samples.shape[0]:,}"
+        )
+        (errors if strict else notes).append(
+            text + ("" if strict else ": not comparable with published numbers")
+        )
+    if reference.statistics and not reference.meta:
+        notes.append(f"{ref_name} does not say how it was made")
+    return errors, notes
