@@ -7,12 +7,17 @@ import _root  # noqa: F401
 
 from cm.cli import run_script
 from cm.config import SearchConfig
+from cm.errors import UserError
 
 
 def search(config: SearchConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from evaluations.search_app import run_search
-
+    try:
+        from evaluations.search_app import run_search
+    except ModuleNotFoundError as error:
+        if error.name not in ("evaluations", "evaluations.search_app"):
+            raise
+        raise UserError("the search needs the package evaluations, which is not installed") from None
     run_search(config)
 
 
