@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cm import logger
 from cm.data import open_dataset
 from cm.data.stream import TrainStream
 from cm.errors import UserError
@@ -151,12 +152,14 @@ def test_unreadable_image_is_one_clear_line(partly_damaged, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_images_can_be_skipped(partly_damaged, num_workers):
+def test_unreadable_images_can_be_skipped(partly_damaged, num_workers, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logger, "warn", warned.append)
     dataset = open_dataset(partly_damaged, image_size=8, random_flip=False, skip_unreadable=True)
     batches = TrainStream(dataset, global_batch_size=4, num_workers=num_workers, shuffle=False)
-    with pytest.warns(UserWarning, match=r"skipped an unreadable image: .*2\.png") as warned:
-        images, _ = zip(*islice(batches, 3))
-    assert len(warned) == 1 and batches.num_skipped == 3  # reported once, counted each time
+    images, _ = zip(*islice(batches, 3))
+    assert len(warned) == 1 and "skipped an unreadable image" in warned[0] and "2.png" in warned[0]
+    assert batches.num_skipped == 3  # reported once, counted each time
     red = ((images[0][:, 0, 0, 0] + 1) * 127.5).round().tolist()
     assert red == [0, 1, 3, 3]  # the next readable image stands in
 

@@ -17,6 +17,7 @@ from cm.data.decode import Decoder, readable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError
+from cm.progress import progress as progress_bar
 
 _CHUNK = 16
 _MAX_NAMES = 100
@@ -115,13 +116,11 @@ def _write_images(
     progress: bool,
 ) -> tuple[list[int], list[str], list[str]]:
     """Numbers and names of the images that were kept, and names of those that were not."""
-    from tqdm import tqdm
-
     numbers: list[int] = []
     names: list[str] = []
     skipped: list[str] = []
     converted = _convert_all(items.images, conversion, num_workers)
-    bar = tqdm(converted, total=items.total or None, desc="prepare", unit="image", disable=not progress)
+    bar = progress_bar(converted, total=items.total or None, desc="prepare", unit="image", enabled=progress)
     with closing(converted), bar:
         for number, (name, result) in enumerate(bar):
             if isinstance(result, UserError):

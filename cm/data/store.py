@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -148,7 +148,13 @@ class StoreWriter:
 
     def _save(self, name: str, array: np.ndarray) -> dict[str, Any]:
         path = f"{self._partial}/{name}"
-        blob.write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
+
+        def write(file: IO[bytes]) -> None:
+            # np.save would hide the cause of a failed write, such as a full disk
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(np.ascontiguousarray(array).data)
+
+        blob.write_atomic(path, write)
         return {"file": name, "sha256": _file_sha256(path)}
 
     def _replace(self) -> None:

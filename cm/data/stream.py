@@ -4,12 +4,12 @@ It does not depend on the number of workers or ranks, nor on where the run was r
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from cm import logger
 from cm.data.dataset import Batch, ImageData
 from cm.dist_util import local_rows
 from cm.errors import UserError
@@ -119,7 +119,7 @@ class TrainStream:
             images, labels, skipped = outcome
             self.num_skipped += len(skipped)
             for name in set(skipped) - reported:
-                warnings.warn(f"skipped an unreadable image: {name}", stacklevel=2)
+                logger.warn(f"skipped an unreadable image: {name}")
             reported.update(skipped)
             yield images, {} if labels is None else {"y": labels}
 
