@@ -1,6 +1,6 @@
 """Distances between two batches of images, as consistency losses use them.
 
-Every distance takes images a and b, (B, C, H, W) in [-1, 1], and returns (B,): fp32, or fp64 for fp64 images.
+Every distance takes images a and b, (B, C, H, W) in [-1, 1], and returns (B,) in fp32.
 """
 
 from collections.abc import Callable

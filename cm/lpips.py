@@ -78,36 +78,38 @@ class Lpips:
         self._device: torch.device | None = None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """(B,) distances of images a and b, (B, 1 or 3, H, W)."""
+        """(B,) distances in fp32 of images a and b, (B, 1 or 3, H, W)."""
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3):
             raise ValueError(
                 f"LPIPS compares two batches (B, 1 or 3, H, W), not shapes {tuple(a.shape)} and {tuple(b.shape)}"
             )
-        self.load(a.device)
-        dtype = PRECISIONS[self.options.precision]
+        if self._device != a.device:
+            self.load(a.device)
+        precision = PRECISIONS[self.options.precision]
         # Entered in fp32 too, where it switches a caller's autocast off.
-        with torch.autocast(a.device.type, dtype, enabled=dtype != torch.float32):
-            return self._network(self._prepare(a), self._prepare(b))
+        with torch.autocast(a.device.type, precision, enabled=precision != torch.float32):
+            return _compare(self._network, self._prepare(a), self._prepare(b))
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Read the weights if that has not been done yet, and keep the network on `device`.
 
-        In a distributed run all ranks must call it together: the first one of each node downloads.
+        dtype: of the weights and the comparison; fp64 serves checks of derivatives.
+
+        In a distributed run all ranks must call it together: the first one of each node downloads. Call it
+        before the distance is used inside torch.func transforms, in which no network can be built.
         """
         # Weights made in inference mode could never take part in a backward pass.
         with torch.inference_mode(False):
             if self._network is None:
                 self._network = _build(_weights_folder(self.options.path), self.average_pool)
-            if self._device != device:
-                # piq keeps these as plain tensors and would copy them to the device at each call
-                self._network.model.to(device)
-                self._network.mean = self._network.mean.to(device)
-                self._network.std = self._network.std.to(device)
-                self._network.weights = [w.to(device) for w in self._network.weights]
-                self._device = device
+            network = self._network.to(device, dtype)
+            # piq keeps these as plain tensors and would copy them at each call
+            network.mean, network.std = network.mean.to(device, dtype), network.std.to(device, dtype)
+            network.weights = [w.to(device, dtype) for w in network.weights]
+            self._device = device
 
     def _prepare(self, x: Tensor) -> Tensor:
-        x = at_least_fp32(x)
+        x = x.to(self._network.mean.dtype)
         side = min(x.shape[-2:])
         if self.options.size and side < NATIVE_SIZE:
             x = resize(x, self.options.size)
@@ -119,7 +121,7 @@ class Lpips:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Half-precision images in fp32; others as they are."""
+    """Half-precision tensors in fp32; others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -141,10 +143,10 @@ def _sources(names: list[str]) -> str:
 
 def _weights_folder(path: str) -> Path:
     """The folder of the weights files, after downloading what torch hub's cache lacks if `path` is empty."""
-    from cm.dist_util import node_first
-
     if path:
         return Path(path)
+    from cm.dist_util import node_first
+
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     with node_first():
         missing = [name for name in URLS if not (folder / name).is_file()]
@@ -188,29 +190,28 @@ def _vgg_features(path: Path) -> nn.Sequential:
     with torch.device("meta"):
         features = vgg16(weights=None).features[: int(list(FEATURES)[-1]) + 1]
     state = _read(path)
-    prefix = "features."
-    try:
-        tensors = {name: state[prefix + name].float() for name in features.state_dict()}
-        features.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{path} does not hold VGG16 of torchvision: {type(error).__name__}: {error}"
-        ) from None
+    state = state if isinstance(state, dict) else {}
+    tensors = {}
+    for name, parameter in features.state_dict().items():
+        tensor = state.get(f"features.{name}")
+        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+            raise UserError(
+                f"{path} does not hold torchvision's VGG16: no features.{name} of shape {tuple(parameter.shape)}"
+            )
+        tensors[name] = tensor.float()
+    features.load_state_dict(tensors, assign=True)
     return features.requires_grad_(False)
 
 
 def _linear_weights(path: Path) -> list[Tensor]:
     """Weights of the squared feature differences, one (1, C, 1, 1) per stage."""
     weights = _read(path)
-    try:
-        return [
-            w.float().reshape(1, channels, 1, 1)
-            for w, channels in zip(weights, FEATURES.values(), strict=True)
-        ]
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+    sizes = [w.numel() for w in weights if isinstance(w, Tensor)] if isinstance(weights, list | tuple) else []
+    if sizes != list(FEATURES.values()):
         raise UserError(
-            f"{path} does not hold the five weights of LPIPS: {type(error).__name__}: {error}"
-        ) from None
+            f"{path} does not hold the weights of LPIPS: five tensors of {list(FEATURES.values())} numbers"
+        )
+    return [w.float().reshape(1, -1, 1, 1) for w in weights]
 
 
 def _read(path: Path):
@@ -223,11 +224,21 @@ def _read(path: Path):
         ) from None
 
 
+def _compare(network: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """What piq's forward computes, without its conversion of the weights to the images' dtype.
+
+    That conversion rounds them for good when images are fp16 once, and breaks them inside torch.func.
+    """
+    differences = network.compute_distance(network.get_features(a), network.get_features(b))
+    return sum((d * w).mean(dim=(2, 3)).sum(dim=1) for d, w in zip(differences, network.weights))
+
+
 def _unit_channels(x: Tensor) -> Tensor:
     """Features of unit length over the channels.
 
     piq's form agrees to 1e-10 but has no derivative where all channels are 0.
     """
+    x = at_least_fp32(x)
     return x / torch.sqrt(x.square().sum(dim=1, keepdim=True) + 1e-20)
 
 
