@@ -1,6 +1,7 @@
 """Distances: closed forms, golden LPIPS, its weights files, precision and derivatives."""
 
 import copy
+import functools
 import shutil
 import types
 import urllib.error
@@ -13,8 +14,10 @@ from torch.testing import assert_close
 from cm import lpips
 from cm.distances import DISTANCES, make_distance
 from cm.errors import UserError
+from cm.karras_diffusion import KarrasDenoiser
 from tests import golden_data
 from tests.lpips_files import write_golden_files, write_small_files
+from tests.models import golden_model
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,25 @@ def test_lpips_golden(golden_files):
             (gradient,) = torch.autograd.grad(value.sum(), a)
             expected = g.tensor(f"raw/{case}/grad_a")
             assert_close(2 * gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("case", ["ct", "cd", "progdist"])
+def test_losses_with_lpips_golden(golden_files, case):
+    g = golden_data.load("loss_lpips")
+    student, target, teacher = (golden_model(g, f"sd_{who}/") for who in ("student", "target", "teacher"))
+    options = dict(sigma_max=80.0, sigma_min=0.002, weight_schedule="uniform", loss_norm="lpips")
+    distance = make_distance("lpips", lpips_path=golden_files)
+    diffusion = KarrasDenoiser(**options, distillation=case != "progdist", distance=distance)
+    inputs = dict(noise=g.tensor("noise"), indices=g.tensor(f"loss/{case}/indices"))
+    if case != "ct":
+        inputs |= dict(teacher_model=teacher, teacher_diffusion=KarrasDenoiser(**options))
+    if case == "progdist":
+        losses = diffusion.progdist_losses
+    else:
+        losses = functools.partial(diffusion.consistency_losses, target_model=target)
+    with torch.no_grad():
+        terms = losses(student, g.tensor("x_start"), g.config["num_scales"][case], **inputs)
+    assert_close(terms["loss"], g.tensor(f"loss/{case}/value"), rtol=1e-3, atol=0)
 
 
 def test_lpips_equals_piqs_own_class(files, monkeypatch):
