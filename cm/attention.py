@@ -69,7 +69,7 @@ class AttentionBlock(nn.Module):
     ):
         super().__init__()
         self.channels = channels
-        self.num_heads = _count_heads(channels, num_heads, num_head_channels)
+        self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
         self.qkv = conv_nd(dims, channels, 3 * channels, 1)
@@ -80,11 +80,11 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C); no copy when x is channels_last
-        tokens = qkv_attention(_pointwise(self.qkv, tokens), self.num_heads)
-        return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
+        tokens = qkv_attention(pointwise(self.qkv, tokens), self.num_heads)
+        return x + pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 
-def _pointwise(conv: nn.Module, tokens: Tensor) -> Tensor:
+def pointwise(conv: nn.Module, tokens: Tensor) -> Tensor:
     """A 1x1 convolution as a matrix product on (B, L, C): q, k and v need no transposition afterwards."""
     weight = conv.weight
     if (
@@ -94,7 +94,8 @@ def _pointwise(conv: nn.Module, tokens: Tensor) -> Tensor:
     return F.linear(tokens, weight.flatten(1), conv.bias)
 
 
-def _count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """Number of heads: channels / num_head_channels, or `num_heads` if that is -1; ValueError if uneven."""
     if num_head_channels == -1:
         if num_heads < 1 or channels % num_heads:
             raise ValueError(

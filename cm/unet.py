@@ -254,7 +254,7 @@ class Torso:
         return Upsample(channels, self.conv_resample, self.dims)
 
 
-def _divisor_of(image_size: int, channel_mult: tuple[float, ...]) -> int:
+def size_divisor(image_size: int, channel_mult: tuple[float, ...]) -> int:
     """What image sides must be divisible by; ValueError if `image_size` is not."""
     divisor = 2 ** (len(channel_mult) - 1)
     if image_size < 1 or image_size % divisor:
@@ -318,7 +318,7 @@ class UNetModel(nn.Module):
         self.num_classes = num_classes
         self.dims = dims
         self.use_fp16 = use_fp16
-        self.divisor = _divisor_of(image_size, channel_mult)
+        self.divisor = size_divisor(image_size, channel_mult)
         torso = Torso(
             widths=tuple(int(mult * model_channels) for mult in channel_mult),
             emb_channels=4 * model_channels,
