@@ -33,7 +33,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(images: np.ndarray | Tensor) -> Tensor:
     """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [-1, 1]."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+    return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pil(image: np.ndarray | Tensor):

@@ -8,6 +8,7 @@ from cm import parsing, rules
 from cm.config import (
     CmTrainConfig,
     Config,
+    EditConfig,
     EdmTrainConfig,
     LoopFlags,
     ModelFlags,
@@ -68,6 +69,11 @@ MINIMUM: dict[str, float] = {
     "grid_columns": 0,
     "points": 1,
     "coarse": 0,
+    "num_results": 1,
+    "factor": 2,
+    "repeat": 1,
+    "frames": 2,
+    "frame_ms": 1,
 }
 BELOW_ONE = ("dropout", "teacher_dropout", "beta1", "beta2")
 POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout")
@@ -91,7 +97,10 @@ def require_inputs(config: Config) -> None:
         CmTrainConfig: ("data_dir",),
         SampleConfig: ("model_path",),
         SearchConfig: ("model_path", "ref_batch"),
+        EditConfig: ("model_path", "input"),
     }[type(config)]
+    if isinstance(config, EditConfig) and config.task == "interpolate":
+        needed = ("model_path", "between")
     for name in needed:
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
@@ -224,6 +233,51 @@ def _check_search(config: SearchConfig) -> None:
         raise UserError(f"--features must be NAME=PATH, got {config.features!r}")
 
 
+# Flag of image_edit -> the tasks that read it
+EDIT_FLAGS: dict[str, tuple[str, ...]] = {
+    "mask": ("inpaint",),
+    "factor": ("superres",),
+    "sigma_start": ("stroke",),
+    "repeat": ("stroke",),
+    "sigma": ("denoise",),
+    "noisy_input": ("denoise",),
+    "between": ("interpolate",),
+    "frames": ("interpolate",),
+    "frame_ms": ("interpolate",),
+    "animation": ("interpolate",),
+    "final_project": ("inpaint", "colorize", "superres"),
+}
+
+
+def _check_edit(config: EditConfig) -> None:
+    parsing.parse_weights(config.weights)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size must be positive, got {config.batch_size}")
+    for name, tasks in EDIT_FLAGS.items():
+        if name in config.explicit and config.task not in tasks:
+            raise UserError(f"--{name} is for {' and '.join(tasks)}, not for {config.task}")
+    if config.ts and config.sigmas:
+        raise UserError("--ts and --sigmas say the same thing: give one of them")
+    for name in ("sigma_start", "sigma"):
+        level = getattr(config, name)
+        if name in config.explicit and (config.ts or config.sigmas):
+            raise UserError(f"--{name} and --ts or --sigmas both give the first noise level: give one of them")
+        if name in config.explicit and not config.sigma_min <= level <= config.sigma_max:
+            raise UserError(
+                f"--{name} {level} must lie between --sigma_min {config.sigma_min} and --sigma_max {config.sigma_max}"
+            )
+    if config.ts:
+        parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
+    if config.sigmas:
+        parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
+    if config.classes:
+        parsing.parse_classes(config.classes, config.num_classes if config.class_cond else 0)
+    if config.task == "interpolate" and config.between and "," not in config.between:
+        raise UserError(f"--between needs two seeds or files at least, got {config.between!r}")
+    if config.task == "superres" and config.image_size % config.factor and "image_size" in config.explicit:
+        raise UserError(f"--factor {config.factor} does not divide --image_size {config.image_size}")
+
+
 # Group of flags -> its rules; a configuration obeys those of every group that it has
 CHECKS: dict[type, Callable[[Any], None]] = {
     ModelFlags: _check_model,
@@ -232,4 +286,5 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     SamplingFlags: _check_sampling,
     SampleConfig: _check_sample,
     SearchConfig: _check_search,
+    EditConfig: _check_edit,
 }
