@@ -34,6 +34,7 @@ MUST_AGREE = (
     "num_heads",
     "num_heads_upsample",
     "num_head_channels",
+    "time_scale",
 )
 # How a model is sampled if the command does not say: by the objective that it was trained with
 DEFAULT_SAMPLER = {

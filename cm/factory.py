@@ -49,7 +49,7 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
 
 def create_precond(config: Config, *, consistency: bool) -> Precond:
     """Scalings of a consistency function, or EDM's, on the clock of the configured network."""
-    time_scale = TIME_SCALES[config.network]
+    time_scale = config.time_scale or TIME_SCALES[config.network]
     if not consistency:
         return EDMPrecond(config.sigma_data, time_scale)
     return boundary_precond(

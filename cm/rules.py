@@ -14,6 +14,7 @@ def check_architecture(
     num_heads: int,
     num_heads_upsample: int = -1,
     num_head_channels: int = -1,
+    augment_dim: int = 0,
 ) -> None:
     """Raise UserError where the levels do not divide the image, or heads and groups the widths of a network."""
     mult = parse_channel_mult(channel_mult, image_size)
@@ -26,6 +27,8 @@ def check_architecture(
     factors = parse_attention(attention_resolutions, image_size, len(mult))
     if network != "adm":
         return
+    if augment_dim:
+        raise UserError(f"--augment_dim {augment_dim}: --network adm takes no augmentation labels")
     widths = [int(m * num_channels) for m in mult]
     for width in widths:
         if width < 32 or width % 32:

@@ -208,7 +208,7 @@ def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: Tra
     """Load weights strictly; UserError names the first tensors that differ."""
     if file is None:
         raise UserError(f"{flag} needs --teacher_model_path")
-    for name in ("sigma_data", "network"):
+    for name in ("sigma_data", "network", "time_scale"):
         stored = (file.config or {}).get(name, getattr(config, name))
         if stored != getattr(config, name):
             raise UserError(

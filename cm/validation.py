@@ -27,6 +27,8 @@ MINIMUM: dict[str, float] = {
     "num_channels": 1,
     "num_res_blocks": 1,
     "num_heads": 1,
+    "augment_dim": 0,
+    "time_scale": 0,
     "dropout": 0,
     "teacher_dropout": 0,
     "rho": 1,
@@ -152,6 +154,7 @@ def _check_model(config: ModelFlags) -> None:
         num_heads=config.num_heads,
         num_heads_upsample=config.num_heads_upsample,
         num_head_channels=config.num_head_channels,
+        augment_dim=config.augment_dim,
     )
 
 

@@ -34,6 +34,7 @@ class Architecture:
     learn_sigma: bool = False
     in_channels: int = 3
     num_classes: int | None = None
+    augment_dim: int = 0
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -97,6 +98,7 @@ def _song_unet(
         attention_resolutions=tuple(a.image_size // factor for factor in a.attention_factors),
         dropout=a.dropout,
         num_classes=a.num_classes,
+        augment_dim=a.augment_dim,
         embedding=embedding,
         embedding_mult=embedding_mult,
         taps=taps,
@@ -133,5 +135,6 @@ def build_network(architecture: Architecture) -> nn.Module:
         num_heads=a.num_heads,
         num_heads_upsample=a.num_heads_upsample,
         num_head_channels=a.num_head_channels,
+        augment_dim=a.augment_dim,
     )
     return NETWORKS[a.network](a)
