@@ -35,7 +35,7 @@ setup(
         "lsun": ["lmdb"],
         "jax": ["msgpack"],
         "diffusers": ["diffusers", "safetensors"],
-        "test": ["pytest", "pytest-timeout"],
+        "safetensors": ["safetensors"],
         "dev": ["pytest", "pytest-timeout", "ruff"],
     },
 )

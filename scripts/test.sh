@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up an environment and run the whole test suite; arguments go to pytest.
+set -eu -o pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup_env.sh mpi quickstart lsun jax safetensors dev
+ruff format --check .
+ruff check .
+# One thread per process: the processes of multi-rank tests would otherwise wait for each other's threads.
+OMP_NUM_THREADS=1 exec python -m pytest -q -m "not perf" --durations=15 "$@"
