@@ -35,7 +35,7 @@ class ImageSet(Protocol):
     path: str
     shape: tuple[int, int, int, int]  # N, H, W, C
     labels: np.ndarray | None  # (N,) int64
-    meta: dict | None
+    meta: dict | None  # how the images were made
 
     def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
         """uint8 (n, H, W, C) arrays that cover `rows` (contiguous) in order."""
@@ -78,7 +78,7 @@ class NpzImages:
         self.shape = shape if len(shape) == 4 else (*shape, 1)
         with readable(self.path), np.load(self._local, allow_pickle=False) as arrays:
             self.labels = _labels(arrays["arr_1"], shape[0]) if "arr_1" in arrays.files else None
-            self.meta = _read_meta(arrays)
+            self.meta = _read_meta(arrays) or _read_side_file(self.path)
 
     def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
         size = int(np.prod(self.shape[1:]))
@@ -231,6 +231,18 @@ def _gaussian(
     if mu.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{mu_name} or {sigma_name} holds values that are not finite numbers")
     return mu.astype(np.float64), sigma.astype(np.float64)
+
+
+def _read_side_file(path: str) -> dict | None:
+    """The JSON that image_sample writes beside its samples; None when there is none."""
+    side_file = Path(path).with_suffix(".json")
+    if blob.is_remote(path) or not side_file.is_file():
+        return None
+    try:
+        meta = json.loads(side_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{side_file}: not valid JSON ({error})") from None
+    return meta if isinstance(meta, dict) else None
 
 
 def _read_meta(arrays: np.lib.npyio.NpzFile) -> dict | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cm import dist_util
 from cm.errors import UserError
+from cm.progress import progress
 from evaluations.features import FeatureNetwork
 from evaluations.fid import FeatureStatistics
 from evaluations.npz_io import ImageSet
@@ -61,15 +62,12 @@ def extract(
 def image_batches(images: ImageSet, batch_size: int, title: str = "") -> Iterator[tuple[range, np.ndarray]]:
     """This rank's share of a set: whole batches, so that a batch holds the same images for any number of ranks.
 
-    With a title, rank 0 shows a progress bar when it writes to a terminal.
+    With a title, rank 0 shows its progress.
     """
-    from tqdm import tqdm
-
     total = images.shape[0]
     share = dist_util.local_rows(-(-total // batch_size))
     rows = range(share.start * batch_size, min(share.stop * batch_size, total))
-    hidden = None if title and dist_util.is_main() else True  # None: only on a terminal
-    with tqdm(total=len(rows), desc=title, unit="image", disable=hidden) as bar:
+    with progress(total=len(rows), desc=title, unit="image", enabled=bool(title)) as bar:
         start = rows.start
         for batch in images.batches(rows, batch_size):
             yield range(start, start + len(batch)), batch
