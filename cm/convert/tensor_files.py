@@ -1,0 +1,50 @@
+"""Safetensors files, with our JSON meta in their header."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from cm.errors import UserError
+
+META = "cm"
+
+
+def _library():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("safetensors files need the extra `diffusers` (pip install safetensors)") from None
+    return safetensors
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
+    """(tensors, meta or None) of a safetensors file; UserError when it is damaged."""
+    library = _library()
+    try:
+        with library.safe_open(str(path), framework="pt") as file:
+            meta = (file.metadata() or {}).get(META)
+            return {name: file.get_tensor(name) for name in file.keys()}, meta and json.loads(meta)
+    except (OSError, ValueError, library.SafetensorError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is not a readable safetensors file ({first[:120]})") from None
+
+
+def write_safetensors(path: str | Path, state: dict[str, Tensor], meta: dict | None = None) -> None:
+    """Write tensors and JSON meta to one file, by way of a temporary one."""
+    temporary = Path(f"{path}.tmp")
+    header = {"format": "pt"} | ({META: json.dumps(meta)} if meta else {})
+    try:
+        _library().torch.save_file(
+            {n: t.detach().cpu().contiguous() for n, t in state.items()}, temporary, header
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file starts like one: the length of a JSON header, then the header."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32

@@ -1,0 +1,48 @@
+"""Convert a checkpoint: any kind in, --to KIND out. The input's kind is found by its content.
+
+In: checkpoints and run directories of this framework, original .pt files, EDM pickles, JAX CIFAR-10 checkpoints,
+diffusers folders, safetensors. Out: cm (weights with their configuration), legacy (a bare state dict), safetensors,
+diffusers (a folder for ConsistencyModelPipeline).
+
+python scripts/convert_checkpoint.py checkpoint_80 cd_cifar10.pt --preset cifar10_cd_lpips
+"""
+
+import argparse
+
+import _root  # noqa: F401
+
+KINDS = ("cm", "legacy", "safetensors", "diffusers")
+MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", help="file or folder to read")
+    p.add_argument("target", help="file or folder to write")
+    p.add_argument("--to", choices=KINDS, default="cm", help="what to write (default cm)")
+    p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
+    p.add_argument("--training_mode", choices=MODES, default="", help="objective, where the file tells none")
+    p.add_argument("--steps", type=int, default=0, help="points of its noise grid, where the file tells none")
+    p.add_argument("--image_size", type=int, default=0, help="where tensor shapes do not tell it [pixels]")
+    p.add_argument("--weights", default="", help="of several networks: ema (default), raw, target")
+    p.add_argument(
+        "--qkv_order", choices=("legacy", "new"), default="legacy", help="of guided-diffusion files"
+    )
+    return p
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Convert, and say in one line what was done."""
+    from cm.convert.formats import Source, convert, known_flags
+
+    known = known_flags(flags.preset, training_mode=flags.training_mode, steps=flags.steps)
+    source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
+    print(convert(source, flags.target, flags.to, known))
+
+
+if __name__ == "__main__":
+    parsed = parser().parse_args()
+    from cm.dist_util import run_main
+
+    run_main(lambda: main(parsed))
