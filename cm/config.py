@@ -349,15 +349,19 @@ class SampleConfig(SamplingFlags, ModelFlags, RunFlags):
 class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
     """Search the time points of multistep sampling that minimise FID."""
 
-    begin: str = flag("0", "first grid index of the search; a list gives one per point")
-    end: str = flag("39", "last grid index of the search; a list gives one per point")
+    begin: str = flag(
+        "0", "time points before the searched one, as grid indices; it lies at the last or beyond"
+    )
+    end: str = flag(
+        "39", "time points after the searched one, as grid indices; it lies at the first or before"
+    )
     training_mode: str = flag(
         "consistency_distillation", "objective that the model was trained with", choices=("edm", *MODES)
     )
     ref_batch: str = flag("", "reference statistics or images (npz)")
     points: int = flag(1, "time points to search, one after the other")
     coarse: int = flag(0, "images per candidate in a first, coarse search; 0: none", unit="images")
-    protocol: str = flag("adm", "evaluation protocol", choices=("adm", "cifar10"))
+    protocol: str = flag("adm", "evaluation protocol", choices=("adm", "cifar10", "digits"))
     features: str = flag("", "NAME=PATH of another feature network; empty: the protocol's")
     inception_path: str = flag("", "file or URL of the Inception weights; empty: the user cache")
 

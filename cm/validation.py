@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from cm import parsing, rules
@@ -216,20 +217,18 @@ def _check_sample(config: SampleConfig) -> None:
 
 
 def _check_search(config: SearchConfig) -> None:
-    ranges = [parsing.parse_ints(name, getattr(config, name)) for name in ("begin", "end")]
-    for name, values in zip(("begin", "end"), ranges):
-        if len(values) not in (1, config.points):
-            raise UserError(f"--{name} lists {len(values)} indices for --points {config.points}")
+    begin, end = (parsing.parse_ints(name, getattr(config, name)) for name in ("begin", "end"))
+    for name, values in (("begin", begin), ("end", end)):
         # As for --ts: a grid that the command does not give comes from the model file.
         if min(values) < 0 or ("steps" in config.explicit and max(values) >= config.steps):
             raise UserError(
                 f"--{name} {','.join(map(str, values))} leaves the grid of --steps {config.steps}: "
                 f"indices are 0..{config.steps - 1}"
             )
-    begins, ends = (v * config.points if len(v) == 1 else v for v in ranges)
-    for begin, end in zip(begins, ends):
-        if begin >= end:
-            raise UserError(f"--begin {begin} must be smaller than --end {end}")
+    if begin[-1] >= end[0] or any(a > b for a, b in pairwise((*begin, *end))):
+        raise UserError(
+            f"--begin {config.begin} must be smaller than --end {config.end}, and neither may decrease"
+        )
     if config.coarse > config.num_samples:
         raise UserError(f"--coarse {config.coarse} must not be above --num_samples {config.num_samples}")
     if config.features and "=" not in config.features:
@@ -264,7 +263,9 @@ def _check_edit(config: EditConfig) -> None:
     for name in ("sigma_start", "sigma"):
         level = getattr(config, name)
         if name in config.explicit and (config.ts or config.sigmas):
-            raise UserError(f"--{name} and --ts or --sigmas both give the first noise level: give one of them")
+            raise UserError(
+                f"--{name} and --ts or --sigmas both give the first noise level: give one of them"
+            )
         if name in config.explicit and not config.sigma_min <= level <= config.sigma_max:
             raise UserError(
                 f"--{name} {level} must lie between --sigma_min {config.sigma_min} and --sigma_max {config.sigma_max}"

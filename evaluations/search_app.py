@@ -57,22 +57,24 @@ class Interval:
 def parse_interval(begin: str, end: str, steps: int) -> Interval:
     """`--begin` and `--end` as in the original: lists of the time points before and after the one that is searched.
 
-    The search runs from the last of `begin` to the first of `end`. A single number that is not an end of the grid
-    0..steps-1 narrows the interval and adds no time point.
+    The search runs from the last of `begin` to the first of `end`.
     """
-    before, after = (list(parse_ints(name, text)) for name, text in (("begin", begin), ("end", end)))
+    before, after = (parse_ints(name, text) for name, text in (("begin", begin), ("end", end)))
     lo, hi = before[-1], after[0]
-    if not all(0 <= p < steps for p in (*before, *after)):
+    # A single number that is no end of the grid narrows the interval and adds no time point.
+    before = (0,) if len(before) == 1 else before
+    after = (steps - 1,) if len(after) == 1 else after
+    if before[0] != 0 or after[-1] != steps - 1:
+        raise UserError(
+            f"--begin {begin} must start with 0 and --end {end} end with {steps - 1}, of --steps {steps}"
+        )
+    if lo >= hi or list((*before, *after)) != sorted((*before, *after)):
+        raise UserError(f"--begin {begin} must be smaller than --end {end}, and neither may decrease")
+    if not 0 <= lo < hi < steps:
         raise UserError(
             f"--begin {begin} and --end {end} must lie on the grid 0..{steps - 1} of --steps {steps}"
         )
-    if lo >= hi:
-        raise UserError(f"--begin {begin} must be smaller than --end {end}")
-    before = before if before[0] == 0 else [0, *before[:-1]]
-    after = after if after[-1] == steps - 1 else [*after[1:], steps - 1]
-    if before != sorted(before) or after != sorted(after):
-        raise UserError(f"--begin {begin} and --end {end} must not decrease")
-    return Interval(tuple(before), tuple(after), lo, hi)
+    return Interval(before, after, lo, hi)
 
 
 @dataclass(frozen=True)

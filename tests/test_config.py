@@ -259,7 +259,7 @@ BAD = [
     (SearchConfig, {"begin": "9", "end": "9"}, "begin"),
     (SearchConfig, {"end": "40", "explicit": frozenset({"steps"})}, "end"),
     (SearchConfig, {"begin": "-1"}, "begin"),
-    (SearchConfig, {"begin": "0,1", "points": 3}, "begin"),
+    (SearchConfig, {"begin": "5,1"}, "begin"),
     (SearchConfig, {"coarse": 20000}, "coarse"),
     (SearchConfig, {"features": "digits.pt"}, "features"),
 ]
@@ -282,7 +282,7 @@ GOOD = [
     (SampleConfig, {"sampler": "multistep", "ts": "0,22,22,39"}),
     (SampleConfig, {"sampler": "multistep", "ts": "0,106,200"}),
     (SampleConfig, {"sampler": "multistep", "sigmas": "80,1.4"}),
-    (SearchConfig, {"begin": "0,5", "end": "20,30", "points": 2}),
+    (SearchConfig, {"begin": "0,5", "end": "20,39", "points": 2}),
 ]
 
 
