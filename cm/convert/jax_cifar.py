@@ -115,6 +115,8 @@ def from_flax(path: str, weights: str = "ema") -> tuple[State, Config]:
     weights: which of its networks, ema, raw or target. UserError unless every array has its place in NCSN++ or
     DDPM++ for 32x32 images with attention at 16x16.
     """
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights {weights}: {path} can have {', '.join(WEIGHTS)}")
     tree = read_flax(path)
     if not isinstance(tree.get(WEIGHTS[weights]), dict):
         raise UserError(f"{path} has no {WEIGHTS[weights]}; it has {', '.join(map(str, tree))}")
