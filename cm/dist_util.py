@@ -23,9 +23,12 @@ T = TypeVar("T")
 
 # Parameters are broadcast in flat pieces of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
+# How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.
+JOIN_TIMEOUT = 600.0
 # How long a failing rank waits for the others to fail too before it ends the job (seconds). A rank that
 # leaves by sys.exit(code) did so on purpose, so the others may still have something to write.
 ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
+POLL_INTERVAL = 0.02
 
 _place = launch.Launch()
 _store: dist.Store | None = None
@@ -41,6 +44,8 @@ def setup_dist(timeout: float = 1800.0) -> None:
     if dist.is_initialized():
         return
     store = _join(timeout)
+    if store is not None:
+        store.set_timeout(datetime.timedelta(seconds=timeout))
     local_rank, local_world = _place.local_rank, _place.local_world_size
     gpus = torch.cuda.device_count()
     if gpus:
@@ -68,6 +73,12 @@ def _join(timeout: float) -> dist.Store | None:
         if _place.world_size > 1:
             _place, _store = launch.connect(_place, datetime.timedelta(seconds=timeout))
     return _store
+
+
+def set_timeout(seconds: float) -> None:
+    """Change the time after which a collective that has not finished is an error. All ranks call it."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
 
 def cleanup() -> None:
@@ -103,6 +114,11 @@ def get_local_rank() -> int:
 def is_main() -> bool:
     """True on the rank that prints and writes. Right even before `setup_dist`, by the launcher's variables."""
     return (dist.get_rank() if dist.is_initialized() else launch.detect().rank) == 0
+
+
+def backend_name() -> str:
+    """What the ranks talk through: "gloo" or "cpu:gloo,cuda:nccl"; "none" without a process group."""
+    return str(dist.get_backend_config()) if dist.is_initialized() else "none"
 
 
 def barrier() -> None:
@@ -194,17 +210,32 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a program's main function and end the whole job in an orderly way, whatever happens.
+    """Run a program's main function and end the whole job in an orderly way, whatever happens. All ranks call it.
 
     - UserError: the line `error: ...`, once for the job, and exit code 2;
     - SystemExit: its code is kept;
     - any other exception on any rank: one traceback, exit code 1, and all ranks end even when they wait for each other.
     """
     try:
+        # Before anything can fail: an error must be able to reach the other ranks.
+        _join(JOIN_TIMEOUT)
         main()
         cleanup()
     except BaseException as error:
-        _end_job(error)
+        code, text = _verdict(error)
+        if _store is None:
+            # One process; or no way to reach the others, for a reason that all ranks of a node share.
+            if launch.detect().local_rank == 0:
+                _write_error(text)
+            raise SystemExit(code) from None
+        if code != 0:
+            _end_job(code, text, patient=isinstance(error, SystemExit))
+        cleanup()
+    if _store is not None:
+        with contextlib.suppress(RuntimeError, OSError):
+            _store.add("cm/ended", 1)
+        if _keeps_store():
+            _all_ended(EXIT_GRACE)
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
@@ -217,44 +248,30 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return 1, f"{error.code}\n"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted\n"
-    where = f"rank {launch.detect().rank} of {launch.detect().world_size} failed:\n"
-    return 1, (where if launch.detect().world_size > 1 else "") + "".join(traceback.format_exception(error))
+    where = f"rank {_place.rank} of {_place.world_size} failed:\n" if _place.world_size > 1 else ""
+    return 1, where + "".join(traceback.format_exception(error))
 
 
-def _end_job(error: BaseException) -> NoReturn:
-    """Report an exception once for all ranks, then end them all.
+def _end_job(code: int, text: str, patient: bool) -> NoReturn:
+    """Report an exception once for all ranks, then end them all with the same code.
 
     The ranks agree through the job's key-value store: a collective would hang where the others are busy. The first
     rank that reports an error prints it: what other ranks meet later mostly follows from it.
     """
-    code, text = _verdict(error)
-    if launch.detect().world_size == 1 or (code == 0 and isinstance(error, SystemExit)):
-        cleanup()
-        _write_error(text)
-        raise SystemExit(code) from None
+    grace = EXIT_GRACE if patient else ERROR_GRACE
     try:
-        # An error before setup_dist, such as a wrong flag: meet the others here, mostly with the same error.
-        store = _join(20.0)
-    except Exception:
-        # No launcher or MPI library to rely on: an error of the installation, the same for all ranks of a node.
-        if launch.detect().local_rank == 0:
+        if _store.add("cm/failed", 1) == 1:
             _write_error(text)
-        raise SystemExit(code) from None
-
-    grace = ERROR_GRACE
-    if isinstance(error, SystemExit):
-        grace = EXIT_GRACE
-        cleanup()
-    try:
-        if store.add("cm/failed", 1) == 1:
-            _write_error(text)
-            store.set("cm/code", str(code))
+            _store.set("cm/code", str(code))
         else:
-            code = int(store.get("cm/code"))
-            grace += 2.0
+            code = int(_store.get("cm/code"))
+            grace += 2.0  # the first rank is the one to end the job
+        _store.add("cm/ended", 1)
     except (RuntimeError, OSError):  # rank 0, which keeps the store, is gone
         _write_error(text)
-    if _all_failed(store, grace):
+    if patient:
+        cleanup()
+    if _all_ended(grace):
         raise SystemExit(code) from None
     sys.stdout.flush()
     if _place.kind == "mpi":
@@ -263,18 +280,25 @@ def _end_job(error: BaseException) -> NoReturn:
     os._exit(code)
 
 
-def _all_failed(store: dist.Store, grace: float) -> bool:
-    """Wait at most `grace` seconds until every rank has reported an error."""
+def _all_ended(grace: float) -> bool:
+    """Wait at most `grace` seconds until every rank has finished or failed."""
     deadline = time.monotonic() + grace
     try:
-        while store.add("cm/failed", 0) < _place.world_size:
+        while _store.add("cm/ended", 0) < _place.world_size:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.02)
+            time.sleep(POLL_INTERVAL)
+        if _keeps_store():
+            time.sleep(5 * POLL_INTERVAL)  # until the others have asked for the last time
     except (RuntimeError, OSError):
-        # The rank that keeps the store has ended, which it does only when all have failed or the job is lost.
+        # The rank that keeps the store has gone, which it does only when all have ended or the job is lost.
         return False
     return True
+
+
+def _keeps_store() -> bool:
+    """Whether the store ends with this process. Under torchrun another process has it; MPI ends all ranks together."""
+    return _place.kind == "slurm" and _place.rank == 0
 
 
 def _write_error(text: str) -> None:

@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
+from multiprocessing import reduction
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -33,27 +35,27 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
 
 
-def run_ranks(target: str, world_size: int, *args, timeout: float = 60.0, env: dict | None = None) -> list:
+def run_ranks(
+    target: str,
+    world_size: int,
+    *args,
+    timeout: float = 60.0,
+    env: dict | None = None,
+    without: Sequence[str] = (),
+) -> list:
     """Run `module:function`(*args) on `world_size` gloo ranks after `setup_dist`; the results in rank order.
 
-    Arguments and results travel by pickle. The first exception of a rank ends all ranks and is raised here with the
-    rank's traceback; so is a rank that dies (its exit code) and the time-out (the ranks that had not finished).
+    `env` adds variables to the ranks' environment, `without` removes some. Arguments and results travel by pickle.
+    The first exception of a rank ends all ranks and is raised here with the rank's traceback; so is a rank that dies
+    (its exit code) and the time-out (the ranks that had not finished).
     """
-    store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
-    common = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store above serves; no rank opens the port itself
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-    }
+    _listening, environments = torchrun_like(world_size)
     pipes, processes = {}, []
-    for rank in range(world_size):
+    for rank, own in enumerate(environments):
         ours, theirs = _context.Pipe()
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _context.Process(target=_rank_main, args=(target, args, own, timeout, theirs))
+        own = {**own, **(env or {}), **dict.fromkeys(without)}
+        arguments = (target, args, own, timeout, theirs)
+        process = _context.Process(target=_rank_main, args=arguments)
         process.start()
         theirs.close()
         pipes[ours] = rank
@@ -64,6 +66,63 @@ def run_ranks(target: str, world_size: int, *args, timeout: float = 60.0, env: d
         for process in processes:
             process.kill()
             process.join()
+
+
+def torchrun_like(world_size: int) -> tuple[dist.TCPStore, list[dict]]:
+    """A listening store and, for each rank, the environment that torchrun would give it."""
+    store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens the port itself
+        "OMP_NUM_THREADS": "1",
+    }
+    return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_programs(target: str, environments: list[dict], timeout: float = 30.0) -> tuple[list[int], str]:
+    """Run `module:function`() through `run_main`, one process per environment: exit codes, and what all printed.
+
+    Forked like `run_ranks`, but the ranks end as under a launcher that leaves them alone. A rank that does not end
+    in time has exit code -9.
+    """
+    with tempfile.TemporaryFile() as output:
+        arguments = [(target, environment, reduction.DupFd(output.fileno())) for environment in environments]
+        processes = [_context.Process(target=_program_main, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        output.seek(0)
+        return [process.exitcode for process in processes], output.read().decode()
+
+
+def _program_main(target: str, env: dict, output) -> None:
+    descriptor = output.detach()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    _set_environment(env)
+    from cm import dist_util
+
+    dist_util.run_main(_function(target))
+
+
+def _set_environment(env: dict) -> None:
+    for name, value in env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _function(target: str):
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _collect(pipes: dict, processes: list, deadline: float) -> list:
@@ -87,13 +146,12 @@ def _collect(pipes: dict, processes: list, deadline: float) -> list:
 
 
 def _rank_main(target: str, args: tuple, env: dict, timeout: float, pipe) -> None:
-    os.environ.update(env)
+    _set_environment(env)
     from cm import dist_util
 
     try:
         dist_util.setup_dist(timeout=timeout)
-        module, function = target.split(":")
-        outcome = (True, getattr(importlib.import_module(module), function)(*args))
+        outcome = (True, _function(target)(*args))
     except BaseException:
         outcome = (False, traceback.format_exc())
     pipe.send(outcome)
@@ -118,7 +176,7 @@ def launch(
     With `check`, a non-zero exit code raises an AssertionError that shows both.
     """
     command = [*_launcher(launcher, n), *map(str, argv)]
-    kept = {k: v for k, v in os.environ.items() if not _is_launchers(k)}
+    kept = {k: v for k, v in os.environ.items() if not is_launcher_variable(k)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Files, not pipes: a grandchild that outlives the launcher would keep a pipe open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -162,7 +220,7 @@ def _launcher(name: str, n: int) -> list[str]:
     raise ValueError(f"unknown launcher {name!r}")
 
 
-def _is_launchers(name: str) -> bool:
+def is_launcher_variable(name: str) -> bool:
     return name in LAUNCHER_NAMES or name.startswith(LAUNCHER_PREFIXES)
 
 
