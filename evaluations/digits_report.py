@@ -30,7 +30,7 @@ TITLES = {
     "ct_onestep": "CT, one step",
     "ct_twostep": "CT, two steps",
 }
-PICTURE_ROWS = 4
+PICTURE_ROWS, PICTURE_COLUMNS, TITLE_HEIGHT = 2, 20, 26
 METRICS = ("accuracy", "fid")
 
 
@@ -73,15 +73,23 @@ def table(rows: list[Row]) -> str:
 
 
 def picture(run: Path):
-    """The first samples of every set, one block of rows each, all from the same noise and labels."""
-    blocks, captions = [], []
-    columns = 20
+    """The first samples of every set under their titles, all from the same noise and labels."""
+    from PIL import Image, ImageDraw
+
+    blocks = []
     for name, title in TITLES.items():
         for path in sorted((run / "samples" / name).glob("samples_*.npz"))[-1:]:
             with np.load(path, allow_pickle=False) as arrays:
-                blocks.append(arrays["arr_0"][: columns * PICTURE_ROWS])
-            captions += [title] + [""] * (len(blocks[-1]) - 1)
-    return make_grid(np.concatenate(blocks), columns, captions=captions)
+                images = arrays["arr_0"][: PICTURE_COLUMNS * PICTURE_ROWS]
+            blocks.append((title, make_grid(images, PICTURE_COLUMNS, scale=max(1, 48 // images.shape[1]))))
+    width, height = blocks[0][1].size
+    page = Image.new("RGB", (width, (height + TITLE_HEIGHT) * len(blocks)), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (title, grid) in enumerate(blocks):
+        top = k * (height + TITLE_HEIGHT)
+        draw.text((4, top + 6), title, fill="black", font_size=14)
+        page.paste(grid, (0, top + TITLE_HEIGHT))
+    return page
 
 
 def main() -> None:
