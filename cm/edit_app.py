@@ -24,6 +24,7 @@ from cm.image_io import from_uint8, save_grid, save_json, save_png, to_pil, to_u
 from cm.masks import known_mask
 from cm.parsing import parse_classes, parse_sigmas, parse_ts
 from cm.pretrained import Pretrained, load_pretrained
+from cm.progress import progress
 from cm.random_util import IndexedGenerator, derive_seed
 from cm.samplers import clamped, ts_to_sigmas
 
@@ -136,9 +137,10 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     prepare_output(
         directory, [result_name(n, i) for n in source.names for i in range(c.num_results)], c.overwrite
     )
-    mine = source.load(range(dist_util.get_rank(), len(source.names), dist_util.get_world_size()))
+    rows = range(dist_util.get_rank(), len(source.names), dist_util.get_world_size())
+    mine = source.load(rows)
     shown, done = [], []
-    for edited in edit_all(model, mine, edit, sigmas):
+    for edited in progress(edit_all(model, mine, edit, sigmas), total=len(rows), desc=c.task, unit="image"):
         for i, image in enumerate(edited.results):
             save_png(directory / result_name(edited.name, i), to_pil(image))
         done.append(edited.index)
@@ -301,7 +303,9 @@ def edit_batch(
     known = images if edit is None else edit.measure(images)
     noise = generator.randn_like(images) if not c.noisy_input else torch.zeros_like(images)
     x = known + float(sigmas[0]) * noise
-    picture = x if c.task == "denoise" else images if edit is None else edit.picture(images)
+    picture = (
+        x if c.task == "denoise" else known
+    )  # unknown pixels are mid-grey: black would hide on dark images
     for _ in range(c.repeat):
         images = edit_images(
             denoise,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.image_io import SampleWriter, to_uint8
+from cm.progress import progress as progress_bar
 from cm.random_util import IndexedGenerator, SampleGenerator
 
 # (number of samples, labels (n,) int64 on the CPU or None) -> images (n, C, H, W) in [-1, 1]
@@ -125,15 +126,13 @@ def generate(
     writer: open on rank 0, None on the others. Returns on rank 0 the first `keep` images as uint8 (for a grid).
     All ranks must call it, with the same arguments but for the writer.
     """
-    from tqdm import tqdm
-
     together = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     place = {"rank": rank, "world_size": world_size}
     size = {"num_samples": num_samples, "batch_size": batch_size}
     batches = local_batches(sample_batch, generator=generator, labels=labels, **size, **place)
     kept = torch.empty(0, *image_shape, dtype=torch.uint8)
-    with tqdm(total=num_samples, unit="image", disable=not progress or rank > 0) as bar:
+    with progress_bar(total=num_samples, desc="samples", unit="image", enabled=progress) as bar:
         for rows, images in in_order(batches, image_shape=image_shape, **size, **place):
             if writer is not None:
                 writer.write(images, labels(rows) if labels else None)
