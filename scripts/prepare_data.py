@@ -7,55 +7,55 @@ cifar-10-python.tar.gz, cifar-10-binary.tar.gz, and `digits` or `digits_rgb` (sc
 import argparse
 import json
 import os
-import sys
-from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root  # noqa: F401
 
 from cm.parsing import str2bool
 
+# flag -> (default, help); the type is the default's
+FLAGS = {
+    "image_size": (64, "side of the stored images [pixels]"),
+    "labels": ("auto", "classes from: auto, folder, prefix, json, none"),
+    "in_channels": (0, "1 or 3; 0: from the data"),
+    "transform": ("adm-center-crop", "adm-center-crop or box-center-crop (LSUN)"),
+    "composite": ("drop", "transparent pixels: drop alpha, or over white, black"),
+    "exif_transpose": (False, "turn images upright by EXIF"),
+    "limit": (0, "prepare this many images only; 0: all"),
+    "skip_unreadable": (False, "leave out damaged images"),
+    "overwrite": (False, "replace an earlier prepared set"),
+    "seed": (0, "of the ink colours of digits_rgb"),
+    "num_workers": (os.cpu_count() or 1, "processes"),
+}
+SHOWN = (
+    "count",
+    "num_classes",
+    "classes",
+    "resolution",
+    "channels",
+    "transform",
+    "source",
+    "skipped",
+    "sha256",
+)
 
-class _Parser(argparse.ArgumentParser):
+
+class Parser(argparse.ArgumentParser):
     """Its errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of this script."""
-    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", help="what to read, local or remote (gs://, az://)")
-    p.add_argument("out", help="folder to write")
-    p.add_argument(
-        "--image_size", type=int, default=64, help="side of the stored images [pixels] (default 64)"
-    )
-    p.add_argument(
-        "--labels", default="auto", help="classes from: auto, folder, prefix, json, none (default auto)"
-    )
-    p.add_argument("--in_channels", type=int, default=0, help="1 or 3; 0: from the data (default 0)")
-    p.add_argument(
-        "--transform", default="adm-center-crop", help="adm-center-crop (default) or box-center-crop (LSUN)"
-    )
-    p.add_argument(
-        "--composite", default="drop", help="transparent pixels: drop alpha (default), or over white, black"
-    )
-    p.add_argument(
-        "--exif_transpose", type=str2bool, default=False, help="turn images upright by EXIF (default False)"
-    )
-    p.add_argument("--limit", type=int, default=0, help="prepare this many images only; 0: all (default 0)")
-    p.add_argument(
-        "--skip_unreadable", type=str2bool, default=False, help="leave out damaged images (default False)"
-    )
-    p.add_argument(
-        "--overwrite", type=str2bool, default=False, help="replace an earlier prepared set (default False)"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the ink colours of digits_rgb (default 0)")
-    p.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
-    return p
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="what to read, local or remote (gs://, az://)")
+    parser.add_argument("out", help="folder to write")
+    for name, (default, text) in FLAGS.items():
+        kind = str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")
+    return parser.parse_args()
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -63,22 +63,11 @@ def main(flags: argparse.Namespace) -> None:
     from cm.data.prepare import prepare
 
     manifest = prepare(**vars(flags), progress=True)
-    shown = (
-        "count",
-        "num_classes",
-        "classes",
-        "resolution",
-        "channels",
-        "transform",
-        "source",
-        "skipped",
-        "sha256",
-    )
-    print(f"{flags.out}: {json.dumps({key: manifest[key] for key in shown})}")
+    print(f"{flags.out}: {json.dumps({key: manifest[key] for key in SHOWN})}")
 
 
 if __name__ == "__main__":
-    parsed = parser().parse_args()
+    parsed = parse_flags()
     from cm.dist_util import run_main
 
     run_main(lambda: main(parsed))
