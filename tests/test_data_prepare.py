@@ -471,7 +471,7 @@ def test_command_lines(folder, tmp_path, monkeypatch, capsys):
 
 def test_help_is_fast_and_complete():
     code = (
-        "import runpy, sys\n"
+        "import runpy, sys\nsys.path.insert(0, 'scripts')\n"
         "sys.argv = ['prepare_data.py', '--help']\n"
         "try: runpy.run_path('scripts/prepare_data.py', run_name='__main__')\n"
         "finally: assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
