@@ -32,7 +32,7 @@ class Protocol:
 
     def describe(self) -> dict[str, Any]:
         """All fields as plain JSON."""
-        return asdict(self)
+        return {**asdict(self), "metrics": list(self.metrics)}
 
 
 PROTOCOLS = {

@@ -39,6 +39,22 @@ def test_frechet_equals_golden(case, swap):
     assert value >= 0
 
 
+def distance_of_few(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of small sets without a d x d matrix: tr (S1 S2)^(1/2) is a nuclear norm of centred rows."""
+    x, y = a - a.mean(0), b - b.mean(0)
+    traces = np.square(x).sum() / (len(x) - 1) + np.square(y).sum() / (len(y) - 1)
+    nuclear = np.linalg.svd(x @ y.T, compute_uv=False).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + traces - 2 * nuclear)
+
+
+def test_fewer_images_than_dimensions():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((6, 150)), rng.standard_normal((9, 150)) * 2 + 1
+    sides = [(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b)]
+    assert frechet_distance(*sides[0], *sides[1]) == pytest.approx(distance_of_few(a, b), rel=1e-8)
+    assert frechet_distance(*sides[0], *sides[0]) == pytest.approx(0, abs=1e-6)
+
+
 def test_frechet_refuses_what_does_not_fit():
     eye = torch.eye(2)
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
