@@ -13,7 +13,10 @@ from typing import Any
 
 from cm.parsing import DEFAULT_ATTENTION
 
-MODES = ("consistency_distillation", "consistency_training", "progdist")
+CONTINUOUS_MODES = ("continuous_distillation", "continuous_training")
+# Objectives whose models are consistency functions
+CONSISTENCY_MODES = ("consistency_distillation", "consistency_training", *CONTINUOUS_MODES)
+MODES = (*CONSISTENCY_MODES, "progdist")
 NETWORKS = ("adm", "ncsnpp", "ddpmpp")
 SAMPLERS = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
 WEIGHT_SCHEDULES = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
@@ -272,13 +275,18 @@ class ConsistencyFlags:
         "grid points: --start_scales, N(k), or halving intervals",
         choices=("fixed", "progressive", "progdist"),
     )
-    start_scales: int = flag(40, "grid points N, s0 of N(k), or first number of intervals of progdist")
+    start_scales: int = flag(
+        40, "grid points N, s0 of N(k), or first number of intervals of progdist; continuous: of its samples"
+    )
     end_scales: int = flag(40, "s1 of N(k)")
     distill_steps_per_iter: int = flag(
         50000, "length of a stage of progdist; the last two take double", unit="steps"
     )
     loss_norm: str = flag(
         "lpips", "distance between images (lpips-max: VGG with max pooling)", choices=LOSS_NORMS
+    )
+    stop_grad: bool = flag(
+        True, "continuous: hold the derivative along the trajectory constant; False: distillation only"
     )
     ode_solver: str = flag("heun", "one-step solver of consistency distillation", choices=("heun", "euler"))
     lpips_path: str = flag("", "folder with LPIPS weights; empty: torch's hub cache", result=False)

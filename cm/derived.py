@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cm.config import (
+    CONSISTENCY_MODES,
     CmTrainConfig,
     Config,
     EdmTrainConfig,
@@ -42,6 +43,8 @@ DEFAULT_SAMPLER = {
     "consistency_distillation": "onestep",
     "consistency_training": "onestep",
     "progdist": "progdist",
+    "continuous_distillation": "onestep",
+    "continuous_training": "onestep",
 }
 
 
@@ -52,7 +55,7 @@ def precision(config: Config) -> str:
 
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
-    return training_mode in ("consistency_distillation", "consistency_training")
+    return training_mode in CONSISTENCY_MODES
 
 
 def global_batch(config: TrainConfig, world_size: int) -> int:

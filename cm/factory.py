@@ -10,7 +10,14 @@ from cm.derived import is_consistency, lr_decay, precision
 from cm.distances import make_distance
 from cm.errors import UserError
 from cm.networks.build import TIME_SCALES, Architecture, build_network
-from cm.objectives import ConsistencyObjective, EDMObjective, Grid, Objective, ProgressiveObjective
+from cm.objectives import (
+    ConsistencyObjective,
+    ContinuousObjective,
+    EDMObjective,
+    Grid,
+    Objective,
+    ProgressiveObjective,
+)
 from cm.objectives.consistency import Distance, Weight
 from cm.precond import EDMPrecond, Precond, boundary_precond
 from cm.resample import (
@@ -133,6 +140,17 @@ def _progressive(config: CmTrainConfig) -> Objective:
     )
 
 
+def _continuous(config: CmTrainConfig, distillation: bool) -> Objective:
+    return ContinuousObjective(
+        config.loss_norm,
+        create_distance(config),
+        create_weight(config),
+        grid=_grid(config),
+        distillation=distillation,
+        stop_grad=config.stop_grad,
+    )
+
+
 def _grid(config: Config) -> Grid:
     return Grid(config.sigma_min, config.sigma_max, config.rho)
 
@@ -142,6 +160,8 @@ OBJECTIVES = {
     "consistency_distillation": lambda c: _consistency(c, distillation=True),
     "consistency_training": lambda c: _consistency(c, distillation=False),
     "progdist": _progressive,
+    "continuous_distillation": lambda c: _continuous(c, distillation=True),
+    "continuous_training": lambda c: _continuous(c, distillation=False),
 }
 
 

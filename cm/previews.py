@@ -49,7 +49,8 @@ class Preview:
             steps = min(trainer.objective.num_scales(max(trainer.state.step - 1, 0)), MAX_PROGDIST_STEPS)
             yield f"progdist{steps}", self._draw(trainer, "progdist", steps=steps)
         else:
-            scales = trainer.objective.num_scales(trainer.state.step)
+            # Continuous-time objectives have no grid of their own.
+            scales = trainer.objective.num_scales(trainer.state.step) or c.start_scales
             middle = max(round(0.6 * (scales - 1)), min(1, scales - 1))
             yield "onestep", self._draw(trainer, "onestep", steps=scales)
             yield "twostep", self._draw(trainer, "multistep", steps=scales, ts=[0, middle, scales - 1])

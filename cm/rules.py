@@ -46,6 +46,25 @@ def check_architecture(
                 raise UserError(f"--{name} {parts} does not divide a level of {width} channels")
 
 
+# The distances that have a second derivative, and with it a pseudo-loss; the others have a loss only.
+CURVED_NORMS = ("l2", "l2-32", "lpips", "lpips-max")
+FLAT_NORMS = ("l1", "linf")
+
+
+def check_continuous(*, loss_norm: str, distillation: bool, stop_grad: bool) -> None:
+    """Raise UserError where a continuous-time objective is not defined or not right (Song et al. 2023, App. B)."""
+    if not distillation and not stop_grad:
+        raise UserError(
+            "--stop_grad False is for continuous_distillation: without a teacher that loss is quadratic in the noise "
+            "and has another minimum"
+        )
+    if loss_norm not in (known := CURVED_NORMS if stop_grad else CURVED_NORMS + FLAT_NORMS):
+        raise UserError(
+            f"--loss_norm {loss_norm} has no continuous-time loss with --stop_grad {stop_grad}; "
+            f"choose one of {', '.join(known)}"
+        )
+
+
 def check_scales(
     *, target_ema_mode: str, start_ema: float, scale_mode: str, start_scales: int, end_scales: int
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cm import parsing, rules
 from cm.config import (
+    CONTINUOUS_MODES,
     CmTrainConfig,
     Config,
     EditConfig,
@@ -108,7 +109,7 @@ def require_inputs(config: Config) -> None:
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
     if isinstance(config, CmTrainConfig) and not config.teacher_model_path:
-        if config.training_mode != "consistency_training":
+        if config.training_mode not in ("consistency_training", "continuous_training"):
             raise UserError(f"--training_mode {config.training_mode} needs --teacher_model_path")
         if config.init == "teacher":
             raise UserError("--init teacher needs --teacher_model_path")
@@ -184,6 +185,8 @@ def _check_consistency(config: CmTrainConfig) -> None:
             f"--training_mode {config.training_mode} and --scale_mode {config.scale_mode} do not fit: "
             "progdist needs progdist"
         )
+    if config.training_mode in CONTINUOUS_MODES:
+        _check_continuous(config)
     rules.check_scales(
         target_ema_mode=config.target_ema_mode,
         start_ema=config.start_ema,
@@ -191,6 +194,21 @@ def _check_consistency(config: CmTrainConfig) -> None:
         start_scales=config.start_scales,
         end_scales=config.end_scales,
     )
+
+
+def _check_continuous(config: CmTrainConfig) -> None:
+    mode = f"--training_mode {config.training_mode}"
+    rules.check_continuous(
+        loss_norm=config.loss_norm,
+        distillation=config.training_mode == "continuous_distillation",
+        stop_grad=config.stop_grad,
+    )
+    if config.scale_mode != "fixed":
+        raise UserError(f"{mode} has no grid to change: --scale_mode must be fixed, got {config.scale_mode}")
+    if config.boundary != "skip":
+        raise UserError(f"{mode} needs --boundary skip: {config.boundary} has no derivative at sigma_min")
+    if config.use_checkpoint and not config.stop_grad:
+        raise UserError(f"{mode} with --stop_grad False does not work with --use_checkpoint True")
 
 
 def _check_sampling(config: SamplingFlags) -> None:

@@ -101,7 +101,7 @@ ADDED = {
         *RUN,
         *MODEL,
         *TRAIN,
-        *["init", "mu_formula", "ode_solver", "lpips_path", "lpips_size", "lpips_precision"],
+        *["init", "mu_formula", "stop_grad", "ode_solver", "lpips_path", "lpips_size", "lpips_precision"],
     ],
     "image_sample": [
         *RUN,
@@ -165,6 +165,7 @@ def test_no_torch():
 def test_choices_are_the_registries():
     """What a flag offers is what the library has."""
     from cm.distances import DISTANCES
+    from cm.factory import OBJECTIVES
     from cm.fp16_util import PRECISIONS
     from cm.networks.build import NETWORKS
     from cm.objectives.consistency import SOLVERS
@@ -185,14 +186,14 @@ def test_choices_are_the_registries():
     assert choices(CmTrainConfig, "ode_solver") == set(SOLVERS)
     assert choices(CmTrainConfig, "optimizer") == set(OPTIMIZERS)
     assert choices(CmTrainConfig, "lr_schedule") == {"", *LEARNING_RATES}
-    assert choices(CmTrainConfig, "training_mode") == set(TRAINING_MODES)
+    assert choices(CmTrainConfig, "training_mode") == set(OBJECTIVES) >= set(TRAINING_MODES)
     assert choices(CmTrainConfig, "weight_schedule") == set(WEIGHTINGS)
     assert choices(CmTrainConfig, "target_ema_mode") == {target for target, _ in MODES}
     assert choices(CmTrainConfig, "scale_mode") == {scale for _, scale in MODES}
     assert choices(EdmTrainConfig, "schedule_sampler") == set(SCHEDULE_SAMPLERS)
     assert choices(SampleConfig, "sampler") == set(SAMPLERS)
     assert choices(SampleConfig, "generator") == set(GENERATORS)
-    assert choices(SampleConfig, "training_mode") == {"edm", *TRAINING_MODES}
+    assert choices(SampleConfig, "training_mode") == {"edm", *OBJECTIVES}
 
 
 BAD = [

@@ -22,6 +22,7 @@ from cm.convert.layout import (
     with_leaves,
 )
 from cm.convert.tensor_files import read_safetensors, write_safetensors
+from cm.derived import is_consistency
 from cm.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -260,7 +261,7 @@ def _read_weights(folder: Path) -> State:
 
 def write_folder(path: str, state: State, config: Config) -> None:
     """Write a folder that ConsistencyModelPipeline.from_pretrained loads; UserError for other models."""
-    if config["training_mode"] not in ("consistency_distillation", "consistency_training"):
+    if not is_consistency(config["training_mode"]):
         raise UserError(
             f"diffusers has a pipeline for consistency models; this one is of {config['training_mode']}"
         )

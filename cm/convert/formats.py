@@ -14,15 +14,16 @@ from typing import Any
 from cm import presets
 from cm.attention import qkv_legacy_to_new
 from cm.checkpoint import load_weights, save_weights
-from cm.config import ModelFlags, flags_of
+from cm.config import MODES, ModelFlags, flags_of
 from cm.convert import diffusers, edm_layout, edm_pickle, jax_cifar
 from cm.convert.layout import Config, State, check_fits
 from cm.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
+from cm.derived import is_consistency
 from cm.errors import UserError
 from cm.legacy import HEAD_CHANNELS, identify
 from cm.model_files import load_model_file
 
-OBJECTIVES = ("edm", "consistency_distillation", "consistency_training", "progdist")
+OBJECTIVES = ("edm", *MODES)
 TORCH_LEGACY = b"\x80\x02\x8a\x0a"  # how files of torch.save began before they were zips
 
 
@@ -193,12 +194,12 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
 
 def _interchangeable(name: str, told: Config, known: Config) -> bool:
     """Distillation and training give the same kind of model, and a diffusers folder does not tell which it was."""
-    return name == "training_mode" and all(c[name].startswith("consistency") for c in (told, known))
+    return name == "training_mode" and all(is_consistency(c[name]) for c in (told, known))
 
 
 def _require_objective(config: Config, path: str, to: str) -> None:
     if config.get("training_mode") not in OBJECTIVES:
         raise UserError(f"{path} does not say how it was trained: give --training_mode or --preset")
-    consistency = config["training_mode"].startswith("consistency")
+    consistency = is_consistency(config["training_mode"])
     if "steps" not in config and (consistency or to == "diffusers"):
         raise UserError(f"{path} does not say how many noise levels its grid has: give --steps or --preset")
