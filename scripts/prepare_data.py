@@ -24,6 +24,7 @@ FLAGS = {
     "limit": (0, "prepare this many images only; 0: all"),
     "skip_unreadable": (False, "leave out damaged images"),
     "overwrite": (False, "replace an earlier prepared set"),
+    "split": ("all", "of digits and digits_rgb: all, train (the first 1500) or test (the other 297)"),
     "seed": (0, "of the ink colours of digits_rgb"),
     "num_workers": (os.cpu_count() or 1, "processes"),
 }

@@ -322,6 +322,24 @@ def test_digits(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["digits", "digits_rgb"])
+def test_splits_of_the_digits(tmp_path, name):
+    """Train and test are the whole, in order, labels and inks included."""
+    pytest.importorskip("sklearn")
+    sets = {}
+    for split in ("all", "train", "test"):
+        manifest = prepare(name, str(tmp_path / split), image_size=8, split=split)
+        labels = open_dataset(str(tmp_path / split), image_size=8).label_indices
+        sets[split] = (stored(tmp_path / split), labels, manifest)
+    assert [len(s[0]) for s in sets.values()] == [1797, 1500, 297]
+    for i in (0, 1):
+        assert np.array_equal(np.concatenate([sets["train"][i], sets["test"][i]]), sets["all"][i])
+    assert sets["test"][2]["source"].endswith(f"{name} (test)")
+    one_line(lambda: prepare(name, str(tmp_path / "x"), image_size=8, split="val"), "--split val", "train")
+    folder = str(tmp_path / "all")
+    one_line(lambda: prepare(folder, str(tmp_path / "x"), image_size=8, split="test"), "--split test", "all")
+
+
 def test_digits_in_coloured_ink(tmp_path):
     pytest.importorskip("sklearn")
     grey = (prepare("digits", str(tmp_path / "g"), image_size=8, limit=50), stored(tmp_path / "g"))[1]

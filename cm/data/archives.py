@@ -23,6 +23,13 @@ from cm.random_util import derive_seed
 
 Pixels = bytes | np.ndarray | UserError  # an image file, a uint8 (H, W, C) array, or why it cannot be read
 
+# --split of the built-in digits -> its images
+DIGITS_SPLITS = {
+    "all": slice(None),
+    "train": slice(1500),
+    "test": slice(1500, None),
+}
+
 
 @dataclass(frozen=True)
 class Items:
@@ -39,14 +46,18 @@ class Items:
     labels: Callable[[Sequence[int], Sequence[str]], Labels]
 
 
-def open_items(path: str, *, labels: str = "auto", limit: int = 0, seed: int = 0) -> Items:
+def open_items(
+    path: str, *, labels: str = "auto", limit: int = 0, seed: int = 0, split: str = "all"
+) -> Items:
     """Everything to prepare from a path, or from the built-in sets `digits` and `digits_rgb`.
 
     labels: mode of `cm.data.labels.resolve`. limit: this many images only (0: all), evenly spaced where the source
-    allows, else the first ones. seed: of the tints of digits_rgb.
+    allows, else the first ones. seed: of the tints of digits_rgb. split: of the digits, in `DIGITS_SPLITS`.
     """
     if path in ("digits", "digits_rgb"):
-        return _digits(path == "digits_rgb", labels, limit, seed)
+        return _digits(path == "digits_rgb", labels, limit, seed, split)
+    if split != "all":
+        raise UserError(f"--split {split} is for digits and digits_rgb only, not for {path or 'SOURCE'}")
     if not path or not blob.exists(path):
         raise UserError(f"{path or 'SOURCE'}: no such folder or file, and not digits or digits_rgb")
     if not blob.isdir(path) and path.lower().endswith((".tar", ".tar.gz", ".tgz")):
@@ -145,11 +156,13 @@ def _cifar(path: str, labels: str, limit: int) -> Items:
     return _arrays(f"CIFAR-10 {_basename(path)}", path, images, table, labels, limit)
 
 
-def _digits(in_colour: bool, labels: str, limit: int, seed: int) -> Items:
+def _digits(in_colour: bool, labels: str, limit: int, seed: int, split: str) -> Items:
     """scikit-learn's 1797 handwritten digits: 8x8, grey 0..16 as 0..255, bright ink on black.
 
-    In colour, image i is written in ink of a hue and saturation drawn from (seed, i).
+    In colour, image i of all 1797 is written in ink of a hue and saturation drawn from (seed, i).
     """
+    if split not in DIGITS_SPLITS:
+        raise UserError(f"--split {split}: choose one of {', '.join(DIGITS_SPLITS)}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -160,8 +173,9 @@ def _digits(in_colour: bool, labels: str, limit: int, seed: int) -> Items:
         tints = np.array([_tint(seed, index) for index in range(len(images))])
         images = np.round(images * tints[:, None, None, :]).astype(np.uint8)
     table = Labels(bunch.target.astype(np.int64), tuple("0123456789"), "digits")
-    name = "digits_rgb" if in_colour else "digits"
-    return _arrays(f"scikit-learn {name}", name, images, table, labels, limit)
+    numbers = range(len(images))[DIGITS_SPLITS[split]]
+    name = ("digits_rgb" if in_colour else "digits") + ("" if split == "all" else f" ({split})")
+    return _arrays(f"scikit-learn {name}", name, images[numbers], _subset(table, numbers), labels, limit)
 
 
 def _tint(seed: int, index: int) -> tuple[float, float, float]:

@@ -58,6 +58,7 @@ def prepare(
     skip_unreadable: bool = False,
     overwrite: bool = False,
     seed: int = 0,
+    split: str = "all",
     num_workers: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def prepare(
         image_size: side of the stored images in pixels.
         in_channels: 1 or 3; 0 takes what the source has (encoded archives: 3).
         transform: a name in `TRANSFORMS`; the manifest keeps it.
+        split: of the built-in digits: all, train or test.
         num_workers: processes that decode and resize (0: this one). The result does not depend on it.
         overwrite: replace an earlier store at `out`, once the new one is complete.
     """
@@ -78,7 +80,7 @@ def prepare(
         raise UserError(f"--in_channels must be 0 (from the data), 1 or 3, not {in_channels}")
     if transform not in TRANSFORMS:
         raise UserError(f"--transform {transform}: choose one of {', '.join(TRANSFORMS)}")
-    items = open_items(source, labels=labels, limit=limit, seed=seed)
+    items = open_items(source, labels=labels, limit=limit, seed=seed, split=split)
     decoder = Decoder(
         in_channels or items.channels, composite, exif_transpose, refuse_colour=in_channels == 0
     )
