@@ -23,7 +23,7 @@ def randomize(state: Tensors, seed: int = 0) -> Tensors:
         elif name.endswith("freqs"):
             values[name] = noise
         elif t.ndim == 1:
-            values[name] = 0.1 * noise + ("norm" in name and name.endswith("weight"))
+            values[name] = 0.1 * noise + name.endswith("weight")  # vectors of weights belong to norms
         else:
             values[name] = noise / math.sqrt(t[0].numel())
     return values

@@ -311,7 +311,7 @@ def test_other_image_sides_are_accepted():
 
 
 def test_the_graph_has_no_breaks():
-    net = narrow("ncsnpp", torch.float32)
+    net = narrow("ncsnpp", torch.float32, channel_mult=(1, 2))
     x, c_noise = batch(2, torch.float32)
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, c_noise), net(x, c_noise))

@@ -106,7 +106,10 @@ def from_edm(state: State, source: str = "the checkpoint") -> tuple[State, Confi
 
 
 def to_edm(state: State, config: Config, source: str = "the model") -> State:
-    """An ADM U-Net of ours in EDM's layout (SongUNet networks are in it already)."""
+    """An ADM U-Net of ours in EDM's layout (SongUNet networks are in it already).
+
+    What the network expects as noise level stays what it was: --time_scale of EDM's own code is 1.
+    """
     if config["network"] != "adm":
         return dict(state)
     require_resblock_updown(config, "EDM's layout")
@@ -115,14 +118,16 @@ def to_edm(state: State, config: Config, source: str = "the model") -> State:
     shape = AdmShape.of(config)
     prefixes = adm_prefixes(shape)
     converted = rename(state, with_leaves(prefixes, state), source)
-    converted = {name: _adapt(name, tensor, _to_interleaved) for name, tensor in converted.items()}
-    for layer in shape.layers():
-        if layer.resample:
-            for branch in ("conv0", "skip"):
-                converted[f"{_edm_name(layer, shape)}.{branch}.resample_filter"] = torch.full(
-                    (1, 1, 2, 2), 0.25
-                )
-    return converted
+    resampling = {_edm_name(layer, shape) for layer in shape.layers() if layer.resample}
+    complete: State = {}
+    for name, tensor in converted.items():
+        complete[name] = _adapt(name, tensor, _to_interleaved)
+        # Filters are tensors of EDM's networks, behind those of the convolution that they belong to.
+        for last, branch in ((".conv0.bias", "conv0"), (".conv1.bias", "skip")):
+            block = name.removesuffix(last)
+            if block in resampling:
+                complete[f"{block}.{branch}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    return complete
 
 
 def adm_prefixes(shape: AdmShape) -> dict[str, str]:
