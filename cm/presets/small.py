@@ -16,6 +16,7 @@ DIGITS8: Flags = {
     "resblock_updown": True,
 }
 DIGITS16: Flags = {**DIGITS8, "image_size": 16, "channel_mult": "1,1,1"}
+DIGITS_RGB: Flags = {**DIGITS8, "in_channels": 3}
 
 # Digits have a handedness, and fit in memory.
 TRAINING: Flags = {
@@ -147,5 +148,6 @@ TINY = Preset(
 PRESETS: dict[str, Preset] = {
     **{f"digits_{method}": preset for method, preset in _digits(DIGITS8, 1500, 500, 1500).items()},
     **{f"digits16_{method}": preset for method, preset in _digits(DIGITS16, 900, 300, 900).items()},
+    **{f"digits_rgb_{method}": preset for method, preset in _digits(DIGITS_RGB, 1500, 500, 1500).items()},
     "tiny": TINY,
 }
