@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cm.config import (
-    CONSISTENCY_MODES,
     CmTrainConfig,
     Config,
     EdmTrainConfig,
@@ -18,6 +17,7 @@ from cm.config import (
     script_of,
 )
 from cm.errors import UserError
+from cm.flags import CONSISTENCY_MODES
 from cm.validation import validate
 
 TrainConfig = EdmTrainConfig | CmTrainConfig

@@ -7,7 +7,6 @@ from typing import Any
 
 from cm import parsing, rules
 from cm.config import (
-    CONTINUOUS_MODES,
     CmTrainConfig,
     Config,
     EditConfig,
@@ -20,6 +19,7 @@ from cm.config import (
     flags_of,
 )
 from cm.errors import UserError
+from cm.flags import CONTINUOUS_MODES
 
 # How small a number may be; every flag that is not named here may be anything of its type.
 MINIMUM: dict[str, float] = {
