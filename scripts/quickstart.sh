@@ -29,7 +29,10 @@ say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 run() { echo "  \$ $*"; "$@" >>"$out/quickstart.log" 2>&1 || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }; }
 on_ranks() { run mpiexec -n "$ranks" python "$@"; }
 short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1"; fi; }
-samples() { name=$1; shift; on_ranks scripts/image_sample.py --out_dir "$out/samples/$name" --overwrite True "$@" ${smoke:+--num_samples 200}; }
+samples() {
+  on_ranks scripts/image_sample.py --out_dir "$out/samples/$1" --overwrite True "${@:2}" \
+    --classes 0,1,2,3,4,5,6,7,8,9 ${smoke:+--num_samples 200}
+}
 mkdir -p "$out"
 : >"$out/quickstart.log"
 
