@@ -5,20 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
+from cm import parsing
 from cm.nn import update_ema
 
 
 def parse_ema_rates(rates: str | float | Sequence[float]) -> list[float]:
     """Rates from a number, a comma-separated string or a list; each in [0, 1]."""
-    parts = rates.split(",") if isinstance(rates, str) else rates if isinstance(rates, Sequence) else [rates]
-    try:
-        values = [float(rate) for rate in parts]
-    except ValueError:
-        raise UserError(f"--ema_rate must be numbers separated by commas, got {rates}") from None
-    if not all(0 <= rate <= 1 for rate in values):
-        raise UserError(f"--ema_rate must lie in [0, 1], got {rates}")
-    return values
+    values = [rates] if isinstance(rates, int | float) else rates
+    text = values if isinstance(values, str) else ",".join(str(rate) for rate in values)
+    return list(parsing.parse_ema_rates(text))
 
 
 class EmaBank:

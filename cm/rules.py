@@ -75,7 +75,7 @@ def check_scales(
         raise UserError(f"--start_ema must lie in (0, 1) with --target_ema_mode adaptive, got {start_ema}")
     if not 0 <= start_ema <= 1:
         raise UserError(f"--start_ema must lie in [0, 1], got {start_ema}")
-    if scale_mode == "progdist" and start_scales & (start_scales - 1):
+    if scale_mode == "progdist" and (start_scales < 1 or start_scales & (start_scales - 1)):
         raise UserError(
             f"--start_scales must be a power of two with --scale_mode progdist, got {start_scales}"
         )

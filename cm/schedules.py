@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.rules import check_scales
 
 
 def karras_sigma(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -97,33 +98,23 @@ class EmaAndScales:
     printed_mu: bool = False
 
     def __post_init__(self):
+        check_scales(
+            target_ema_mode=self.target_ema_mode,
+            start_ema=self.start_ema,
+            scale_mode=self.scale_mode,
+            start_scales=self.start_scales,
+            end_scales=self.end_scales,
+        )
         if (self.target_ema_mode, self.scale_mode) not in MODES:
             known = ", ".join(f"{t}+{s}" for t, s in MODES)
             raise UserError(
                 f"--target_ema_mode {self.target_ema_mode} with --scale_mode {self.scale_mode} is not defined "
                 f"(known: {known})"
             )
-        if self.target_ema_mode == "adaptive" and not 0 < self.start_ema < 1:
-            raise UserError(
-                f"--start_ema must lie in (0, 1) with --target_ema_mode adaptive, got {self.start_ema}"
-            )
-        if not 0 <= self.start_ema <= 1:
-            raise UserError(f"--start_ema must lie in [0, 1], got {self.start_ema}")
-        if self.scale_mode == "progdist" and (
-            self.start_scales < 1 or self.start_scales & (self.start_scales - 1)
-        ):
-            raise UserError(
-                f"--start_scales must be a power of two for progressive distillation, got {self.start_scales}"
-            )
         if self.scale_mode == "progdist" and self.distill_steps_per_iter < 1:
             raise UserError(f"--distill_steps_per_iter must be positive, got {self.distill_steps_per_iter}")
-        if self.scale_mode != "progdist" and self.start_scales < 2:
-            raise UserError(f"--start_scales must be at least 2, got {self.start_scales}")
-        if self.scale_mode == "progressive" and (self.total_steps < 1 or self.end_scales < self.start_scales):
-            raise UserError(
-                "--scale_mode progressive needs --total_training_steps >= 1 and --end_scales >= --start_scales, "
-                f"got {self.total_steps}, {self.end_scales}, {self.start_scales}"
-            )
+        if self.scale_mode == "progressive" and self.total_steps < 1:
+            raise UserError(f"--total_training_steps must be positive, got {self.total_steps}")
 
     def __call__(self, step: int) -> tuple[float, int]:
         return MODES[self.target_ema_mode, self.scale_mode](self, step)
