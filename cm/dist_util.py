@@ -280,6 +280,19 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
     os._exit(code)
 
 
+def end_job(code: int, text: str) -> NoReturn:
+    """End this process and with it the whole job at once, printing `text` if no rank has reported an error yet.
+
+    From any thread, whatever the main thread does: for a rank that sees that the job cannot go on.
+    """
+    if _store is None:
+        _write_error(text)
+    else:
+        with contextlib.suppress(SystemExit):
+            _end_job(code, text, patient=False)
+    os._exit(code)
+
+
 def _all_ended(grace: float) -> bool:
     """Wait at most `grace` seconds until every rank has finished or failed."""
     deadline = time.monotonic() + grace
