@@ -27,10 +27,14 @@ def _results(*rows: tuple[int, float, float]) -> tuple[Result, ...]:
 
 
 def _consistency(
-    train: Flags, grid: Flags, paper: Flags | None = None, results: tuple[Result, ...] = ()
+    train: Flags,
+    grid: Flags,
+    paper: Flags | None = None,
+    results: tuple[Result, ...] = (),
+    dropout: float = 0.0,
 ) -> Preset:
     return Preset(
-        model={**NCSNPP, "dropout": 0.0, "weight_schedule": "uniform"},
+        model={**NCSNPP, "dropout": dropout, "weight_schedule": "uniform"},
         scripts={
             "cm_train": {
                 **TRAINING,
@@ -73,6 +77,23 @@ def _distillation(loss_norm: str, lr: float, results: tuple[Result, ...] = ()) -
         "lr": lr,
     }
     return _consistency(train, {"steps": 18, "ts": "0,11,17"}, results=results)
+
+
+def _continuous(method: str, loss_norm: str, *, stop_grad: bool, steps: int, lr: float = 5e-6) -> Preset:
+    """Continuous time, distillation or training: both begin with the teacher's weights, and drop out.
+
+    `steps` of training are those of the released checkpoint. The model knows no grid; samples take that of CD.
+    """
+    train = {
+        "training_mode": f"continuous_{method}",
+        "init": "teacher",
+        "start_scales": 18,
+        "loss_norm": loss_norm,
+        "stop_grad": stop_grad,
+        "lr": lr,
+        "total_training_steps": steps,
+    }
+    return _consistency(train, {"steps": 18, "ts": "0,11,17"}, dropout=0.3)
 
 
 def _progdist(loss_norm: str, results: tuple[Result, ...] = ()) -> Preset:
@@ -165,6 +186,11 @@ PRESETS: dict[str, Preset] = {
         {"steps": 120},
         {"init": "random"},
     ),
+    "cifar10_cont_cd_l2": _continuous("distillation", "l2", stop_grad=False, steps=400000, lr=1e-3),
+    "cifar10_cont_cd_l2_stopgrad": _continuous("distillation", "l2", stop_grad=True, steps=400000),
+    "cifar10_cont_cd_lpips_stopgrad": _continuous("distillation", "lpips-max", stop_grad=True, steps=400000),
+    "cifar10_cont_ct_l2": _continuous("training", "l2", stop_grad=True, steps=800000),
+    "cifar10_cont_ct_lpips": _continuous("training", "lpips-max", stop_grad=True, steps=400000),
     "cifar10_pd_l2": _progdist("l2", _results((1, 8.34, 8.69), (2, 5.58, 9.05))),
     "cifar10_pd_lpips": _progdist("lpips-max"),
 }

@@ -1,0 +1,514 @@
+"""Continuous-time objectives: derivatives, Appendix B of the paper on closed-form data, ranks, bad input."""
+
+import pytest
+import torch
+from torch import nn
+
+from cm import dist_util, logger
+from cm.cli import parse_config
+from cm.config import CmTrainConfig
+from cm.denoiser import Denoiser
+from cm.distances import make_distance
+from cm.errors import UserError
+from cm.factory import create_objective
+from cm.objectives import ContinuousObjective, Grid, Roles
+from cm.objectives.base import Draw
+from cm.objectives.consistency import consistency_losses, pair_at
+from cm.objectives.continuous import (
+    DIRECTIONS,
+    LOSSES,
+    continuous_losses,
+    curvature_product,
+    total_derivative,
+)
+from cm.precond import Coefficients, ConsistencyPrecond, EDMPrecond
+from cm.random_util import StepRandom
+from cm.rules import CURVED_NORMS, FLAT_NORMS
+from cm.schedules import LearningRate
+from cm.trainer import Optimization, Reporting, Trainer
+from tests import lpips_files
+from tests.analytic import Gaussian
+from tests.models import PointNet, tiny_unet
+from tests.mp import run_ranks
+
+DATA = Gaussian()
+GRID = Grid()
+DIM = 3
+
+
+def free(sigma):
+    """The preconditioning of a network that is the whole function: it sees x and sigma."""
+    return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma), sigma)
+
+
+class Function(nn.Module):
+    """A closed-form function as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, sigma):
+        return self.function(x, sigma)
+
+
+class Smooth(nn.Module):
+    """A student with few parameters that is no consistency function; its coordinates mix."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.weight = nn.Parameter(torch.randn(DIM, DIM, generator=generator).double())
+        self.shift = nn.Parameter(torch.randn(DIM, generator=generator).double())
+
+    def forward(self, x, sigma):
+        s = sigma[:, None]
+        return torch.tanh(x @ self.weight / (1 + s)) + self.shift * torch.log1p(s)
+
+
+FEATURES = torch.randn(DIM, 8, generator=torch.Generator().manual_seed(6)).double()
+
+
+def feature_distance(a, b):
+    """LPIPS in small: squared differences of unit-length non-linear features."""
+
+    def features(x):
+        return nn.functional.normalize(2 + torch.sin(x @ FEATURES / 3), dim=1)
+
+    return (features(a) - features(b)).square().mean(1)
+
+
+def ones(sigma):
+    return torch.ones_like(sigma)
+
+
+def grid_speed(t):
+    """|dt/du| of the grid function t = sigma(u): 1 / (tau^-1)'(t) of the theorems."""
+    root = 1 / GRID.rho
+    return GRID.rho * (GRID.sigma_max**root - GRID.sigma_min**root) * t ** (1 - root)
+
+
+def teacher():
+    return Denoiser(Function(DATA.denoise), free)
+
+
+def pairs(count=16):
+    generator = torch.Generator().manual_seed(7)
+    return DATA.sample((count, DIM), generator), torch.randn(count, DIM, generator=generator).double()
+
+
+def at_levels(t):
+    """(x0, Draw) of all pairs of images and noise at all levels t."""
+    x0, noise = pairs()
+    draw = Draw(
+        t=t.repeat_interleave(len(x0)), noise=noise.repeat(len(t), 1), weight=torch.ones(len(t) * len(x0))
+    )
+    return x0.repeat(len(t), 1), draw
+
+
+def gradient(loss, network):
+    grads = torch.autograd.grad(loss, tuple(network.parameters()))
+    return torch.cat([g.flatten() for g in grads])
+
+
+# --- derivatives ---
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (lambda: PointNet(), (2,)),
+        (lambda: tiny_unet(), (1, 8, 8)),
+        (lambda: tiny_unet(network="ncsnpp", channel_mult="1,1", attention_resolutions="4"), (1, 8, 8)),
+    ],
+    ids=["points", "adm", "ncsnpp"],
+)
+def test_total_derivative_equals_finite_differences(network, shape):
+    net = network().double()
+    if hasattr(net, "convert_torso"):
+        net.convert_torso(torch.float64)
+    denoiser = Denoiser(net, ConsistencyPrecond(time_scale=1.0))
+    torch.manual_seed(1)
+    x, slope = torch.randn(2, 3, *shape).double()
+    t = torch.tensor([0.05, 0.7, 20.0]).double()
+    column = t.reshape(-1, *[1] * len(shape))
+    with torch.no_grad():
+        f, v = total_derivative(denoiser, x, t, column * slope)
+        h = 1e-5 * t
+        wide = h.reshape(column.shape)
+        difference = (denoiser(x + wide * slope, t + h) - denoiser(x - wide * slope, t - h)) / (2 * wide)
+        torch.testing.assert_close(f, denoiser(x, t))
+    # timestep_embedding has fp32 frequencies; everything else is fp64
+    torch.testing.assert_close(v, difference, rtol=1e-6, atol=1e-6 * difference.abs().max().item())
+
+
+def test_curvature_product_is_the_hessian():
+    f, v = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(2)).double()
+    product = curvature_product(feature_distance, f, v)
+    for row in range(4):
+        y = f[row : row + 1]
+        hessian = torch.autograd.functional.hessian(lambda x, y=y: feature_distance(x, y).sum(), y)
+        torch.testing.assert_close(product[row], hessian[0, :, 0] @ v[row])
+    torch.testing.assert_close(curvature_product(make_distance("l2"), f, v), 2 / DIM * v)
+
+
+def test_the_exact_consistency_function_stands_still():
+    x0, draw = at_levels(torch.logspace(-2.5, 1.9, 40).double())
+    for role, small in ((Denoiser(Function(DATA.consistency), free), True), (teacher(), False)):
+        terms = continuous_losses(
+            Roles(role, teacher=teacher()),
+            x0,
+            draw,
+            norm="l2",
+            distance=None,
+            weight=ones,
+            stop_grad=True,
+        )
+        assert (terms["tangent_rms"].max() < 1e-12) == small
+        assert (terms["loss"].abs().max() < 1e-12) == small
+
+
+# --- limits of the discrete losses ---
+
+
+def discrete(n, network, norm, distillation=True):
+    """L^N over all intervals of the grid of N points, theta- = stopgrad(theta), with gradient."""
+    x0, noise = pairs()
+    index = torch.arange(n - 1).repeat_interleave(len(x0))
+    grid = pair_at(GRID, n, index, noise.repeat(n - 1, 1))
+    u = index.double() / (n - 1)
+    draw = Draw(t=levels(u), r=levels(u + 1 / (n - 1)), noise=grid.noise, weight=grid.weight)
+    student = Denoiser(network, free)
+    return consistency_losses(
+        Roles(student, student, teacher() if distillation else None),
+        x0.repeat(n - 1, 1),
+        draw,
+        distance=norm,
+        weight=ones,
+        ode_solver="euler",
+    )["loss"].mean()
+
+
+def levels(u):
+    """The grid function in float64."""
+    high, low = GRID.sigma_max ** (1 / GRID.rho), GRID.sigma_min ** (1 / GRID.rho)
+    return (high + u * (low - high)) ** GRID.rho
+
+
+def continuous(network, norm, distance, weight, stop_grad, distillation=True):
+    """The limit by the midpoint rule."""
+    x0, draw = at_levels(levels((torch.arange(1000).double() + 0.5) / 1000))
+    return continuous_losses(
+        Roles(Denoiser(network, free), teacher=teacher() if distillation else None),
+        x0,
+        draw,
+        norm=norm,
+        distance=distance,
+        weight=weight,
+        stop_grad=stop_grad,
+    )["loss"].mean()
+
+
+def check_first_order(values, limit):
+    """Errors halve from each value to the next, and the last is small."""
+    errors = torch.stack([(value - limit).norm() / limit.norm() for value in values])
+    assert errors[-1] < 0.03, errors
+    assert ((errors[:-1] / errors[1:] - 2).abs() < 0.35).all(), errors
+
+
+POINTS = (101, 201, 401)
+
+
+@pytest.mark.parametrize("distance", [make_distance("l2"), feature_distance], ids=["l2", "features"])
+def test_theorem_3_squared_losses(distance):
+    """(N-1)^2 L_CD -> E[tau'(u)^2 v^T G v] / 2, with gradients through both factors."""
+    network = Smooth()
+    with torch.no_grad():
+        limit = continuous(network, "lpips", distance, lambda t: grid_speed(t) ** 2 / 2, stop_grad=False)
+        check_first_order([(n - 1) ** 2 * discrete(n, network, distance) for n in POINTS], limit)
+
+
+@pytest.mark.parametrize("norm", FLAT_NORMS)
+def test_theorem_4_norms(norm):
+    """(N-1) L_CD -> E[tau'(u) |v|] for l1, and for the largest number likewise."""
+    network = Smooth()
+    with torch.no_grad():
+        limit = continuous(network, norm, None, grid_speed, stop_grad=False)
+        check_first_order([(n - 1) * discrete(n, network, make_distance(norm)) for n in POINTS], limit)
+
+
+@pytest.mark.parametrize("distillation", [True, False], ids=["theorem 5", "theorem 6"])
+@pytest.mark.parametrize(
+    ("norm", "distance", "factor"),
+    [("l2", make_distance("l2"), 2 / DIM), ("lpips", make_distance("l2"), 1), ("lpips", feature_distance, 1)],
+    ids=["l2", "l2 by curvature", "features"],
+)
+def test_theorems_5_and_6_gradients(norm, distance, factor, distillation):
+    """(N-1) grad L -> grad E[tau'(u) f G v], v and G held constant; for distillation and for training."""
+    network = Smooth()
+    loss = continuous(network, norm, distance, lambda t: factor * grid_speed(t), True, distillation)
+    limit = gradient(loss, network)
+    scaled = [(n - 1) * gradient(discrete(n, network, distance, distillation), network) for n in POINTS]
+    check_first_order(scaled, limit)
+
+
+def test_training_has_the_gradient_of_distillation_in_expectation():
+    """Theorem 6: E[z | x_t] = (x_t - D) / t. Expectations by Gauss-Hermite quadrature; not so without stop_grad."""
+    import numpy as np
+
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(40))
+    mass = torch.outer(weights, weights).flatten() / weights.sum() ** 2
+    x0 = (DATA.mean + DATA.std * nodes).repeat_interleave(40)[:, None].expand(-1, DIM)
+    noise = nodes.repeat(40)[:, None].expand(-1, DIM)
+    draw = Draw(t=torch.full((1600,), 0.8).double(), noise=noise, weight=torch.ones(1600))
+    network = Smooth()
+
+    def expected(who, **form):
+        roles = Roles(Denoiser(network, free), teacher=who)
+        terms = continuous_losses(roles, x0, draw, distance=None, weight=ones, **form)
+        return gradient((mass * terms["loss"]).sum(), network)
+
+    stopped = dict(norm="l2", stop_grad=True)
+    torch.testing.assert_close(
+        expected(None, **stopped), expected(teacher(), **stopped), rtol=1e-5, atol=1e-7
+    )
+    plain = dict(norm="l2", stop_grad=False)
+    gap = (expected(None, **plain) - expected(teacher(), **plain)).norm() / expected(
+        teacher(), **plain
+    ).norm()
+    assert gap > 0.1
+
+
+# --- how the gradient is taken ---
+
+
+def roles_of(student, **precond):
+    return Roles(
+        Denoiser(student, ConsistencyPrecond(**precond)), teacher=Denoiser(tiny_unet().eval(), EDMPrecond())
+    )
+
+
+def images(count=4, channels=1, size=8, seed=0):
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) / 2
+
+
+@pytest.mark.parametrize("options", [{}, {"use_checkpoint": True}], ids=["plain", "checkpointing"])
+def test_two_passes_have_the_gradient_of_one(options):
+    """The tangent without a graph and a second forward pass, with the same dropout masks, against one jvp."""
+    student = tiny_unet(dropout=0.3, **options).train()
+    reference = tiny_unet(dropout=0.3).train()
+    reference.load_state_dict(student.state_dict())
+    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=True)
+    x0, roles = images(), roles_of(student)
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
+    torch.manual_seed(3)
+    objective.forward(roles, x0, draw, 0)["loss"].sum().backward()
+    after = torch.rand(1)
+
+    x_t = x0 + draw.noise * draw.t.reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        slope = x_t - roles.teacher(x_t, draw.t)
+    torch.manual_seed(3)
+    f, v = total_derivative(Denoiser(reference, ConsistencyPrecond()), x_t, draw.t, slope)
+    assert torch.equal(torch.rand(1), after)  # the stream moved on by one pass
+    (f * v.detach()).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    two_passes = torch.cat([p.grad.flatten() for p in student.parameters()])
+    assert (two_passes - expected).norm() < 1e-5 * expected.norm()
+    # Other masks give another gradient: the test would see them.
+    student.zero_grad()
+    torch.manual_seed(4)
+    objective.forward(roles, x0, draw, 0)["loss"].sum().backward()
+    other = torch.cat([p.grad.flatten() for p in student.parameters()])
+    assert (other - expected).norm() > 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("norm", LOSSES)
+def test_differentiated_losses_move_the_student(norm):
+    """A step against the gradient lowers the loss, which is never negative."""
+    student = tiny_unet()
+    objective = ContinuousObjective(
+        norm, make_distance("l2"), ones, grid=GRID, distillation=True, stop_grad=False
+    )
+    x0, roles = images(), roles_of(student, time_scale=1.0)
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
+    before = objective.forward(roles, x0, draw, 0)["loss"]
+    assert (before > 0).all() and before.shape == (4,)
+    before.mean().backward()
+    size = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
+    with torch.no_grad():
+        for p in student.parameters():
+            p -= 1e-3 / size * p.grad
+    drop = before.mean() - objective.forward(roles, x0, draw, 0)["loss"].mean()
+    assert drop.item() == pytest.approx(1e-3 * size.item(), rel=0.2)
+
+
+@pytest.mark.parametrize("stop_grad", [True, False])
+@pytest.mark.parametrize("norm", ["lpips", "lpips-max"])
+def test_lpips_itself(norm, stop_grad, tmp_path):
+    """VGG16 and its second derivatives, from files."""
+    lpips_files.write_small_files(tmp_path)
+    student = tiny_unet(in_channels=3, image_size=16, channel_mult="1", attention_resolutions="16")
+    distance = make_distance(norm, lpips_path=str(tmp_path), lpips_size=0)
+    objective = ContinuousObjective(norm, distance, ones, grid=GRID, distillation=True, stop_grad=stop_grad)
+    x0 = images(1, 3, 16)
+    roles = Roles(
+        Denoiser(student, ConsistencyPrecond()), teacher=Denoiser(Function(lambda x, s: x / 2), free)
+    )
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 1, 1))
+    loss = objective.forward(roles, x0, draw, 0)["loss"]
+    loss.sum().backward()
+    assert stop_grad or loss > 0
+    assert all(p.grad.isfinite().all() for p in student.parameters()) and student.out[2].weight.grad.any()
+
+
+def test_draws():
+    """Uniform in t^(1/rho) over the whole range, rows of the global batch, nothing but t and noise."""
+    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=False)
+    x0 = torch.zeros(4000, 1)
+    whole = objective.draw(x0, 5, StepRandom(1, 5, 0, 4000, 4000))
+    part = objective.draw(x0[100:300], 5, StepRandom(1, 5, 100, 300, 4000))
+    assert torch.equal(whole.t[100:300], part.t) and torch.equal(whole.noise[100:300], part.noise)
+    assert whole.r is None and whole.index is None and (whole.weight == 1).all()
+    root = whole.t.double() ** (1 / 7)
+    position = (root - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    quantiles = torch.linspace(0, 1, 4000, dtype=torch.float64)
+    assert (position.sort().values - quantiles).abs().max() < 0.03  # Kolmogorov-Smirnov, 0.1 %
+
+
+def test_nothing_but_the_student_learns_and_roles_must_fit():
+    student, teacher_net = tiny_unet(), tiny_unet()
+    roles = Roles(Denoiser(student, ConsistencyPrecond()), teacher=Denoiser(teacher_net, EDMPrecond()))
+    x0 = images()
+    for distillation, stop_grad in ((True, True), (True, False)):
+        objective = ContinuousObjective(
+            "l2", None, ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
+        )
+        draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
+        objective.forward(roles, x0, draw, 0)["loss"].sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher_net.parameters())
+    with pytest.raises(ValueError, match="teacher"):
+        objective.forward(Roles(roles.student), x0, draw, 0)
+    assert not objective.needs_target and objective.num_scales(0) is None
+
+
+# --- ranks ---
+
+FORMS = {"stop_grad": ("l2", True, True), "training": ("l2", False, True), "plain": ("l1", True, False)}
+
+
+def train(form, run_dir, microbatch=-1):
+    """Weights after three steps on global batches of 5."""
+    norm, distillation, stop_grad = FORMS[form]
+    rows = dist_util.local_rows(5)
+
+    def batches():
+        for step in range(99):
+            yield images(5, seed=step)[rows.start : rows.stop], {}
+
+    logger.configure(run_dir, ["json"])
+    trainer = Trainer(
+        student=tiny_unet(),
+        objective=ContinuousObjective(
+            norm, None, ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
+        ),
+        data=batches(),
+        global_batch_size=5,
+        optimization=Optimization(LearningRate(1e-3), optimizer="adam", eps=1e-2, ema_rate="0.9"),
+        reporting=Reporting(run_dir, log_interval=2, save_interval=-1),
+        student_precond=ConsistencyPrecond(time_scale=1.0),
+        teacher=tiny_unet() if distillation else None,
+        microbatch=microbatch,
+        total_steps=3,
+    )
+    trainer.run_loop()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy()
+
+
+def train_all(run_dir, microbatch=-1):
+    return [train(form, run_dir, microbatch) for form in FORMS]
+
+
+def test_ranks_and_microbatches_do_not_change_the_weights(tmp_path):
+    alone = train_all(str(tmp_path / "1"))
+    first, second = run_ranks("tests.test_continuous:train_all", 2, str(tmp_path / "2"), 1, timeout=120)
+    start = torch.cat([p.detach().flatten() for p in tiny_unet().parameters()])
+    for one, two, other in zip(alone, first, second):
+        assert (two == other).all()
+        torch.testing.assert_close(torch.from_numpy(two), torch.from_numpy(one), rtol=0, atol=1e-5)
+        assert (torch.from_numpy(one) - start).abs().max() > 1e-4
+
+
+# --- bad input ---
+
+
+class NoForwardMode(torch.autograd.Function):
+    """An operation as old extensions write it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_a_network_without_forward_mode_derivatives_is_named():
+    class OldNetwork(nn.Module):
+        def forward(self, x, t):
+            return NoForwardMode.apply(x)
+
+    x0 = images()
+    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=False)
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
+    with pytest.raises(
+        UserError, match=r"--training_mode continuous_\*: OldNetwork has .* derivative"
+    ) as error:
+        objective.forward(Roles(Denoiser(OldNetwork(), free)), x0, draw, 0)
+    assert "\n" not in str(error.value)
+
+    def broken(x, t):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        objective.forward(Roles(Denoiser(Function(broken), free)), x0, draw, 0)
+
+
+def test_activation_checkpointing_needs_stop_grad():
+    objective = ContinuousObjective("l1", None, ones, grid=GRID, distillation=True, stop_grad=False)
+    x0 = images()
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
+    with pytest.raises(UserError, match="--use_checkpoint True"):
+        objective.forward(roles_of(tiny_unet(use_checkpoint=True)), x0, draw, 0)
+
+
+CONTINUOUS = ["--loss_norm", "l2", "--weight_schedule", "uniform", "--training_mode"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["continuous_training", "--stop_grad", "False"], "--stop_grad False is for continuous_distillation"),
+        (["continuous_distillation", "--loss_norm", "l1"], "--loss_norm l1 .* l2, l2-32, lpips, lpips-max"),
+        (["continuous_training", "--loss_norm", "linf"], "--loss_norm linf"),
+        (["continuous_training", "--scale_mode", "progressive"], "--scale_mode must be fixed"),
+        (["continuous_training", "--boundary", "piecewise"], "--boundary skip"),
+        (["continuous_distillation", "--stop_grad", "False", "--use_checkpoint", "True"], "--use_checkpoint"),
+    ],
+)
+def test_bad_flags(argv, match):
+    with pytest.raises(UserError, match=match):
+        parse_config(CmTrainConfig, [*CONTINUOUS, *argv])
+
+
+def test_objective_from_flags():
+    c = parse_config(CmTrainConfig, [*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"])
+    objective = create_objective(c)
+    assert objective.needs_teacher and not objective.stop_grad and objective.norm == "l2"
+    c = parse_config(CmTrainConfig, [*CONTINUOUS, "continuous_training", "--sigma_max", "40", "--rho", "3"])
+    objective = create_objective(c)
+    assert not objective.needs_teacher and objective.stop_grad
+    assert objective.grid == Grid(0.002, 40.0, 3.0)
+    assert set(DIRECTIONS) == set(CURVED_NORMS) and set(LOSSES) == {*CURVED_NORMS, *FLAT_NORMS}
