@@ -30,7 +30,11 @@ class DiffusionObjective(Objective):
         self.schedule_sampler = schedule_sampler
 
     def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
-        t, weight, index = self.schedule_sampler.draw(random)
+        if _samples_itself(self.schedule_sampler):
+            t, weight = self.schedule_sampler.sample(len(x0), x0.device)
+            index = None
+        else:
+            t, weight, index = self.schedule_sampler.draw(random)
         return Draw(t=t, noise=random.noise(tuple(x0.shape[1:])), weight=weight, index=index)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
@@ -40,13 +44,22 @@ class DiffusionObjective(Objective):
 
     def observe(self, draw: Draw, losses: Tensor) -> None:
         if isinstance(self.schedule_sampler, ScheduleSampler):
-            self.schedule_sampler.observe(draw.index, losses)
+            positions = draw.t if draw.index is None else draw.index
+            self.schedule_sampler.observe(positions, losses)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.schedule_sampler.state_dict()
+        return {} if _samples_itself(self.schedule_sampler) else self.schedule_sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.schedule_sampler.load_state_dict(state)
+
+
+def _samples_itself(sampler) -> bool:
+    """Whether a schedule sampler from outside brings its own `sample`, as the original's do, and no `draw`."""
+    for names in (vars(sampler), *map(vars, type(sampler).__mro__)):
+        if "draw" in names or "sample" in names:
+            return "draw" not in names
+    return False
 
 
 class DiffusionConsistencyObjective(Objective):

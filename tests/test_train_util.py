@@ -10,6 +10,7 @@ from cm import logger
 from cm.checkpoint import complete_checkpoints
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
+from cm.resample import LogNormalSampler
 from cm.schedules import EmaAndScales
 from cm.train_util import CMTrainLoop, TrainLoop
 from tests import golden_data
@@ -252,6 +253,29 @@ def test_an_overridden_loss_takes_effect():
     loop.run_step(*next(loop.data))
     assert diffusion.seen[0].shape == (4,) and diffusion.seen[1].shape == (4, 1, 8, 8)
     assert "mine" in loop.meter.read()
+
+
+class OwnSampler:
+    def sample(self, batch_size, device):
+        return torch.linspace(1, 2, batch_size, device=device), torch.full((batch_size,), 3.0, device=device)
+
+
+class OwnLogNormal(LogNormalSampler):
+    sample = OwnSampler.sample
+
+
+@pytest.mark.parametrize("sampler", [OwnSampler(), OwnLogNormal()])
+def test_a_schedule_sampler_from_outside_takes_effect(sampler):
+    class Seen(KarrasDenoiser):
+        def training_losses(self, model, x_start, sigmas, model_kwargs=None, noise=None):
+            self.sigmas = sigmas
+            return super().training_losses(model, x_start, sigmas, model_kwargs, noise)
+
+    diffusion = Seen()
+    loop = small_loop(diffusion=diffusion, schedule_sampler=sampler)
+    loop.run_step(*next(loop.data))
+    assert torch.equal(diffusion.sigmas, torch.linspace(1, 2, 4))
+    loop.save()
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch():
