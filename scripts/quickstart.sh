@@ -22,6 +22,8 @@ done
 case $size in 8) p=digits ;; 16) p=digits16 ;; *) echo "error: --size must be 8 or 16, got $size" >&2; exit 2 ;; esac
 out=${out:-runs/quickstart${size#8}${smoke:+-smoke}}
 . scripts/setup_env.sh mpi quickstart
+# One thread per process: two ranks fill two cores, and threads that wait for each other cost more than they bring.
+export OMP_NUM_THREADS=1
 
 started=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
