@@ -2,16 +2,19 @@
 
 A preconditioning is a frozen dataclass that maps noise levels sigma (B,) to four coefficients (B,). It knows no
 network. `time_scale` is the network's clock: c_noise = time_scale * ln(sigma) / 4 (1000 for the ADM U-Net with its
-sinusoidal embedding, 1 for NCSN++ and DDPM++).
+sinusoidal embedding, 1 for NCSN++ and DDPM++). The columns VP, VE and iDDPM of EDM's Table 1 have clocks of their own.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.noise_schedules import VPSchedule, iddpm_levels, nearest_level
 
 
 class Coefficients(NamedTuple):
@@ -29,13 +32,17 @@ class Precond(Protocol):
     def __call__(self, sigma: Tensor) -> Coefficients:
         """Coefficients at the noise levels sigma (B,)."""
 
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise levels that the network knows; all of them, unless a preconditioning says otherwise."""
+        return sigma
+
 
 def _log_sigma(sigma: Tensor) -> Tensor:
     return sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log()
 
 
 @dataclass(frozen=True)
-class EDMPrecond:
+class EDMPrecond(Precond):
     """EDM's preconditioning (Karras et al. 2022, Table 1, last column)."""
 
     sigma_data: float = 0.5
@@ -52,7 +59,7 @@ class EDMPrecond:
 
 
 @dataclass(frozen=True)
-class ConsistencyPrecond:
+class ConsistencyPrecond(Precond):
     """Skip parameterisation of a consistency function (Song et al. 2023, Eq. 5 and App. C): D(x; sigma_min) = x.
 
     c_skip = sd^2 / ((t - eps)^2 + sd^2), c_out = sd (t - eps) / sqrt(sd^2 + t^2). `printed_c_out` puts (t - eps)^2
@@ -77,7 +84,7 @@ class ConsistencyPrecond:
 
 
 @dataclass(frozen=True)
-class PiecewisePrecond:
+class PiecewisePrecond(Precond):
     """Free-form parameterisation of a consistency function (Song et al. 2023, Eq. 4).
 
     D(x; t) = F(c_in x; t) for t > sigma_min and D(x; sigma_min) = x.
@@ -94,10 +101,127 @@ class PiecewisePrecond:
         return edm._replace(c_skip=at_boundary, c_out=1 - at_boundary)
 
 
+@dataclass(frozen=True)
+class VPPrecond(Precond):
+    """Preconditioning of score SDE's VP models (Karras et al. 2022, Table 1, column VP): F predicts the noise.
+
+    D = x - sigma F(x / sqrt(sigma^2 + 1); (M - 1) t(sigma)).
+    """
+
+    schedule: VPSchedule = field(default_factory=VPSchedule)
+    num_levels: int = 1000
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        return _predicts_noise(sigma, (self.num_levels - 1) * self.schedule.time(sigma))
+
+
+@dataclass(frozen=True)
+class VEPrecond(Precond):
+    """Preconditioning of score SDE's VE models (Karras et al. 2022, Table 1, column VE).
+
+    D = x + sigma F(x; ln(sigma / 2)): the network sees images of standard deviation up to sigma_max. `time_scale`
+    multiplies the clock, for networks whose embedding wants a faster one than NCSN++.
+    """
+
+    time_scale: float = 1.0
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        ones = torch.ones_like(sigma)
+        return Coefficients(
+            c_skip=ones, c_out=sigma, c_in=ones, c_noise=self.time_scale * (_log_sigma(sigma) - math.log(2))
+        )
+
+
+@dataclass(frozen=True)
+class IDDPMPrecond(Precond):
+    """Preconditioning of improved DDPM's models (Karras et al. 2022, Table 1, column iDDPM + DDIM).
+
+    D = x - sigma F(x / sqrt(sigma^2 + 1); M - 1 - argmin_j |u_j - sigma|) with the M levels u_j it was trained on.
+    """
+
+    num_levels: int = 1000
+    c1: float = 0.001
+    c2: float = 0.008
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        index = nearest_level(self._levels(sigma), sigma)
+        return _predicts_noise(sigma, (self.num_levels - 1 - index).to(sigma.dtype))
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest trained level u_j; 0 stays 0."""
+        levels = self._levels(sigma)
+        nearest = levels[nearest_level(levels, sigma)].to(sigma.dtype)
+        return torch.where(sigma > 0, nearest, sigma)
+
+    def _levels(self, sigma: Tensor) -> Tensor:
+        return iddpm_levels(self.num_levels, self.c1, self.c2, sigma.device)
+
+
+def _predicts_noise(sigma: Tensor, c_noise: Tensor) -> Coefficients:
+    """x0 = x - sigma F(x / sqrt(sigma^2 + 1)): the input has unit variance if the data have."""
+    return Coefficients(
+        c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=(sigma**2 + 1).rsqrt(), c_noise=c_noise
+    )
+
+
+@dataclass(frozen=True)
+class BoundaryPrecond(Precond):
+    """A consistency function from a column with c_skip = 1 (VP, VE, iDDPM): c_out times (sigma - sigma_min) / sigma.
+
+    f(x; sigma_min) = x, and f approaches the column's denoiser as sigma grows, so that a student may start from the
+    weights of a teacher of that column.
+    """
+
+    base: Precond
+    sigma_min: float = 0.002
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        c = self.base(sigma)
+        # The boundary is sigma_min as this dtype stores it, so that c_out is exactly 0 there.
+        shifted = sigma - torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
+        return c._replace(c_out=c.c_out * (shifted / sigma))
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """As the column does."""
+        return self.base.round_sigma(sigma)
+
+
+# --precond: the columns of EDM's Table 1 -> preconditioning(sigma_data, time_scale)
+PRECONDS: dict[str, Callable[[float, float], Precond]] = {
+    "edm": EDMPrecond,
+    "vp": lambda sigma_data, time_scale: VPPrecond(),
+    # The EDM column's clock runs at time_scale / 4 per unit of ln(sigma); NCSN++, with 1, has its own rate here.
+    "ve": lambda sigma_data, time_scale: VEPrecond(max(time_scale / 4, 1.0)),
+    "iddpm": lambda sigma_data, time_scale: IDDPMPrecond(),
+}
+
+
+def denoiser_precond(name: str, *, sigma_data: float = 0.5, time_scale: float = 1000.0) -> Precond:
+    """Preconditioning of a denoiser by its column of EDM's Table 1: edm, vp, ve, iddpm."""
+    if name not in PRECONDS:
+        raise UserError(f"--precond must be one of {', '.join(PRECONDS)}, got {name}")
+    return PRECONDS[name](sigma_data, time_scale)
+
+
 def boundary_precond(
-    boundary: str, *, sigma_data: float, sigma_min: float, time_scale: float, printed_c_out: bool = False
+    boundary: str,
+    *,
+    sigma_data: float,
+    sigma_min: float,
+    time_scale: float,
+    printed_c_out: bool = False,
+    column: str = "edm",
 ) -> Precond:
-    """Preconditioning of a consistency function by name: `skip` (Eq. 5) or `piecewise` (Eq. 4)."""
+    """Preconditioning of a consistency function by name: `skip` (Eq. 5) or `piecewise` (Eq. 4).
+
+    column: the scalings that it starts from, a name of PRECONDS; others than edm have one form, which skips.
+    """
+    if column != "edm":
+        if boundary != "skip":
+            raise UserError(f"--boundary {boundary} goes with --precond edm, not with {column}")
+        return BoundaryPrecond(
+            denoiser_precond(column, sigma_data=sigma_data, time_scale=time_scale), sigma_min
+        )
     if boundary == "skip":
         return ConsistencyPrecond(sigma_data, sigma_min, time_scale, printed_c_out)
     if boundary == "piecewise":

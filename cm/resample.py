@@ -1,7 +1,9 @@
-"""Where on the noise axis the teacher's objective looks: log-normal, or importance-sampled grid positions."""
+"""Where on the noise axis the teacher's objective looks: log-normal, uniform in the time of a schedule, or
+importance-sampled grid positions."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.noise_schedules import VPSchedule, iddpm_levels
 from cm.random_util import StepRandom
 from cm.schedules import karras_sigma
 
@@ -197,6 +200,48 @@ class LogNormalSampler:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing to restore."""
+
+
+class UniformTimeSampler:
+    """sigma = level(u) with u ~ U[0, 1): the training distributions of EDM's other columns, and of any schedule.
+
+    level: float64 (B,) in [0, 1) -> noise levels.
+    """
+
+    def __init__(self, level: Callable[[Tensor], Tensor]):
+        self.level = level
+
+    def draw(self, random: StepRandom) -> tuple[Tensor, Tensor, None]:
+        """Noise levels for this rank's rows; a function of (seed, step, global row)."""
+        sigmas = self.level(random.uniform().double()).float()
+        return sigmas, torch.ones_like(sigmas), None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+def vp_levels(epsilon_t: float = 1e-5) -> UniformTimeSampler:
+    """t ~ U(epsilon_t, 1) of the VP schedule (Karras et al. 2022, Table 1, column VP)."""
+    return UniformTimeSampler(lambda u: VPSchedule().sigma(epsilon_t + u * (1 - epsilon_t)))
+
+
+def ve_levels(sigma_min: float, sigma_max: float) -> UniformTimeSampler:
+    """ln sigma ~ U(ln sigma_min, ln sigma_max) (Karras et al. 2022, Table 1, column VE)."""
+    return UniformTimeSampler(lambda u: sigma_min * (sigma_max / sigma_min) ** u)
+
+
+def iddpm_uniform_levels() -> UniformTimeSampler:
+    """sigma = u_j with j ~ U{0..M-1} (Karras et al. 2022, Table 1, column iDDPM + DDIM)."""
+
+    def level(u: Tensor) -> Tensor:
+        levels = iddpm_levels(device=u.device)
+        return levels[(u * len(levels)).long()]
+
+    return UniformTimeSampler(level)
 
 
 # --schedule_sampler: name -> sampler of a diffusion

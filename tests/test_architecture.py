@@ -14,7 +14,7 @@ LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
         "errors", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "lpips", "distances",
-        "augment", "attention", "dist_util", "launch", "blob", "memory",
+        "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "sde",
     },
     # networks
     {"unet", "networks", "denoiser", "classifier_net"},

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,17 +22,19 @@ def churn(
     s_tmin: float,
     s_tmax: float,
     s_noise: float,
+    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
 ) -> tuple[Tensor, Tensor]:
     """Add noise to reach sigma_hat = (1 + gamma) sigma (Karras et al. 2022, Algorithm 2, lines 4-6).
 
-    gamma = min(s_churn / steps, sqrt(2) - 1) for sigma in [s_tmin, s_tmax], else 0. One draw per call in every case:
-    the order of draws does not depend on the churn settings.
+    gamma = min(s_churn / steps, sqrt(2) - 1) for sigma in [s_tmin, s_tmax], else 0. round_sigma: to the levels that
+    the network knows; never below sigma. One draw per call in every case: the order of draws does not depend on the
+    churn settings.
     """
     gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
     if gamma <= 0:
         skip_draw(generator, x)
         return x, sigma
-    sigma_hat = sigma * (1 + gamma)
+    sigma_hat = torch.maximum(round_sigma(sigma * (1 + gamma)), sigma)
     noise = s_noise * generator.randn_like(x)
     return x + (sigma_hat**2 - sigma**2).sqrt() * noise, sigma_hat
 
