@@ -30,12 +30,12 @@ class DigitsClassifier(nn.Module):
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1)
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.hidden = nn.Linear(8 * width, FEATURE_DIM)
+        self.hidden = nn.Linear(32 * width, FEATURE_DIM)
         self.output = nn.Linear(FEATURE_DIM, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
-        x = F.adaptive_avg_pool2d(F.relu(self.conv3(x)), 2)
+        x = F.adaptive_avg_pool2d(F.relu(self.conv3(x)), 4)
         # Normalised, so that distances between features have the same scale for every classifier.
         features = F.relu(F.layer_norm(self.hidden(x.flatten(1)), (FEATURE_DIM,)))
         return features, self.output(features)
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, order and split")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the data")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the network is so small that threads would only wait for each other
     images = open_images(args.data)
     if images.labels is None:
         raise UserError(f"{args.data}: a classifier needs labels, and these images have none")

@@ -26,6 +26,6 @@ def write_npz(path: Path, count: int, seed: int = 0, compressed: bool = False, *
 
 def write_classifier(path: Path, seed: int = 0, **kwargs) -> Path:
     """A classifier of `stripes`."""
-    net, meta = train_classifier(*stripes(256, seed=100, **kwargs), seed=seed, epochs=6)
+    net, meta = train_classifier(*stripes(256, seed=100, **kwargs), seed=seed, epochs=12)
     save_weights(path, net.state_dict(), meta)
     return path
