@@ -45,7 +45,8 @@ def extract(
     statistics = {kind: FeatureStatistics(network.dims[kind], network.classifier.device) for kind in kinds}
     rows, kept = [], []
     for block, images in batches:
-        features = network(torch.as_tensor(np.array(images)))
+        # A copy: arrays that were read from a file are read-only.
+        features = network(images if isinstance(images, Tensor) else torch.from_numpy(images.copy()))
         for kind, stats in statistics.items():
             stats.update(features[kind])
         if keep:

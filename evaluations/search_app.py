@@ -199,8 +199,6 @@ def search_points(
 def run_search(config: SearchConfig) -> dict[str, Any]:
     """The whole search as configured; writes memo, result and plot to the run directory. Collective."""
     dist_util.setup_dist(timeout=60 * config.startup_timeout)
-    if not config.ref_batch:
-        raise UserError("--ref_batch is needed: a reference npz (python -m evaluations.reference builds one)")
     reference = open_reference(str(local_copy(config.ref_batch, flag="--ref_batch")))
     asked_for = config.protocol if "protocol" in config.explicit else ""
     protocol, _ = choose_protocol(asked_for, config.features, reference)
