@@ -91,11 +91,13 @@ class EditConfig(ModelFlags, RunFlags):
     training_mode: str = flag(
         "consistency_distillation", "objective that the model was trained with", choices=("edm", *MODES)
     )
-    classes: str = flag("", "labels of the input images in turn, as a list (class-conditional models)")
+    classes: str = flag(
+        "", "labels of the input images in turn, as a list; empty: those that a prepared set or npz brings"
+    )
     num_results: int = flag(1, "results per image", unit="images")
     seed: int = flag(42, "seed of all noise; result i depends on (seed, image, i) only")
     steps: int = flag(40, "points of the grid that --ts indexes; our own model files know theirs")
-    ts: str = flag("", "time points as grid indices, 0 = sigma_max; empty: four evenly over the grid")
+    ts: str = flag("", "time points as grid indices, 0 = sigma_max; empty: 17 evenly over the grid")
     sigmas: str = flag("", "noise levels, decreasing, instead of --ts; ends at sigma_min by itself")
     clip_denoised: bool = flag(True, "clamp every prediction to [-1, 1]")
     final_project: bool = flag(True, "replace what is known once more at the very end")

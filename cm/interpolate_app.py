@@ -31,8 +31,7 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     c = model.config
     if float(sigmas[0]) != c.sigma_max:
         raise UserError("interpolate decodes noise: --ts must begin with 0, --sigmas with --sigma_max")
-    if c.class_cond and len(parse_classes(c.classes, c.num_classes)) > 1:
-        raise UserError(f"--classes must be one label with interpolate, got {c.classes}")
+    label = the_label(c)
     shape = (c.in_channels or 3, c.image_size, c.image_size)
     corners = [corner_noise(text.strip(), shape) for text in c.between.split(",")]
     count = (len(corners) - 1) * (c.frames - 1) + 1
@@ -41,7 +40,7 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     prepare_output(directory, [*names, f"interpolation{ending}"], c.overwrite)
     if not dist_util.is_main():
         return
-    frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas)).numpy()
+    frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas, label)).numpy()
     for name, frame in zip(names, frames):
         save_png(directory / name, to_pil(frame))
     save_grid(directory / "grid.png", frames, columns=c.frames if len(corners) == 2 else c.frames - 1)
@@ -49,6 +48,18 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     metadata = {**model.provenance(), "config": resolved(c), "sigmas": sigmas.tolist(), "frames": names}
     save_json(directory / "edit.json", metadata)
     logger.log(f"{count} frames in {directory}; animation: {directory}/interpolation{ending}")
+
+
+def the_label(config: EditConfig) -> int:
+    """The class of all frames; 0 for unconditional models."""
+    if not config.class_cond:
+        return 0
+    if not config.classes:
+        raise UserError(f"--classes is missing: {config.model_path} is class-conditional")
+    classes = parse_classes(config.classes, config.num_classes)
+    if len(classes) > 1:
+        raise UserError(f"--classes must be one label with interpolate, got {config.classes}")
+    return classes[0]
 
 
 def corner_noise(text: str, shape: tuple[int, int, int]) -> Tensor:
@@ -78,14 +89,14 @@ def path_between(corners: list[Tensor], frames: int) -> Tensor:
     return torch.cat([*(leg[:-1] for leg in legs), legs[-1][-1:]])
 
 
-def decode(model: Pretrained[EditConfig], noise: Tensor, sigmas: Tensor) -> Tensor:
+def decode(model: Pretrained[EditConfig], noise: Tensor, sigmas: Tensor, label: int) -> Tensor:
     """Images (N, C, H, W) on the CPU; every frame gets the same fresh noise between evaluations."""
     c, images = model.config, []
     generator = IndexedGenerator(c.seed, "interpolate")
     for part in noise.split(c.batch_size):
         part = part.to(model.device)
         generator.set_rows([0] * len(part))
-        denoise = conditioned(model, [0] * len(part))
+        denoise = conditioned(model, [label] * len(part))
         x = float(sigmas[0]) * part
         images.append(edit_images(denoise, x, sigmas, generator, x=x, sigma_min=c.sigma_min).cpu())
     return torch.cat(images)

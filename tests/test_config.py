@@ -30,6 +30,7 @@ from cm.derived import (
     stored_config,
 )
 from cm.errors import UserError
+from cm.flags import ModelFlags
 from cm.parsing import (
     parse_attention,
     parse_channel_mult,
@@ -114,6 +115,37 @@ ADDED = {
         *["weights", "classes", "points", "coarse", "protocol", "features", "inception_path"],
     ],
 }
+# The original has no image_edit: its own flags with their defaults
+EDIT = {
+    "task": "inpaint",
+    "input": "",
+    "model_path": "",
+    "weights": "",
+    "training_mode": "consistency_distillation",
+    "classes": "",
+    "num_results": 1,
+    "seed": 42,
+    "steps": 40,
+    "ts": "",
+    "sigmas": "",
+    "clip_denoised": True,
+    "final_project": True,
+    "mask": "center:0.5",
+    "factor": 8,
+    "sigma_start": 1.0,
+    "repeat": 1,
+    "sigma": 0.5,
+    "noisy_input": False,
+    "between": "",
+    "frames": 9,
+    "frame_ms": 120,
+    "animation": "gif",
+    "batch_size": 16,
+    "resize": False,
+    "skip_unreadable": False,
+    "overwrite": False,
+    "grid_images": 16,
+}
 # The defaults that differ from the original's on purpose
 CHANGED = {
     ("edm_train", "schedule_sampler"): "lognormal",
@@ -141,6 +173,13 @@ def test_every_flag_explains_itself(script):
         assert len(field.metadata["help"]) > 5, name
         choices = field.metadata["choices"]
         assert not choices or field.default in choices, name
+
+
+def test_flags_of_image_edit():
+    flags = flags_of(SCRIPTS["image_edit"])
+    shared = [*RUN, *flags_of(ModelFlags)]
+    assert {name: field.default for name, field in flags.items() if name not in shared} == EDIT
+    assert set(shared) <= set(flags)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

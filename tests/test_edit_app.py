@@ -12,7 +12,8 @@ from cm.checkpoint import save_weights
 from cm.cli import parse
 from cm.config import CmTrainConfig, EditConfig
 from cm.derived import stored_config
-from cm.edit_app import noise_levels, result_stems, run_image_edit
+from cm.edit_app import noise_levels, run_image_edit
+from cm.edit_inputs import result_stems
 from cm.errors import UserError
 from cm.factory import create_network
 from cm.image_io import from_uint8
@@ -91,7 +92,7 @@ def test_inpaint_keeps_what_is_known(models, images, tmp_path):
     assert (results[0] != results[1]).any()
     assert list(meta["images"]) == [str(images / f"{n}.png") for n in "abc"]
     assert meta["images"][str(images / "b.png")] == ["b_000.png", "b_001.png"]
-    assert len(meta["sigmas"]) == 5
+    assert len(meta["sigmas"]) == 18
     assert meta["sigmas"][0] == 80
     assert meta["config"]["mask"] == "left"
     grid = Image.open(tmp_path / "out" / "grid.png")
@@ -208,7 +209,9 @@ def test_noise_levels():
     def levels(**flags):
         return noise_levels(EditConfig(steps=18, **flags))
 
-    assert len(levels(task="inpaint")) == 5
+    assert len(levels(task="inpaint")) == 18
+    assert len(noise_levels(EditConfig(steps=201))) == 18
+    assert len(noise_levels(EditConfig(steps=5))) == 5
     assert levels(task="stroke").tolist() == [1.0, 0.002]
     assert levels(task="interpolate").tolist() == [80, 0.002]
     assert levels(task="inpaint", ts="0,9").tolist() == levels(task="inpaint", ts="0,9,17").tolist()

@@ -8,7 +8,7 @@ import pytest
 
 from cm import presets
 from cm.cli import parse_config
-from cm.config import SCRIPTS, CmTrainConfig, EdmTrainConfig, SampleConfig, resolved
+from cm.config import SCRIPTS, CmTrainConfig, EditConfig, EdmTrainConfig, SampleConfig, resolved
 from cm.derived import is_consistency
 from cm.errors import UserError
 from cm.parsing import parse_ts
@@ -203,6 +203,18 @@ def test_two_step_points():
         assert float(karras_sigmas(steps, c.sigma_min, c.sigma_max, c.rho)[point]) == pytest.approx(
             sigma, rel=1e-6
         )
+
+
+def test_consistency_models_can_be_edited_with():
+    """image_edit knows the grid and the objective of exactly the presets that are consistency models."""
+    for name, preset in presets.PRESETS.items():
+        mode = preset.scripts.get("cm_train", {}).get("training_mode", "edm")
+        editable = "image_edit" in preset.scripts
+        assert editable == is_consistency(mode), name
+        if editable:
+            c = parse_config(EditConfig, ["--preset", name])
+            sample = parse_config(SampleConfig, ["--preset", name])
+            assert (c.training_mode, c.steps, c.image_size) == (mode, sample.steps, sample.image_size), name
 
 
 def test_published_results():

@@ -51,6 +51,7 @@ def _consistency(
                 "batch_size": 500,
                 **grid,
             },
+            "image_edit": {"training_mode": train["training_mode"], "steps": grid["steps"]},
             "ternary_search": {
                 "begin": "0",
                 "end": str(grid["steps"] - 1),

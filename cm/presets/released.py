@@ -86,6 +86,7 @@ def _consistency(
                 "batch_size": batch_size,
                 **grid,
             },
+            "image_edit": {"training_mode": train["training_mode"], "steps": grid["steps"]},
             "ternary_search": {
                 "begin": "0",
                 "end": str(grid["steps"] - 1),

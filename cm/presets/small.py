@@ -30,6 +30,7 @@ TRAINING: Flags = {
 }
 SAMPLING: Flags = {"num_samples": 1000, "batch_size": 250}
 CONSISTENCY_GRID: Flags = {"sampler": "onestep", "steps": 18, "ts": "0,11,17"}
+EDITING: Flags = {"steps": 18, "batch_size": 250}
 SEARCH: Flags = {"begin": "1", "end": "16", "steps": 18, **SAMPLING}
 
 
@@ -63,6 +64,7 @@ def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[
                 "total_training_steps": cd_steps,
             },
             "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_distillation"},
+            "image_edit": {**EDITING, "training_mode": "consistency_distillation"},
             "ternary_search": SEARCH,
         },
     )
@@ -84,6 +86,7 @@ def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[
                 "total_training_steps": ct_steps,
             },
             "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_training"},
+            "image_edit": {**EDITING, "training_mode": "consistency_training"},
             "ternary_search": SEARCH,
         },
     )
@@ -141,6 +144,7 @@ TINY = Preset(
             "total_training_steps": 4,
         },
         "image_sample": {"num_samples": 8, "batch_size": 4, "steps": 4},
+        "image_edit": {"training_mode": "consistency_distillation", "steps": 4, "batch_size": 4},
         "ternary_search": {"begin": "0", "end": "3", "steps": 4, "num_samples": 8, "batch_size": 4},
     },
 )
