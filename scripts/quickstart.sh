@@ -9,13 +9,13 @@
 # parts work. Everything goes to --out (default runs/quickstart); a second run goes on where the first one stopped.
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
-size=8 smoke="" out="" ranks=2
+size=8 smoke="" out="" ranks=2 images=1000
 while [ $# -gt 0 ]; do
   case $1 in
     --size) size=$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
     --ranks) ranks=$2; shift 2 ;;
-    --smoke) smoke=1; shift ;;
+    --smoke) smoke=1 images=200; shift ;;
     *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
   esac
 done
@@ -33,7 +33,7 @@ on_ranks() { run mpiexec -n "$ranks" python "$@"; }
 short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1"; fi; }
 samples() {
   on_ranks scripts/image_sample.py --out_dir "$out/samples/$1" --overwrite True "${@:2}" \
-    --classes 0,1,2,3,4,5,6,7,8,9 ${smoke:+--num_samples 200}
+    --classes 0,1,2,3,4,5,6,7,8,9 --num_samples $images
 }
 mkdir -p "$out"
 : >"$out/quickstart.log"
@@ -52,9 +52,15 @@ samples edm_heun18 --preset ${p}_edm --model_path "$out/edm"
 samples edm_heun2 --preset ${p}_edm --model_path "$out/edm" --steps 2
 for method in cd ct; do
   samples ${method}_onestep --preset ${p}_$method --model_path "$out/$method"
-  samples ${method}_twostep --preset ${p}_$method --model_path "$out/$method" --sampler multistep
+done
+say "ternary search of the second time point, then two steps"
+for method in cd ct; do
+  on_ranks scripts/ternary_search.py --preset ${p}_$method --model_path "$out/$method" --ref_batch "$out/data" \
+    --features "digits=$out/classifier.pt" --out_dir "$out/search_$method" --num_samples $images
+  ts=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["ts"], sep=",")' "$out/search_$method/search_result.json")
+  samples ${method}_twostep --preset ${p}_$method --model_path "$out/$method" --sampler multistep --ts "$ts"
 done
 say "numbers and pictures"
 run python -m evaluations.digits_report "$out"
 cat "$out/report.md"
-say "done; everything is in $out, its pictures: $out/report.png and $out/*/previews"
+say "done; everything is in $out. Pictures: $out/report.png, $out/search_cd/search.png, $out/*/previews"
