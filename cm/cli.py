@@ -1,6 +1,7 @@
 """Command line of a configuration class: flat flags (`--use_fp16 True`), --preset, --config, --dry_run.
 
-A value comes from the first of: its flag, the --config file, the --preset, the default. Imports no torch.
+A value comes from the first of: its flag, the --config file, what a given --precond goes with, the --preset, the
+default. Imports no torch.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from dataclasses import Field
 from typing import Any, NoReturn, TypeVar
 
 from cm import presets
+from cm.columns import column_flags
 from cm.config import Config, flags_of, resolved, script_of
 from cm.errors import UserError
 from cm.parsing import str2bool
@@ -67,7 +69,13 @@ def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = No
         from_preset = presets.values(
             named["preset"], named.get("variant", "release"), script_of(config_class)
         )
-    explicit = {**from_preset, **named}
+    script = script_of(config_class)
+    explicit = {
+        **column_flags(from_preset.get("precond", ""), script),
+        **from_preset,
+        **column_flags(named.get("precond", ""), script),
+        **named,
+    }
     config = config_class(**explicit, explicit=frozenset(explicit))
     validate(config)
     return config

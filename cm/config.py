@@ -14,11 +14,13 @@ from cm.flags import (
     MODES,
     ConsistencyFlags,
     DataFlags,
+    GuidanceFlags,
     LoopFlags,
     ModelFlags,
     OptimFlags,
     RunFlags,
     SamplingFlags,
+    SolverFlags,
     flag,
 )
 
@@ -29,8 +31,9 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
 
     schedule_sampler: str = flag(
         "lognormal",
-        "how training draws noise levels; uniform and loss-second-moment draw grid points",
-        choices=("uniform", "loss-second-moment", "lognormal", "lognormal-even"),
+        "how training draws noise levels; uniform and loss-second-moment draw grid points; vp, ve and iddpm as those "
+        "columns of EDM's Table 1",
+        choices=("uniform", "loss-second-moment", "lognormal", "lognormal-even", "vp", "ve", "iddpm"),
     )
     p_mean: float = flag(-1.2, "mean of ln(sigma) of lognormal")
     p_std: float = flag(1.2, "standard deviation of ln(sigma) of lognormal")
@@ -46,7 +49,7 @@ class CmTrainConfig(ConsistencyFlags, LoopFlags, OptimFlags, DataFlags, ModelFla
 
 
 @dataclass(frozen=True)
-class SampleConfig(SamplingFlags, ModelFlags, RunFlags):
+class SampleConfig(GuidanceFlags, SolverFlags, SamplingFlags, ModelFlags, RunFlags):
     """Draw images from a model."""
 
     training_mode: str = flag("edm", "objective that the model was trained with", choices=("edm", *MODES))

@@ -28,6 +28,8 @@ FREE_TO_CHOOSE = ("use_fp16", "use_checkpoint", "use_new_attention_order")
 # Flags that change what the network computes without changing any tensor's shape.
 MUST_AGREE = (
     "network",
+    "precond",
+    "diffusion_schedule",
     "sigma_data",
     "boundary",
     "c_out_formula",
@@ -105,6 +107,30 @@ def stored_config(config: TrainConfig) -> dict[str, Any]:
         "progdist": 1,
     }
     return {**stored, "steps": final[config.scale_mode]}
+
+
+def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: str) -> CmTrainConfig:
+    """The configuration with the teacher's preconditioning, which its file says; UserError where they do not fit.
+
+    Teacher and student are networks of one column, so that the student can start from the teacher's weights and, in
+    progressive distillation, become the teacher. A bare state dict (stored None) says nothing: --precond does.
+    """
+    if stored is None:
+        return config
+    column = stored.get("precond", "edm")
+    if "precond" in config.explicit and config.precond != column:
+        raise UserError(
+            f"--precond {config.precond} contradicts --teacher_model_path {source}, which was trained with {column}"
+        )
+    low, high = (float(stored.get(name, getattr(config, name))) for name in ("sigma_min", "sigma_max"))
+    if column == "ve" and not low <= config.sigma_min < config.sigma_max <= high:
+        raise UserError(
+            f"--sigma_min {config.sigma_min} and --sigma_max {config.sigma_max} leave the noise levels that the "
+            f"teacher {source} was trained on, {low} to {high}"
+        )
+    adopted = replace(config, precond=column)
+    validate(adopted)
+    return adopted
 
 
 def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser:

@@ -19,12 +19,15 @@ from cm.objectives import (
     ProgressiveObjective,
 )
 from cm.objectives.consistency import Distance, Weight
-from cm.precond import EDMPrecond, Precond, boundary_precond
+from cm.precond import Precond, boundary_precond, denoiser_precond
 from cm.resample import (
     LogNormalSampler,
     LossSecondMomentResampler,
     NoiseSampler,
     UniformSampler,
+    iddpm_uniform_levels,
+    ve_levels,
+    vp_levels,
 )
 from cm.schedules import EmaAndScales, LearningRate
 from cm.trainer import Optimization
@@ -55,16 +58,17 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
 
 
 def create_precond(config: Config, *, consistency: bool) -> Precond:
-    """Scalings of a consistency function, or EDM's, on the clock of the configured network."""
+    """Scalings of a consistency function, or of a denoiser, by --precond and on the clock of the configured network."""
     time_scale = config.time_scale or TIME_SCALES[config.network]
     if not consistency:
-        return EDMPrecond(config.sigma_data, time_scale)
+        return denoiser_precond(config.precond, sigma_data=config.sigma_data, time_scale=time_scale)
     return boundary_precond(
         config.boundary,
         sigma_data=config.sigma_data,
         sigma_min=config.sigma_min,
         time_scale=time_scale,
         printed_c_out=config.c_out_formula == "printed",
+        column=config.precond,
     )
 
 
@@ -86,6 +90,9 @@ NOISE_SAMPLERS = {
     "loss-second-moment": lambda c: LossSecondMomentResampler(
         _GridInfo(c.num_timesteps, c.sigma_min, c.sigma_max, c.rho)
     ),
+    "vp": lambda c: vp_levels(),
+    "ve": lambda c: ve_levels(c.sigma_min, c.sigma_max),
+    "iddpm": lambda c: iddpm_uniform_levels(),
 }
 
 

@@ -16,7 +16,19 @@ CONTINUOUS_MODES = ("continuous_distillation", "continuous_training")
 CONSISTENCY_MODES = ("consistency_distillation", "consistency_training", *CONTINUOUS_MODES)
 MODES = (*CONSISTENCY_MODES, "progdist")
 NETWORKS = ("adm", "ncsnpp", "ddpmpp")
-SAMPLERS = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
+PRECONDS = ("edm", "vp", "ve", "iddpm")
+SAMPLERS = (
+    "heun",
+    "euler",
+    "dpm",
+    "ancestral",
+    "onestep",
+    "multistep",
+    "progdist",
+    "general",
+    "pc",
+    "rk45",
+)
 WEIGHT_SCHEDULES = ("snr", "snr+1", "karras", "truncated-snr", "uniform")
 LOSS_NORMS = ("l1", "l2", "l2-32", "linf", "lpips", "lpips-max")
 EDIT_TASKS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate")
@@ -87,6 +99,17 @@ class ModelFlags:
     """Model"""
 
     network: str = flag("adm", "network architecture", choices=NETWORKS)
+    precond: str = flag(
+        "edm",
+        "scalings around the network, a column of EDM's Table 1; in edm_train also that column's noise levels "
+        "and weighting, unless they are given",
+        choices=PRECONDS,
+    )
+    diffusion_schedule: str = flag(
+        "",
+        "edm_train, progdist: train in z = alpha x + sigma e with time uniform on this schedule; empty: in x + sigma e",
+        choices=("", "cosine", "vp", "ve"),
+    )
     sigma_min: float = flag(0.002, "smallest noise level", unit="standard deviation of images in [-1, 1]")
     sigma_max: float = flag(80.0, "largest noise level", unit="standard deviation of images in [-1, 1]")
     sigma_data: float = flag(0.5, "standard deviation of the data that the preconditioning assumes")
@@ -313,3 +336,41 @@ class SamplingFlags:
     model_path: str = flag("", "model: file or run directory")
     weights: str = flag("", "raw, ema:RATE or target; empty: the slowest average that the file has")
     classes: str = flag("", "labels to draw in turn, as a list; empty: at random")
+
+
+@dataclass(frozen=True)
+class SolverFlags:
+    """Samplers of the family"""
+
+    time_steps: str = flag(
+        "",
+        "which noise levels heun, euler, dpm, ancestral and general visit: a column of EDM's Table 1; "
+        "empty: as edm does",
+        choices=("", *PRECONDS),
+    )
+    noise_schedule: str = flag(
+        "linear",
+        "general: sigma(t), whose time the solver steps in",
+        choices=("linear", "ve", "vp", "cosine"),
+    )
+    state_scale: str = flag("none", "general: s(t) of the state; vp: unit variance", choices=("none", "vp"))
+    solver_order: int = flag(2, "general: order of the solver, 1 or 2")
+    solver_alpha: float = flag(1.0, "general: second order: 1 Heun, 0.5 midpoint, 0.667 Ralston")
+    sde: str = flag("ve", "pc, rk45: the SDE", choices=("ve", "vp", "subvp", "edm"))
+    predictor: str = flag(
+        "reverse_diffusion",
+        "pc: predictor",
+        choices=("reverse_diffusion", "euler_maruyama", "ancestral", "none"),
+    )
+    corrector: str = flag("langevin", "pc: corrector", choices=("langevin", "annealed_langevin", "none"))
+    corrector_steps: int = flag(1, "pc: steps of the corrector at each level")
+    snr: float = flag(0.16, "pc: signal-to-noise ratio of a Langevin step")
+    tolerance: float = flag(1e-5, "rk45: relative and absolute tolerance")
+
+
+@dataclass(frozen=True)
+class GuidanceFlags:
+    """Classifier guidance"""
+
+    classifier_path: str = flag("", "classifier of noisy images: file or run directory; empty: no guidance")
+    classifier_scale: float = flag(1.0, "weight of the classifier's gradient")

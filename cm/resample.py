@@ -213,8 +213,15 @@ class UniformTimeSampler:
 
     def draw(self, random: StepRandom) -> tuple[Tensor, Tensor, None]:
         """Noise levels for this rank's rows; a function of (seed, step, global row)."""
-        sigmas = self.level(random.uniform().double()).float()
-        return sigmas, torch.ones_like(sigmas), None
+        return *self._levels(random.uniform()), None
+
+    def sample(self, bs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """(sigmas, ones), each (B,), from torch's global generator."""
+        return self._levels(torch.rand(bs, device=device))
+
+    def _levels(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        sigmas = self.level(uniforms.double()).float()
+        return sigmas, torch.ones_like(sigmas)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing to keep."""
@@ -244,12 +251,15 @@ def iddpm_uniform_levels() -> UniformTimeSampler:
     return UniformTimeSampler(level)
 
 
-# --schedule_sampler: name -> sampler of a diffusion
+# --schedule_sampler: name -> sampler of a diffusion; ve needs its sigma_min and sigma_max
 SCHEDULE_SAMPLERS = {
     "uniform": UniformSampler,
     "loss-second-moment": LossSecondMomentResampler,
     "lognormal": lambda diffusion: LogNormalSampler(),
     "lognormal-even": lambda diffusion: LogNormalSampler(even=True),
+    "vp": lambda diffusion: vp_levels(),
+    "ve": lambda diffusion: ve_levels(diffusion.sigma_min, diffusion.sigma_max),
+    "iddpm": lambda diffusion: iddpm_uniform_levels(),
 }
 
 

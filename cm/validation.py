@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from cm import parsing, rules
+from cm.columns import COLUMNS
 from cm.config import (
     CmTrainConfig,
     Config,
@@ -78,9 +79,13 @@ MINIMUM: dict[str, float] = {
     "repeat": 1,
     "frames": 2,
     "frame_ms": 1,
+    "solver_order": 1,
+    "corrector_steps": 0,
+    "snr": 0,
+    "classifier_scale": 0,
 }
 BELOW_ONE = ("dropout", "teacher_dropout", "beta1", "beta2")
-POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout")
+POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout", "solver_alpha", "tolerance")
 POSITIVE_OR_UNSET = ("batch_size", "microbatch", "num_heads_upsample", "num_head_channels")
 
 
@@ -147,6 +152,7 @@ def _check_model(config: ModelFlags) -> None:
         raise UserError(f"--use_fp16 True contradicts --precision {config.precision}")
     if config.in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 1 or 3, or 0 for those of the data, got {config.in_channels}")
+    _check_column(config)
     rules.check_architecture(
         network=config.network,
         image_size=config.image_size,
@@ -158,6 +164,18 @@ def _check_model(config: ModelFlags) -> None:
         num_head_channels=config.num_head_channels,
         augment_dim=config.augment_dim,
     )
+
+
+def _check_column(config: ModelFlags) -> None:
+    """--precond against the range of noise levels and the form of a consistency function."""
+    span = COLUMNS[config.precond].span
+    if span and not span[0] <= config.sigma_min < config.sigma_max <= span[1]:
+        raise UserError(
+            f"--sigma_min {config.sigma_min} and --sigma_max {config.sigma_max} leave the noise levels of --precond "
+            f"{config.precond}, {span[0]} to {span[1]}"
+        )
+    if config.precond != "edm" and config.boundary != "skip":
+        raise UserError(f"--boundary {config.boundary} goes with --precond edm, not with {config.precond}")
 
 
 def _check_training(config: EdmTrainConfig | CmTrainConfig) -> None:
@@ -232,6 +250,36 @@ def _check_sample(config: SampleConfig) -> None:
         parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
     if config.sigmas:
         parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
+    _check_solver(config)
+
+
+# Flag of image_sample -> the samplers that read it
+SOLVER_FLAGS: dict[str, tuple[str, ...]] = {
+    "time_steps": ("heun", "euler", "dpm", "ancestral", "general"),
+    "noise_schedule": ("general",),
+    "state_scale": ("general",),
+    "solver_order": ("general",),
+    "solver_alpha": ("general",),
+    "sde": ("pc", "rk45"),
+    "predictor": ("pc",),
+    "corrector": ("pc",),
+    "corrector_steps": ("pc",),
+    "snr": ("pc",),
+    "tolerance": ("rk45",),
+}
+
+
+def _check_solver(config: SampleConfig) -> None:
+    for name, samplers in SOLVER_FLAGS.items():
+        # Without --sampler the model file chooses; the merged configuration is checked again.
+        changed = getattr(config, name) != flags_of(SampleConfig)[name].default
+        if changed and "sampler" in config.explicit and config.sampler not in samplers:
+            raise UserError(f"--{name} is for --sampler {' or '.join(samplers)}, not for {config.sampler}")
+    if config.solver_order > 2 or config.solver_alpha > 1:
+        raise UserError(
+            "--solver_order must be 1 or 2 and --solver_alpha in (0, 1], "
+            f"got {config.solver_order} and {config.solver_alpha}"
+        )
 
 
 def _check_search(config: SearchConfig) -> None:

@@ -58,6 +58,8 @@ RUN = [
 ]
 MODEL = [
     "network",
+    "precond",
+    "diffusion_schedule",
     "sigma_data",
     "rho",
     "in_channels",
@@ -108,6 +110,9 @@ ADDED = {
         *RUN,
         *MODEL,
         *["weights", "classes", "sigmas", "overwrite", "grid_images", "grid_columns"],
+        *["time_steps", "noise_schedule", "state_scale", "solver_order", "solver_alpha"],
+        *["sde", "predictor", "corrector", "corrector_steps", "snr", "tolerance"],
+        *["classifier_path", "classifier_scale"],
     ],
     "ternary_search": [
         *RUN,
@@ -167,19 +172,19 @@ def test_flags_are_the_originals_and_the_declared_additions(script):
         assert flags[name].default == (math.inf if expected == "inf" else expected), name
 
 
+def test_flags_of_image_edit():
+    flags = flags_of(SCRIPTS["image_edit"])
+    shared = [*RUN, *flags_of(ModelFlags)]
+    assert {name: field.default for name, field in flags.items() if name not in shared} == EDIT
+    assert set(shared) <= set(flags)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_explains_itself(script):
     for name, field in flags_of(SCRIPTS[script]).items():
         assert len(field.metadata["help"]) > 5, name
         choices = field.metadata["choices"]
         assert not choices or field.default in choices, name
-
-
-def test_flags_of_image_edit():
-    flags = flags_of(SCRIPTS["image_edit"])
-    shared = [*RUN, *flags_of(ModelFlags)]
-    assert {name: field.default for name, field in flags.items() if name not in shared} == EDIT
-    assert set(shared) <= set(flags)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -3,8 +3,9 @@
 A new sampler is one function in a file of this package and one entry in SAMPLERS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from cm.samplers.consistency import (
     stochastic_iterative_sampler,
     ts_to_sigmas,
 )
+from cm.samplers.general import sample_general
 from cm.samplers.ode import sample_dpm, sample_euler, sample_heun
+from cm.samplers.pc import sample_pc, sample_rk45
 
 __all__ = [
     "SAMPLERS",
@@ -33,10 +36,13 @@ __all__ = [
     "sample_dpm",
     "sample_euler",
     "sample_euler_ancestral",
+    "sample_general",
     "sample_heun",
     "sample_multistep",
     "sample_onestep",
+    "sample_pc",
     "sample_progdist",
+    "sample_rk45",
     "sampler_sigmas",
     "sampling_grid",
     "stochastic_iterative_sampler",
@@ -55,6 +61,8 @@ class Sampler:
 
 
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+GENERAL = ("noise_schedule", "state_scale", "order", "alpha", "round_sigma")
+PC = ("sde", "predictor", "corrector", "corrector_steps", "snr")
 
 SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(sample_heun, lambda steps: steps, CHURN),
@@ -64,6 +72,9 @@ SAMPLERS: dict[str, Sampler] = {
     "onestep": Sampler(sample_onestep, lambda steps: steps),
     "progdist": Sampler(sample_progdist, lambda steps: steps + 1),
     "multistep": Sampler(sample_multistep, None, ("sigma_min",)),
+    "general": Sampler(sample_general, lambda steps: steps, (*CHURN, *GENERAL)),
+    "pc": Sampler(sample_pc, lambda steps: steps, PC),
+    "rk45": Sampler(sample_rk45, lambda steps: steps, ("sde", "tolerance")),
 }
 
 
@@ -110,18 +121,23 @@ def run_sampler(
     s_noise: float = 1.0,
     progress: bool = False,
     callback: Callback | None = None,
+    sigmas: Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Sample with the sampler called `name` on Karras's grid, from x of noise level sigma_max.
 
-    Only `ts` of multistep and the churn options of heun and dpm are the sampler's own; others do not read them.
+    sigmas: other levels than `sampler_sigmas` gives, with their final 0. options: more of the sampler's own options by
+    name. A sampler is given the options that its entry in SAMPLERS lists; it does not read the others.
     """
-    sigmas = sampler_sigmas(name, steps, sigma_min, sigma_max, rho, ts)
+    if sigmas is None:
+        sigmas = sampler_sigmas(name, steps, sigma_min, sigma_max, rho, ts)
     known = {
+        **(options or {}),
         "s_churn": s_churn,
         "s_tmin": s_tmin,
         "s_tmax": s_tmax,
         "s_noise": s_noise,
         "sigma_min": sigma_min,
     }
-    options = {key: known[key] for key in SAMPLERS[name].options}
-    return SAMPLERS[name].sample(denoiser, x, sigmas, generator, progress, callback, **options)
+    own = {key: known[key] for key in SAMPLERS[name].options if key in known}
+    return SAMPLERS[name].sample(denoiser, x, sigmas, generator, progress, callback, **own)

@@ -78,6 +78,11 @@ def _named(registry: dict, flag: str, name: str):
     return registry[name]
 
 
+def _edm_sde(sigmas: Tensor) -> SDE:
+    positive = sigmas[sigmas > 0]
+    return create_sde("edm", positive.min().item(), positive.max().item())
+
+
 @torch.no_grad()
 def sample_pc(
     denoiser: DenoiseFn,
@@ -87,7 +92,7 @@ def sample_pc(
     progress: bool = False,
     callback: Callback | None = None,
     *,
-    sde: SDE,
+    sde: SDE | None = None,
     predictor: str = "reverse_diffusion",
     corrector: str = "langevin",
     corrector_steps: int = 1,
@@ -97,11 +102,12 @@ def sample_pc(
 
     At each level of `sigmas`: corrector_steps Langevin steps, then the predictor to the next level. The step to
     0 returns the denoised image, without noise. sigmas: levels of the SDE, such as `sde.levels(...)`, and a
-    final 0. snr: ratio of the norms of score and noise in a Langevin step (0.16 for VE, 0.01 for VP on CIFAR-10).
+    final 0. sde None: EDM's. snr: ratio of the norms of score and noise in a Langevin step (0.16 for VE on CIFAR-10).
     """
     predict = _named(PREDICTORS, "predictor", predictor)
     step_size = _named(CORRECTORS, "corrector", corrector)
     x = start(x)
+    sde = sde or _edm_sde(sigmas)
     for i, sigma, sigma_next in intervals(sigmas.double(), progress):
         t = sde.time(sigma)
         r = sde.time(sigma_next) if sigma_next > 0 else t
@@ -141,9 +147,8 @@ def sample_rk45(
     """
     from scipy.integrate import solve_ivp
 
-    positive = sigmas.double().cpu()
-    positive = positive[positive > 0]
-    sde = sde or create_sde("edm", positive[-1].item(), positive[0].item())
+    positive = sigmas[sigmas > 0].double().cpu()
+    sde = sde or _edm_sde(sigmas)
     x = start(x)
     first, last = (sde.time(level) for level in (positive[0], positive[-1]))
 
