@@ -8,6 +8,7 @@ A checkpoint is one directory per step, `checkpoints/step_000123/`, written unde
 its manifest (sizes and hashes, written last) is on disk. A directory without a manifest is not a checkpoint.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ META_MEMBER = "extra/cm.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP_DIR = re.compile(r"step_(\d+)$")
+_PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 
 def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: dict | None = None) -> None:
@@ -36,7 +40,9 @@ def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: d
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(_to_cpu(state_dict), temporary)
+        # Through Python's file: torch's own would hide the cause of a failed write (disk full, quota).
+        with open(temporary, "wb") as file:
+            torch.save(map_tensors(state_dict, _to_cpu), file)
         if meta is not None:
             with zipfile.ZipFile(temporary, "a") as archive:
                 root = archive.namelist()[0].split("/")[0]
@@ -44,20 +50,34 @@ def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: d
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:
+        raise _storage_error(error) or error from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _to_cpu(value):
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples with `function` applied to every tensor."""
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        # A view of a larger storage would write all of it.
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+        return function(value)
     if isinstance(value, dict):
-        return {k: _to_cpu(v) for k, v in value.items()}
+        return {k: map_tensors(v, function) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(v) for v in value)
+        return type(value)(map_tensors(v, function) for v in value)
     return value
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    # A view of a larger storage would write all of it.
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _storage_error(error: BaseException | None) -> OSError | None:
+    """The failed write that torch's zip writer met, from the chain of its exceptions."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def load_weights(
@@ -73,24 +93,31 @@ def load_weights(
     if not os.path.isfile(local):
         raise UserError(f"no such weights file: {path}")
     try:
+        _check_zip(local)
         state = torch.load(local, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and plain values, or is damaged; it was not loaded ({_first_line(error)})"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:  # damaged bytes make torch and zipfile raise almost anything
         raise UserError(f"{path} is not a readable weights file ({_first_line(error)})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state, read_meta(local)
+
+
+def _check_zip(path: str) -> None:
+    """Refuse a zip that would unpack to more than its size, or whose bytes do not have the checksums they should."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        # torch never compresses. Members that overlap in the file count twice here.
+        if not stored or sum(member.file_size for member in members) > os.path.getsize(path):
+            raise zipfile.BadZipFile("it would unpack to more than its size, as no file of torch does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}: the file is damaged")
 
 
 def _first_line(error: Exception) -> str:
@@ -105,8 +132,19 @@ def read_meta(path: str | os.PathLike) -> dict | None:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith("/" + META_MEMBER):
-                return json.loads(archive.read(name))
+                return _parse_object(archive.read(name), f"{path}: its member {META_MEMBER}")
     return None
+
+
+def _parse_object(text: bytes, source: str) -> dict:
+    """The JSON object in a text; UserError that names the source."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not JSON ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source} must hold one JSON object, not a {type(content).__name__}")
+    return content
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -117,8 +155,8 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
     """UserError that names the first differing tensors when a state dict does not fit a module exactly."""
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
+    expected = {name: _describe(t) for name, t in module.state_dict().items()}
+    given = {name: _describe(t) for name, t in state.items() if isinstance(t, Tensor)}
     wrong = [
         f"{n}: {given[n]} in the file, {s} in the model" for n, s in expected.items() if given.get(n, s) != s
     ]
@@ -132,6 +170,12 @@ def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: st
         )
 
 
+def _describe(tensor: Tensor) -> str:
+    """Shape, and the type where it is not a floating-point one: half precision may stand in for single."""
+    shape = str(tuple(tensor.shape))
+    return shape if tensor.is_floating_point() else f"{shape} {tensor.dtype}"
+
+
 def step_directory(run_dir: str | os.PathLike, step: int) -> Path:
     """Directory of the checkpoint after `step` steps."""
     return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
@@ -140,9 +184,10 @@ def step_directory(run_dir: str | os.PathLike, step: int) -> Path:
 def write_checkpoint(
     run_dir: str | os.PathLike, step: int, files: dict[str, dict[str, Tensor]], state: dict, meta: dict
 ) -> Path:
-    """Write one checkpoint directory: weights files by name, `state` as JSON, and the manifest last.
+    """Write one checkpoint directory: weights files by name, `state` and `meta` as JSON, and the manifest last.
 
-    An interrupted write leaves only a directory with a temporary name, which the next write removes.
+    An interrupted write leaves only a directory with a temporary name, which the next write removes. OSError when
+    the storage fails; whatever was complete before is so still.
     """
     final = step_directory(run_dir, step)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -153,17 +198,18 @@ def write_checkpoint(
     try:
         for name, content in files.items():
             save_weights(temporary / name, content, meta)
-        _write_json(temporary / STATE, state)
-        names = [*files, STATE]
+        _write_json(temporary / STATE, {**state, **meta})
         manifest = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
-            for name in names
+            for name in (*files, STATE)
         }
         _write_json(temporary / MANIFEST, {"step": step, "files": manifest})
+        _sync_directory(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, final.parent / f".tmp_replaced_{final.name}")
         os.rename(temporary, final)
         _sync_directory(final.parent)
+        shutil.rmtree(final.parent / f".tmp_replaced_{final.name}", ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -181,6 +227,10 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot: their renames are durable or not, whatever we do.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -193,28 +243,52 @@ def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
         if folder.is_dir()
         else []
     )
-    return sorted(found, key=lambda p: int(_STEP_DIR.search(p.name)[1]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(_STEP_DIR.search(path.name)[1])
 
 
 def _is_complete(path: Path) -> bool:
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
+    except (OSError, UserError):
         return False
+
+
+def _manifest(path: Path) -> dict[str, dict]:
+    """File name -> {"bytes", "sha256"} of a checkpoint directory; UserError when it is not what we write."""
+    source = path / MANIFEST
+    files = _parse_object(source.read_bytes(), str(source)).get("files")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{source} lists no files")
+    for name, entry in files.items():
+        # Names are those of files in this directory: none may lead out of it.
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UserError(f"{source} lists {name!r}, which is no plain file name")
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise UserError(f"{source} says nothing of size and hash of {name}")
+    return files
 
 
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest's hash; UserError that names the first one that differs."""
-    files = json.loads((path / MANIFEST).read_text())["files"]
-    for name, entry in files.items():
-        if file_sha256(path / name) != entry["sha256"]:
-            raise UserError(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
+    try:
+        for name, entry in _manifest(path).items():
+            if file_sha256(path / name) != entry["sha256"]:
+                raise UserError(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
+        _parse_object((path / STATE).read_bytes(), str(path / STATE))
+    except OSError as error:
+        raise UserError(f"{path} is incomplete or cannot be read: {error}") from None
 
 
 def read_state(path: Path) -> dict:
     """The JSON state of a checkpoint directory: step, loss scale, configuration, versions."""
-    return json.loads((path / STATE).read_text())
+    try:
+        return _parse_object((path / STATE).read_bytes(), str(path / STATE))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def prune_checkpoints(run_dir: str | os.PathLike, keep_last: int, keep_every: int) -> None:
@@ -225,6 +299,8 @@ def prune_checkpoints(run_dir: str | os.PathLike, keep_last: int, keep_every: in
     if keep_last < 1:
         return
     for path in complete_checkpoints(run_dir)[:-keep_last]:
-        step = int(_STEP_DIR.search(path.name)[1])
-        if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(path)
+        if not (keep_every and _step_of(path) % keep_every == 0):
+            # First the name that makes it a checkpoint, so that no half-deleted one is ever taken for whole.
+            doomed = path.with_name(f".tmp_pruned_{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)

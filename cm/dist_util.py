@@ -136,6 +136,20 @@ def broadcast_object(obj: T) -> T:
     return box[0]
 
 
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 only; every rank gets its result, or raises the UserError that it raised."""
+    outcome = None
+    if is_main():
+        try:
+            outcome = (function(), None)
+        except UserError as error:
+            outcome = (None, error)
+    result, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return result
+
+
 def all_gather_object(obj: T) -> list[T]:
     """The objects of all ranks, in rank order."""
     if get_world_size() == 1:

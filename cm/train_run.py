@@ -2,15 +2,20 @@
 
 import json
 import os
+import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from cm import dist_util, logger
-from cm.checkpoint import check_matching, complete_checkpoints, read_state
-from cm.config import CmTrainConfig, EdmTrainConfig, result_flags
+from cm.blob import write_atomic
+from cm.checkpoint import check_matching, read_state
+from cm.compiling import can_compile
+from cm.config import CmTrainConfig, EdmTrainConfig
 from cm.data import open_dataset
 from cm.data.dataset import ImageData
 from cm.data.stream import TrainStream
@@ -24,52 +29,92 @@ from cm.factory import (
     create_precond,
     trains_consistency,
 )
+from cm.heartbeat import Heartbeat
+from cm.memory import keep_freed_memory
 from cm.model_files import ModelFile, load_model_file
+from cm.objectives import Objective
 from cm.previews import Preview
 from cm.random_util import derive_seed
-from cm.trainer import Reporting, Trainer
+from cm.resume import checkpoint_of, find_checkpoint
+from cm.status import EXIT_UNFINISHED, FINISHED, PREEMPTED, TIME, write_status
+from cm.stopping import Stopper, StopSignals
+from cm.supervision import supervised
+from cm.train_options import Reporting
+from cm.trainer import Trainer
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
 
 
 def run_train(config: TrainConfig) -> None:
-    """Train as configured, from the beginning or from the newest checkpoint of the run directory."""
-    dist_util.setup_dist(timeout=60 * config.startup_timeout)
-    directory = prepare_directory(run_dir(config))
+    """Train as configured, from the beginning or from the newest checkpoint of the run directory.
+
+    SystemExit with EXIT_UNFINISHED after an orderly stop before the last step (a signal, --max_hours).
+    """
+    with StopSignals() as signals:
+        stopper = Stopper(config.max_hours, signals)
+        dist_util.setup_dist(timeout=60 * config.startup_timeout)
+        directory = prepare_directory(run_dir(config))
+        set_up_torch(config)
+        dataset = open_training_data(config)
+        teacher_file = load_teacher(config)
+        config = settle(config, dataset, teacher_file)
+        checkpoint = find_checkpoint(config, directory, dataset.fingerprint)
+        open_logs(config, directory, checkpoint)
+        limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
+        with supervised(directory, limits) as heartbeat:
+            trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint, stopper, heartbeat)
+            announce(config, trainer, dataset)
+            ended = trainer.run_loop()
+            heartbeat.phase("end", trainer.state.step)
+            report_end(ended, trainer.state.step, directory, signals)
+    if ended != FINISHED:
+        sys.exit(EXIT_UNFINISHED)
+
+
+def set_up_torch(config: TrainConfig) -> None:
+    """Settings of this process that --device and --deterministic ask for."""
     if config.deterministic:
+        # cuBLAS reads it when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
-    dataset = open_training_data(config)
-    teacher_file = load_teacher(config)
-    config = settle(config, dataset, teacher_file)
-    checkpoint = find_checkpoint(config, directory)
-    logger.configure(
-        directory,
-        ["stdout", "log", "csv", "json", *(["tensorboard"] if config.tensorboard else [])],
-        resume_step=read_state(checkpoint)["step"] if checkpoint else None,
-    )
+    if choose_device(config.device).type == "cpu":
+        keep_freed_memory()
+
+
+def open_logs(config: TrainConfig, directory: str, checkpoint: Path | None) -> None:
+    """Start or go on with the logs; rows after the checkpoint are dropped, as their steps will be done again."""
+    formats = ["stdout", "log", "csv", "json", *(["tensorboard"] if config.tensorboard else [])]
+    logger.configure(directory, formats, resume_step=read_state(checkpoint)["step"] if checkpoint else 0)
     logger.log(f"run directory: {directory}")
-    trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint)
     if dist_util.is_main():
-        Path(directory, "config.json").write_text(json.dumps(stored_config(config), indent=1))
-    announce(config, trainer, dataset)
-    trainer.run_loop()
-    logger.log(f"finished at step {trainer.state.step}; checkpoints are in {directory}/checkpoints")
+        write_atomic(Path(directory, "config.json"), json.dumps(stored_config(config), indent=1).encode())
+
+
+def report_end(ended: str, step: int, directory: str, signals: StopSignals) -> None:
+    """Say why training ended, on the screen and in status.json."""
+    if dist_util.is_main():
+        code = 0 if ended == FINISHED else EXIT_UNFINISHED
+        write_status(directory, ended, exit_code=code, message=signals.received, step=step)
+    words = {PREEMPTED: f"stopped by {signals.received or 'another rank'}", TIME: "stopped by --max_hours"}
+    how = words.get(ended, ended)
+    again = "" if ended == FINISHED else "; the same command goes on"
+    logger.log(f"{how} at step {step}; checkpoints are in {directory}/checkpoints{again}")
 
 
 def prepare_directory(directory: str) -> str:
     """Make the run directory on rank 0; UserError on every rank when it cannot be written."""
-    problem = None
-    if dist_util.is_main():
+
+    def prepare() -> str:
         try:
             os.makedirs(directory, exist_ok=True)
             if not os.access(directory, os.W_OK):
                 raise PermissionError(f"[Errno 13] Permission denied: '{directory}'")
         except OSError as error:
-            problem = f"--out_dir {directory} cannot be written: {error.strerror or error}"
-    problem = dist_util.broadcast_object(problem)
-    if problem:
-        raise UserError(problem)
-    return directory
+            raise UserError(f"--out_dir {directory} cannot be written: {error.strerror or error}") from None
+        return directory
+
+    return dist_util.on_main(prepare)
 
 
 def open_training_data(config: TrainConfig) -> ImageData:
@@ -115,50 +160,20 @@ def settle(config: TrainConfig, dataset: ImageData, teacher: ModelFile | None) -
     return replace(config, in_channels=dataset.channels, num_classes=classes)
 
 
-def find_checkpoint(config: TrainConfig, directory: str) -> Path | None:
-    """The checkpoint to go on from, after comparing its configuration with this one."""
-    found = complete_checkpoints(directory)
-    if config.resume == "never" and found:
-        raise UserError(f"--resume never: {directory} already holds {found[-1].name}; give another --out_dir")
-    if not found:
-        if config.resume == "must":
-            raise UserError(f"--resume must: {directory} holds no complete checkpoint")
-        return None
-    stored = json.loads(Path(directory, "config.json").read_text())
-    mine = result_flags(config)
-    changed = [f"--{n} {stored[n]} -> {v}" for n, v in mine.items() if n in stored and stored[n] != v]
-    if changed and not config.resume_with_changes:
-        raise UserError(
-            f"{directory} holds a run with other flags ({', '.join(changed[:5])}); "
-            "give another --out_dir, or --resume_with_changes True"
-        )
-    return found[-1]
-
-
 def build_trainer(
     config: TrainConfig,
     dataset: ImageData,
     teacher_file: ModelFile | None,
     directory: str,
     checkpoint: Path | None = None,
+    stopper: Stopper | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> Trainer:
     """Networks, objective and data in a loop, restored from a checkpoint if one is given."""
     device = choose_device(config.device)
     objective = create_objective(config)
-    torch.manual_seed(derive_seed(config.seed, "init"))
-    student = create_network(config).to(device)
-    if isinstance(config, CmTrainConfig) and init_source(config) == "teacher":
-        load_into(student, teacher_file, "--init teacher", config)
-    target = teacher = None
-    if objective.needs_target:
-        target = create_network(config).to(device)
-        target.load_state_dict(student.state_dict())
-    if objective.needs_teacher:
-        teacher = create_network(config, dropout=config.teacher_dropout).to(device)
-        load_into(teacher, teacher_file, "--teacher_model_path", config)
+    student, target, teacher = create_roles(config, objective, teacher_file, device)
     consistency = trains_consistency(config)
-    preview = Preview(config, directory) if config.preview_count else None
-    stored = stored_config(config)
     batch = global_batch(config, dist_util.get_world_size())
     trainer = Trainer(
         student=student,
@@ -166,16 +181,7 @@ def build_trainer(
         data=iter(()),
         global_batch_size=batch,
         optimization=create_optimization(config),
-        reporting=Reporting(
-            directory,
-            config.log_interval,
-            config.save_interval,
-            config.keep_last,
-            config.keep_every,
-            meta={"config": stored, "data": dataset.fingerprint},
-            preview=preview,
-            preview_interval=config.preview_interval,
-        ),
+        reporting=create_reporting(config, dataset, directory, batch),
         student_precond=create_precond(config, consistency=consistency),
         target=target,
         teacher=teacher,
@@ -184,9 +190,13 @@ def build_trainer(
         total_steps=stop_step(config),
         seed=config.seed,
         sigma_range=(config.sigma_min, config.sigma_max),
+        stopper=stopper,
+        heartbeat=heartbeat,
+        compile=config.compile and can_compile(device),
+        channels_last=config.channels_last,
     )
     if checkpoint is not None:
-        trainer.load(checkpoint)
+        trainer.load(checkpoint, verified=True)
     elif config.resume_checkpoint:
         resume_elsewhere(trainer, config.resume_checkpoint)
     trainer.data = iter(
@@ -202,6 +212,46 @@ def build_trainer(
         )
     )
     return trainer
+
+
+def create_reporting(config: TrainConfig, dataset: ImageData, directory: str, batch: int) -> Reporting:
+    """What the run leaves behind; batch: images per step over all ranks."""
+    return Reporting(
+        directory,
+        config.log_interval,
+        config.save_interval,
+        config.keep_last,
+        config.keep_every,
+        config.async_save,
+        config.on_save_error,
+        meta={
+            "config": stored_config(config),
+            "data": dataset.fingerprint,
+            "global_batch_size": batch,
+            "versions": versions(),
+        },
+        preview=Preview(config, directory) if config.preview_count else None,
+        preview_interval=config.preview_interval,
+    )
+
+
+def create_roles(
+    config: TrainConfig, objective: Objective, teacher_file: ModelFile | None, device: torch.device
+) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+    """Student, target and teacher networks with their initial weights; None where the objective needs none."""
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    student = create_network(config).to(device, memory_format=layout)
+    if isinstance(config, CmTrainConfig) and init_source(config) == "teacher":
+        load_into(student, teacher_file, "--init teacher", config)
+    target = teacher = None
+    if objective.needs_target:
+        target = create_network(config).to(device, memory_format=layout)
+        target.load_state_dict(student.state_dict())
+    if objective.needs_teacher:
+        teacher = create_network(config, dropout=config.teacher_dropout).to(device, memory_format=layout)
+        load_into(teacher, teacher_file, "--teacher_model_path", config)
+    return student, target, teacher
 
 
 def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: TrainConfig) -> None:
@@ -221,14 +271,16 @@ def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: Tra
 def resume_elsewhere(trainer: Trainer, path: str) -> None:
     """Go on from a checkpoint directory, a run directory, or a model file of the original repository."""
     if os.path.isdir(path):
-        found = [Path(path)] if Path(path, "manifest.json").is_file() else complete_checkpoints(path)
-        if not found:
-            raise UserError(f"--resume_checkpoint {path} holds no complete checkpoint")
-        trainer.load(found[-1])
+        trainer.load(checkpoint_of(path))
     elif os.path.isfile(path):
         trainer.load_original(path)
     else:
         raise UserError(f"--resume_checkpoint {path}: no such file or directory")
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was made with."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 def announce(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> None:

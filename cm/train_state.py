@@ -1,5 +1,6 @@
 """Everything of a training run that changes from step to step, as data; to files and back."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cm import logger
-from cm.checkpoint import check_matching, load_weights, read_state, verify_checkpoint
+from cm.checkpoint import STATE, check_matching, load_weights, read_state
 from cm.ema import EmaBank
 from cm.errors import UserError
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
 from cm.objectives.base import Objective
+from cm.optim import state_per_parameter
 
 _MODEL_FILE = re.compile(r"model(\d+)\.pt$")
 
@@ -35,6 +37,11 @@ class TrainState:
     bad_steps: int = 0  # skipped steps in a row
     skipped: int = 0  # skipped steps in all
     new_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = field(kw_only=True)
+
+    def count(self, took_step: bool) -> None:
+        """Count a step that was taken or skipped."""
+        self.bad_steps = 0 if took_step else self.bad_steps + 1
+        self.skipped += not took_step
 
     def promote_student(self) -> None:
         """A new stage of progressive distillation: the student is the teacher, optimizer and averages restart."""
@@ -61,19 +68,23 @@ class TrainState:
         """The part of the state that is JSON."""
         return {
             "step": self.step,
-            "lg_loss_scale": self.student.lg_loss_scale,
+            "lg_loss_scale": self.student.lg_loss_scale if self.student.use_fp16 else None,
             "bad_steps": self.bad_steps,
             "skipped": self.skipped,
         }
 
     def load(self, path: Path) -> None:
-        """Restore from a checkpoint directory; every file that `files` names must be there and undamaged."""
-        verify_checkpoint(path)
+        """Restore from a checkpoint directory; every file that `files` names must be there."""
         scalars = read_state(path)
-        self.step = scalars["step"]
-        self.bad_steps = scalars["bad_steps"]
-        self.skipped = scalars["skipped"]
-        self.student.lg_loss_scale = scalars["lg_loss_scale"]
+        for name in ("step", "bad_steps", "skipped"):
+            if type(scalars.get(name)) is not int or scalars[name] < 0:
+                raise UserError(f"{path / STATE}: {name} should be a count, not {scalars.get(name)!r}")
+            setattr(self, name, scalars[name])
+        scale = scalars.get("lg_loss_scale")
+        if self.student.use_fp16 and scale is not None:
+            if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+                raise UserError(f"{path / STATE}: lg_loss_scale should be a number, not {scale!r}")
+            self.student.lg_loss_scale = scale
         for name in self.files():
             if not (path / name).is_file():
                 raise UserError(
@@ -130,15 +141,14 @@ class TrainState:
             weights.load_state_dict(_read_model(weights.module, path))
 
     def _load_optimizer(self, path: Path) -> None:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        own = self.optimizer.state_dict()
         state, _ = load_weights(path)
         try:
-            self.optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError) as error:
+            moments = state_per_parameter(state["state"], [p.shape for p in self.student.master_params])
+            # --lr, --weight_decay and the like rule, not what was saved.
+            self.optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} does not fit the optimizer: {error}") from None
-        # --lr rules, not the rate that was saved.
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
 
 
 def _read_model(module: torch.nn.Module, path: Path) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ batch whatever the number of ranks and the size of the micro-batches.
 """
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -16,49 +17,22 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cm import dist_util, logger
-from cm.checkpoint import complete_checkpoints, prune_checkpoints, write_checkpoint
+from cm.checkpoint import read_state, verify_checkpoint
 from cm.denoiser import Denoiser
 from cm.ema import EmaBank
 from cm.errors import UserError
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
+from cm.guard import NumberGuard
+from cm.heartbeat import Heartbeat
 from cm.meters import LossMeter
 from cm.objectives.base import Draw, Objective, Roles
 from cm.optim import make_optimizer
 from cm.precond import EDMPrecond, Precond
 from cm.random_util import StepRandom, derive_seed
-from cm.schedules import LearningRate
+from cm.status import FINISHED
+from cm.stopping import SAVE_FAILED, Stopper
+from cm.train_options import Optimization, Reporting
 from cm.train_state import TrainState
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How the student's weights move."""
-
-    learning_rate: LearningRate
-    optimizer: str = "radam"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    grad_clip: float = 0.0
-    precision: str = "fp32"
-    fp16_scale_growth: float = 1e-3
-    ema_rate: str | float = "0.9999"
-    ema_warmup: bool = False
-    max_bad_steps: int = 100
-
-
-@dataclass(frozen=True)
-class Reporting:
-    """What a run leaves behind: logs every log_interval steps, checkpoints every save_interval (-1: at the end)."""
-
-    run_dir: str
-    log_interval: int = 10
-    save_interval: int = 10000
-    keep_last: int = 0
-    keep_every: int = 0
-    meta: dict = field(default_factory=dict)
-    preview: Callable[["Trainer"], None] | None = None
-    preview_interval: int = 0  # 0: at each checkpoint
 
 
 class Trainer:
@@ -85,6 +59,10 @@ class Trainer:
         total_steps: int = 0,
         seed: int = 0,
         sigma_range: tuple[float, float] = (0.002, 80.0),
+        stopper: Stopper | None = None,
+        heartbeat: Heartbeat | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
     ):
         if objective.needs_teacher and teacher is None:
             raise UserError("--teacher_model_path: distillation needs a teacher")
@@ -104,10 +82,19 @@ class Trainer:
         self.optimization = optimization
         self.reporting = reporting
         self.device = next(student.parameters()).device
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.meter = LossMeter(*sigma_range)
+        self.guard = NumberGuard(optimization.max_bad_steps)
+        self.stopper = stopper or Stopper()
+        self.heartbeat = heartbeat
+        self.saver = reporting.saver()
         self.state = self._initial_state(target, teacher)
         self.sync_parameters()
         self.ddp_model = self._distributed()
+        self.compile = compile
+        if compile:
+            for net in filter(None, (self.ddp_model, target, teacher)):
+                net.compile()
         self.roles = Roles(
             Denoiser(self.ddp_model, student_precond),
             target and Denoiser(target, student_precond),
@@ -115,6 +102,10 @@ class Trainer:
         )
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in student.modules())
         self._saved_step = -1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._first_step = self.state.step
         self._logged = (self.state.step, time.perf_counter())
 
     def _initial_state(self, target: nn.Module | None, teacher: nn.Module | None) -> TrainState:
@@ -165,9 +156,14 @@ class Trainer:
             bucket_cap_mb=128,
         )
 
-    def load(self, checkpoint) -> None:
-        """Continue from a checkpoint directory (a Path) as if the run had never stopped."""
+    def load(self, checkpoint: Path, *, verified: bool = False) -> None:
+        """Continue from a checkpoint directory as if the run had never stopped. All ranks must call it.
+
+        Rank 0 compares the files with their hashes first, unless they have been verified.
+        """
+        dist_util.on_main(lambda: verified or verify_checkpoint(checkpoint))
         self.state.load(checkpoint)
+        self.meter.load_state(read_state(checkpoint).get("unread_means", {}), self.device)
         self._after_load()
 
     def load_original(self, model_path: str) -> None:
@@ -177,7 +173,7 @@ class Trainer:
 
     def _after_load(self) -> None:
         self._saved_step = self.state.step
-        self._logged = (self.state.step, time.perf_counter())
+        self._begin()
         if self.state.step:
             self.anneal_lr()
 
@@ -186,51 +182,89 @@ class Trainer:
         """True when total_steps are done; total_steps 0 never ends."""
         return 0 < self.total_steps <= self.state.step
 
-    def run_loop(self) -> None:
-        """Train until total_steps, logging and saving on the way; the last step is always saved."""
-        while not self.finished:
-            batch, cond = next(self.data)
-            self.run_step(batch, cond)
-            if self._due(self.reporting.log_interval):
-                self.log_step()
-            if self._due(self.reporting.save_interval):
+    def run_loop(self) -> str:
+        """Train to the end, or until the stopper says so; returns why training ended, as `cm.status` names it.
+
+        Logs, saves and draws previews on the way; the last step is always saved.
+        """
+        stop = ""
+        try:
+            while not (self.finished or stop):
+                self._enter("data")
+                batch, cond = next(self.data)
+                self._enter("step")
+                self.stopper.ask(self.saver.failed)
+                self.run_step(batch, cond)
+                stop = self.stopper.answer()
+                if stop == SAVE_FAILED:
+                    self.saver.check()
+                self._report()
+            if self._saved_step != self.state.step:
                 self.save()
-            if self.reporting.preview and self._due(
-                self.reporting.preview_interval or self.reporting.save_interval
-            ):
-                self.reporting.preview(self)
-        if self._saved_step != self.state.step:
+            self.saver.finish()
+        finally:
+            self.saver.join()
+            if hasattr(self.data, "close"):
+                self.data.close()  # ends its worker processes
+        return stop or FINISHED
+
+    def _report(self) -> None:
+        """Log, save and draw what is due after this step."""
+        r = self.reporting
+        if self._due(r.log_interval):
+            self._enter("log")
+            self.log_step()
+        if self._due(r.save_interval):
             self.save()
+        if r.preview and self._due(r.preview_interval or r.save_interval):
+            self._enter("preview")
+            with self._uncompiled():
+                r.preview(self)
+
+    def _uncompiled(self) -> contextlib.AbstractContextManager:
+        """Previews have a batch and a mode of their own, which are not worth compiling for."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
     def _due(self, interval: int) -> bool:
         return self.finished or (interval > 0 and self.state.step % interval == 0)
 
+    def _enter(self, phase: str) -> None:
+        """Tell the heartbeat; the first step may compile, download, start workers."""
+        if self.heartbeat is not None:
+            first = self.state.step == self._first_step and phase in ("data", "step")
+            self.heartbeat.phase("first step" if first else phase, self.state.step)
+
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> bool:
-        """One step on this rank's rows; False when bad gradients made it a skipped one, which still counts."""
+        """One step on this rank's rows; False when bad numbers made it a skipped one, which still counts."""
         state, step = self.state, self.state.step
         stage = self.objective.stage(step)
         if stage is not None and stage.start == step > 0:
             state.promote_student()
-        self.forward_backward(batch, cond)
+            self.guard.forget()
+        draw, terms = self.forward_backward(batch, cond)
         took_step = state.student.optimize(state.optimizer)
         if took_step:
             self.update_ema()
             self.update_target_ema()
-        self._count_bad_steps(took_step)
-        logger.logkv_mean("grad_norm", state.student.grad_norm)
-        logger.logkv_mean("param_norm", state.student.param_norm)
+            self.objective.observe(draw, terms["loss"])
+            self.meter.update(terms, draw.t, draw.weight)
+            self.meter.add("grad_norm", state.student.grad_norm)
+            self.meter.add("param_norm", state.student.param_norm)
+        state.count(took_step)
+        if not took_step:
+            self.guard.skipped(state, batch, draw.t, terms["loss"])
         state.step += 1
         self.anneal_lr()
         return took_step
 
-    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """Draw for the whole local batch, then losses and gradients by micro-batches."""
-        x0 = batch.to(self.device, non_blocking=True)
+    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> tuple[Draw, dict[str, Tensor]]:
+        """Draw for the whole local batch, then losses and gradients by micro-batches; returns draws and losses."""
+        x0 = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         draw, global_batch = self._draw(x0)
         self.state.student.zero_grad()
         size = self.microbatch if self.microbatch > 0 else len(x0)
-        losses = []
+        parts = []
         for start in range(0, len(x0), size):
             part = slice(start, min(start + size, len(x0)))
             last = part.stop == len(x0)
@@ -238,10 +272,11 @@ class Trainer:
                 terms = self.compute_losses(x0[part], draw[part], {k: v[part] for k, v in cond.items()})
                 # The process group averages gradients over ranks; this makes it the mean over the global batch.
                 share = dist_util.get_world_size() / global_batch
-                self.state.student.backward((terms["loss"] * draw.weight[part]).sum() * share)
-            self.meter.update(terms, draw.t[part], draw.weight[part])
-            losses.append(terms["loss"].detach())
-        self.objective.observe(draw, torch.cat(losses))
+                loss = (terms["loss"] * draw.weight[part]).sum() * share
+                # A loss that is not finite spoils the gradients, and so the step, on all ranks.
+                self.state.student.backward(loss * torch.where(torch.isfinite(loss), 1.0, math.nan))
+            parts.append({name: values.detach() for name, values in terms.items()})
+        return draw, {name: torch.cat([terms[name] for terms in parts]) for name in parts[0]}
 
     def compute_losses(self, x0: Tensor, draw: Draw, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-sample losses of a micro-batch."""
@@ -286,22 +321,12 @@ class Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
 
-    def _count_bad_steps(self, took_step: bool) -> None:
-        state = self.state
-        state.bad_steps = 0 if took_step else state.bad_steps + 1
-        state.skipped += not took_step
-        if state.bad_steps >= self.optimization.max_bad_steps:
-            raise UserError(
-                f"{state.bad_steps} steps in a row had gradients that are not finite (step {state.step}, loss scale "
-                f"2^{state.student.lg_loss_scale:g}); lower --lr, use --precision bf16, or raise --max_bad_steps"
-            )
-
     def log_step(self) -> None:
         """Write the means since the last call: losses, norms, schedules, speed."""
         state = self.state
         step, now = state.step, time.perf_counter()
-        for name, value in self.meter.read().items():
-            logger.logkv(name, value)
+        means = self.meter.read()
+        logger.logkvs(means)
         logger.logkv("step", step)
         logger.logkv("samples", step * self.global_batch_size)
         logger.logkv("lr", state.optimizer.param_groups[0]["lr"])
@@ -318,21 +343,11 @@ class Trainer:
         )
         self._logged = (step, now)
         logger.dumpkvs()
+        self.guard.watch(step, means)
 
     def save(self) -> None:
-        """Write a checkpoint from rank 0; every rank waits, and every rank fails if the write fails."""
-        r, state = self.reporting, self.state
-        problem = None
-        if dist_util.is_main():
-            try:
-                path = write_checkpoint(r.run_dir, state.step, state.files(), state.scalars(), r.meta)
-                prune_checkpoints(r.run_dir, r.keep_last, r.keep_every)
-                logger.log(f"saved {path}")
-            except OSError as error:
-                earlier = complete_checkpoints(r.run_dir)
-                kept = f"; the newest complete checkpoint is {earlier[-1]}" if earlier else ""
-                problem = f"could not save step {state.step} under {r.run_dir}: {error}{kept}"
-        problem = dist_util.broadcast_object(problem)
-        if problem:
-            raise UserError(problem)
-        self._saved_step = state.step
+        """Write a checkpoint; every rank must call it, and every rank fails if the write fails."""
+        self._enter("save")
+        scalars = {**self.state.scalars(), "unread_means": self.meter.state()}
+        self.saver.save(self.state.files(), scalars)
+        self._saved_step = self.state.step

@@ -90,7 +90,7 @@ def test_checkpoint_directory(tmp_path):
     path = write(tmp_path, 12)
     assert path.name == "step_000012"
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "model000012.pt", "state.json"]
-    assert ck.read_state(path) == {"step": 12}
+    assert ck.read_state(path) == {"step": 12, "config": {}}
     ck.verify_checkpoint(path)
     write(tmp_path, 2)
     write(tmp_path, 12)

@@ -330,7 +330,7 @@ def test_target_follows_with_mu_of_the_same_step():
 
 def test_bad_batches_are_skipped_counted_and_end_the_run():
     loop = small_loop()
-    loop.optimization = type(loop.optimization)(**{**vars(loop.optimization), "max_bad_steps": 3})
+    loop.guard.max_bad_steps = 3
     bad = torch.full((4, 1, 8, 8), float("nan"))
     before = [p.detach().clone() for p in loop.mp_trainer.master_params]
     assert not loop.run_step(bad, {}) and loop.step == 1

@@ -1,0 +1,21 @@
+"""Whether torch.compile works here, asked before a long run relies on it."""
+
+import torch
+
+from cm import dist_util, logger
+
+
+def can_compile(device: torch.device) -> bool:
+    """Compile a tiny function for the device; on any rank's failure warn once and say no to all. Takes seconds."""
+    problem = ""
+    try:
+        x = torch.ones(8, device=device)
+        torch.compile(lambda x: torch.sin(x) + 1)(x).sum().item()
+    except Exception as error:  # a missing compiler, Triton or Python header: each raises its own kind
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+    problems = [text for text in dist_util.all_gather_object(problem) if text]
+    if problems:
+        logger.warn(
+            f"warning: --compile True: torch.compile does not work here, training goes on without ({problems[0]})"
+        )
+    return not problems

@@ -1,0 +1,56 @@
+"""Everything around a training run that is not training: signs of life, and a record of why it ended."""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+
+from cm import dist_util, logger, status
+from cm.errors import UserError
+from cm.guard import BadNumbers
+from cm.heartbeat import Heartbeat, describe_last_run, furthest_behind, read_beats
+
+_BROKEN_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|socket", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def supervised(run_dir: str, limits: dict[str, float]) -> Iterator[Heartbeat]:
+    """Heartbeats within the body; an exception that leaves it is recorded in status.json. All ranks enter it.
+
+    limits: see `Heartbeat`. An error of communication is told with the rank that the others waited for.
+    """
+    if dist_util.is_main():
+        if last := describe_last_run(run_dir):
+            logger.log(f"the latest start of this run: {last}")
+        status.clear_status(run_dir)
+    heartbeat = Heartbeat(run_dir, limits)
+    try:
+        with heartbeat:
+            try:
+                yield heartbeat
+            except RuntimeError as error:
+                _explain(error, run_dir, heartbeat)
+                raise
+    except BaseException as error:
+        _record(error, run_dir)
+        raise
+
+
+def _explain(error: RuntimeError, run_dir: str, heartbeat: Heartbeat) -> None:
+    if dist_util.get_world_size() == 1 or not _BROKEN_CONNECTION.search(f"{type(error).__name__} {error}"):
+        return
+    # On the node of a dead rank the heartbeat knows more, and ends the job within this time.
+    time.sleep(2 * heartbeat.interval)
+    behind = furthest_behind(read_beats(run_dir))
+    cause = str(error).strip().splitlines()[0][:200]
+    raise UserError(f"lost contact with the other ranks ({cause}); furthest behind is {behind}") from error
+
+
+def _record(error: BaseException, run_dir: str) -> None:
+    ended, code = status.ERROR, 1
+    if isinstance(error, UserError):
+        code = 2
+        if isinstance(error, BadNumbers):
+            ended = status.BAD_NUMBERS
+    message = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    status.write_status(run_dir, ended, exit_code=code, message=message, rank=dist_util.get_rank())
