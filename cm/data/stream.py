@@ -14,6 +14,7 @@ from cm.data.dataset import Batch, ImageData
 from cm.dist_util import local_rows
 from cm.errors import UserError
 from cm.random_util import derive_seed
+from cm.stopping import shield_worker
 
 
 class StepBatches(torch.utils.data.Dataset):
@@ -110,6 +111,7 @@ class TrainStream:
             sampler=_Count(self._start_step),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # else starting the loader would advance torch's global generator
         )
         reported: set[str] = set()
