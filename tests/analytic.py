@@ -1,9 +1,21 @@
-"""Closed-form data for tests: its ideal denoiser, score and consistency function."""
+"""Closed-form data for tests: its ideal denoiser and consistency function; a preconditioning for closed forms."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cm.precond import Coefficients
+
+
+def ones(sigma: Tensor) -> Tensor:
+    """The weighting lambda = 1."""
+    return torch.ones_like(sigma)
+
+
+def free(sigma: Tensor) -> Coefficients:
+    """The preconditioning of a network that is the whole function: it sees x and sigma."""
+    return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma), sigma)
 
 
 def _like(sigma: Tensor, x: Tensor) -> Tensor:

@@ -21,24 +21,19 @@ from cm.objectives.continuous import (
     curvature_product,
     total_derivative,
 )
-from cm.precond import Coefficients, ConsistencyPrecond, EDMPrecond
+from cm.precond import ConsistencyPrecond, EDMPrecond
 from cm.random_util import StepRandom
 from cm.rules import CURVED_NORMS, FLAT_NORMS
 from cm.schedules import LearningRate
 from cm.trainer import Optimization, Reporting, Trainer
 from tests import lpips_files
-from tests.analytic import Gaussian
+from tests.analytic import Gaussian, free, ones
 from tests.models import PointNet, tiny_unet
 from tests.mp import run_ranks
 
 DATA = Gaussian()
 GRID = Grid()
 DIM = 3
-
-
-def free(sigma):
-    """The preconditioning of a network that is the whole function: it sees x and sigma."""
-    return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma), sigma)
 
 
 class Function(nn.Module):
@@ -76,10 +71,6 @@ def feature_distance(a, b):
         return nn.functional.normalize(2 + torch.sin(x @ FEATURES / 3), dim=1)
 
     return (features(a) - features(b)).square().mean(1)
-
-
-def ones(sigma):
-    return torch.ones_like(sigma)
 
 
 def grid_speed(t):
