@@ -21,7 +21,7 @@ from cm import dist_util
 from cm.config import EditConfig
 from cm.data.decode import Decoder
 from cm.edit_inputs import Input, InputFiles
-from cm.editing import LUMA
+from cm.editing import luma
 from cm.errors import UserError
 from cm.image_io import from_uint8, save_json, to_uint8
 from cm.lpips import URLS, Lpips, LpipsOptions, import_piq
@@ -42,8 +42,7 @@ def mean_fill(images: Tensor, config: EditConfig) -> Tensor:
 
 def grey(images: Tensor, config: EditConfig) -> Tensor:
     """The luma in all three channels."""
-    weights = torch.tensor(LUMA)[:, None, None]
-    return ((images * weights).sum(1, keepdim=True) / weights.sum()).expand_as(images)
+    return luma(images)
 
 
 def bicubic(images: Tensor, config: EditConfig) -> Tensor:

@@ -11,6 +11,7 @@ import argparse
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -308,7 +309,8 @@ def main() -> None:
     options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
     result = evaluate(reference, samples, network, options, strict=strict, force=args.force == "True")
     if dist_util.is_main():
-        out = args.out or default_json(args.samples[0], args.reference)
+        out = Path(args.out or default_json(args.samples[0], args.reference))
+        out.parent.mkdir(parents=True, exist_ok=True)
         save_json(out, result)
         print(f"{table(result)}\n\nresult: {out}", flush=True)
 

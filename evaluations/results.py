@@ -1,0 +1,69 @@
+"""Measurements read back from the JSON files that the evaluator writes."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluated set of samples and how it was drawn. step: training step of the model, 0 if unknown."""
+
+    path: str
+    preset: str
+    nfe: int
+    step: int
+    count: int
+    comparable: bool
+    metrics: dict[str, float]
+    samples: str
+    flags: dict[str, Any]
+
+
+def load_results(folder: str | Path) -> list[Measurement]:
+    """All measurements below a folder, oldest first; JSON files of other kinds are passed over.
+
+    Samples must carry the JSON that image_sample writes beside them: it says which preset and sampler they are from.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--results {folder}: no such folder")
+    found = []
+    for path in sorted(Path(folder).rglob("*.json"), key=lambda p: (p.stat().st_mtime, str(p))):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if isinstance(content, dict) and {"metrics", "protocol", "features"} <= content.keys():
+            found += [m for m in [_measurement(str(path), content)] if m]
+    return found
+
+
+def _measurement(path: str, content: dict[str, Any]) -> Measurement | None:
+    run = content.get("runs", [content])[0]  # several seeds: all of one model
+    meta = run["samples"].get("meta") or {}
+    flags = meta.get("config", {})
+    if "nfe" not in meta or not flags.get("preset"):
+        return None
+    step = re.findall(r"step_(\d+)|_(\d+)\.pt$", meta.get("model_path", ""))
+    return Measurement(
+        path=path,
+        preset=flags["preset"],
+        nfe=int(meta["nfe"]),
+        step=int("".join(step[0])) if step else 0,
+        count=run["samples"]["count"],
+        comparable=bool(run["comparable"]),
+        metrics=content["metrics"],
+        samples=run["samples"]["path"],
+        flags=flags,
+    )
+
+
+def best_of(measurements: Iterable[Measurement]) -> Measurement | None:
+    """The one to report: comparable before not, more samples before fewer, longer training, the newest."""
+    ranked = sorted(measurements, key=lambda m: (m.comparable, m.count, m.step))
+    return ranked[-1] if ranked else None
