@@ -44,6 +44,20 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
 
 
 @dataclass(frozen=True)
+class ClassifierConfig(EdmTrainConfig):
+    """Train a classifier of noisy images, for guidance."""
+
+    schedule_sampler: str = flag(
+        "ve",
+        "how training draws noise levels; ve: evenly in ln(sigma) from --sigma_min to --sigma_max",
+        choices=("ve", "lognormal", "lognormal-even", "vp", "iddpm"),
+    )
+    class_cond: bool = flag(True, "always True: the labels are what is learned")
+    num_head_channels: int = flag(64, "width of an attention head", unit="channels")
+    preview_count: int = flag(0, "always 0: a classifier draws no images", result=False)
+
+
+@dataclass(frozen=True)
 class CmTrainConfig(ConsistencyFlags, LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     """Train a consistency model: distillation, training in isolation, or progressive distillation."""
 
@@ -128,6 +142,7 @@ Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig | EditConf
 
 SCRIPTS: dict[str, type[Config]] = {
     "edm_train": EdmTrainConfig,
+    "classifier_train": ClassifierConfig,
     "cm_train": CmTrainConfig,
     "image_sample": SampleConfig,
     "ternary_search": SearchConfig,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cm.config import (
+    ClassifierConfig,
     CmTrainConfig,
     Config,
     EdmTrainConfig,
@@ -55,6 +56,13 @@ def precision(config: Config) -> str:
     return config.precision or ("fp16" if config.use_fp16 else "fp32")
 
 
+def training_mode(config: TrainConfig) -> str:
+    """What a training run makes: `edm`, `classifier`, or the --training_mode of cm_train."""
+    if isinstance(config, CmTrainConfig):
+        return config.training_mode
+    return "classifier" if isinstance(config, ClassifierConfig) else "edm"
+
+
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
     return training_mode in CONSISTENCY_MODES
@@ -100,7 +108,7 @@ def stored_config(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about its model: every flag, the script, the objective and the grid it ends with."""
     stored = {**resolved(config), "script": script_of(config)}
     if isinstance(config, EdmTrainConfig):
-        return {**stored, "training_mode": "edm"}
+        return {**stored, "training_mode": training_mode(config)}
     final = {
         "fixed": config.start_scales,
         "progressive": config.end_scales + 1,  # N(k) of the last step
@@ -139,6 +147,8 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     stored: what the file says (`stored_config`, or `cm.legacy.identify` where it carries no configuration). A flag
     that the command set wins, except that it may not contradict the file where no tensor would show it.
     """
+    if stored.get("training_mode") == "classifier":
+        raise UserError(f"{source} is a classifier, which draws no images: it goes with --classifier_path")
     flags = flags_of(type(config))
     for name in MUST_AGREE:
         if name in config.explicit and name in stored and getattr(config, name) != stored[name]:
@@ -151,7 +161,8 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
         taken.update(_objective(config, stored, source))
     merged = replace(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
     validate(merged)
-    if getattr(merged, "classes", "") and not merged.class_cond:
+    guided = getattr(merged, "classifier_path", "")
+    if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
     return merged
 

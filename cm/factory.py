@@ -5,12 +5,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from cm.config import CmTrainConfig, Config, EdmTrainConfig
-from cm.derived import is_consistency, lr_decay, precision
+from cm.alpha_sigma import AlphaSigma
+from cm.config import ClassifierConfig, CmTrainConfig, Config, EdmTrainConfig
+from cm.derived import is_consistency, lr_decay, precision, training_mode
 from cm.distances import make_distance
 from cm.errors import UserError
 from cm.networks.build import TIME_SCALES, Architecture, build_network
 from cm.objectives import (
+    AlphaSigmaObjective,
+    AlphaSigmaProgressive,
+    ClassifierObjective,
     ConsistencyObjective,
     ContinuousObjective,
     EDMObjective,
@@ -53,7 +57,8 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
             use_fp16=False,
             in_channels=config.in_channels or DEFAULT_CHANNELS,
             num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
-        )
+        ),
+        classifier=isinstance(config, ClassifierConfig),
     )
 
 
@@ -142,9 +147,15 @@ def _consistency(config: CmTrainConfig, distillation: bool) -> Objective:
 
 
 def _progressive(config: CmTrainConfig) -> Objective:
-    return ProgressiveObjective(
-        create_schedule(config), create_distance(config), create_weight(config), grid=_grid(config)
-    )
+    parts = create_schedule(config), create_distance(config), create_weight(config)
+    if config.diffusion_schedule:
+        return AlphaSigmaProgressive(*parts, alpha_sigma=create_alpha_sigma(config))
+    return ProgressiveObjective(*parts, grid=_grid(config))
+
+
+def create_alpha_sigma(config: Config) -> AlphaSigma:
+    """The schedule of z = alpha x + sigma e by --diffusion_schedule."""
+    return AlphaSigma(config.diffusion_schedule, config.sigma_min, config.sigma_max)
 
 
 def _continuous(config: CmTrainConfig, distillation: bool) -> Objective:
@@ -174,14 +185,13 @@ OBJECTIVES = {
 
 def create_objective(config: EdmTrainConfig | CmTrainConfig) -> Objective:
     """The loss, its draws and its schedules."""
+    if isinstance(config, ClassifierConfig):
+        return ClassifierObjective(create_noise_sampler(config))
+    if isinstance(config, EdmTrainConfig) and config.diffusion_schedule:
+        return AlphaSigmaObjective(create_alpha_sigma(config), create_weight(config))
     if isinstance(config, EdmTrainConfig):
         return EDMObjective(create_noise_sampler(config), create_weight(config))
     return OBJECTIVES[config.training_mode](config)
-
-
-def training_mode(config: EdmTrainConfig | CmTrainConfig) -> str:
-    """`edm`, or the --training_mode of cm_train."""
-    return config.training_mode if isinstance(config, CmTrainConfig) else "edm"
 
 
 def trains_consistency(config: EdmTrainConfig | CmTrainConfig) -> bool:

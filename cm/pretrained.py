@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from cm.checkpoint import check_matching
-from cm.config import ModelFlags
+from cm.config import ClassifierConfig, ModelFlags, flags_of
 from cm.denoiser import Denoiser
 from cm.derived import inherit, is_consistency, precision
+from cm.errors import UserError
 from cm.factory import choose_device, create_network, create_precond
 from cm.fp16_util import torso_dtype
+from cm.guidance import NoisyClassifier
 from cm.legacy import identify
 from cm.model_files import ModelFile, load_model_file
 
@@ -31,6 +33,48 @@ class Pretrained(Generic[ConfigType]):
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for metadata of results."""
         return {"model_path": self.file.path, "weights": self.file.kind, "model_sha256": self.file.sha256}
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier of noisy images with its file."""
+
+    model: NoisyClassifier
+    file: ModelFile
+    num_classes: int
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights came from, for metadata of results."""
+        return {
+            "classifier_path": self.file.path,
+            "classifier_weights": self.file.kind,
+            "classifier_sha256": self.file.sha256,
+        }
+
+
+def load_classifier(
+    path: str, *, image_size: int, channels: int, num_classes: int, device: torch.device
+) -> TrainedClassifier:
+    """The classifier of --classifier_path, in eval mode; UserError where it does not fit the images or the classes.
+
+    num_classes: those of the model that is guided; 0 for an unconditional one, which takes any.
+    """
+    file = load_model_file(path, flag="classifier_path")
+    stored = file.config or {}
+    if stored.get("training_mode") != "classifier":
+        trained = f"was trained by {stored['training_mode']}" if "training_mode" in stored else "does not say"
+        raise UserError(f"--classifier_path {path} is no classifier of classifier_train: it {trained}")
+    for name, wanted in (("image_size", image_size), ("in_channels", channels), ("num_classes", num_classes)):
+        if wanted and stored[name] != wanted:
+            raise UserError(f"--classifier_path {path} has --{name} {stored[name]}, the model {wanted}")
+    flags = flags_of(ClassifierConfig)
+    config = ClassifierConfig(**{name: value for name, value in stored.items() if name in flags})
+    network = create_network(config)
+    check_matching(network, file.state, f"--classifier_path {file.path}")
+    network.load_state_dict(file.state)
+    network = network.to(device).eval().requires_grad_(False)
+    classifier = NoisyClassifier(network, create_precond(config, consistency=False))
+    return TrainedClassifier(classifier, file, config.num_classes)
 
 
 def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from cm import dist_util, logger
 from cm.config import CmTrainConfig, EdmTrainConfig
 from cm.denoiser import Denoiser
-from cm.factory import create_precond, training_mode, trains_consistency
+from cm.derived import training_mode
+from cm.factory import create_alpha_sigma, create_precond, trains_consistency
 from cm.image_io import save_grid, to_uint8
 from cm.random_util import get_generator
 from cm.samplers import clamped, run_sampler
@@ -47,7 +48,8 @@ class Preview:
             yield f"heun{HEUN_STEPS}", self._draw(trainer, "heun", steps=HEUN_STEPS)
         elif mode == "progdist":
             steps = min(trainer.objective.num_scales(max(trainer.state.step - 1, 0)), MAX_PROGDIST_STEPS)
-            yield f"progdist{steps}", self._draw(trainer, "progdist", steps=steps)
+            sigmas = create_alpha_sigma(c).steps(steps) if c.diffusion_schedule else None
+            yield f"progdist{steps}", self._draw(trainer, "progdist", steps=steps, sigmas=sigmas)
         else:
             # Continuous-time objectives have no grid of their own.
             scales = trainer.objective.num_scales(trainer.state.step) or c.start_scales
@@ -56,7 +58,15 @@ class Preview:
             yield "twostep", self._draw(trainer, "multistep", steps=scales, ts=[0, middle, scales - 1])
 
     @torch.no_grad()
-    def _draw(self, trainer: Trainer, sampler: str, *, steps: int, ts: list[int] | None = None) -> Tensor:
+    def _draw(
+        self,
+        trainer: Trainer,
+        sampler: str,
+        *,
+        steps: int,
+        ts: list[int] | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Tensor:
         c, count = self.config, self.config.preview_count
         device = trainer.device
         generator = get_generator("indexed", num_samples=count, seed=0)
@@ -74,6 +84,7 @@ class Preview:
             sigma_max=c.sigma_max,
             rho=c.rho,
             ts=ts,
+            sigmas=sigmas,
         ).clamp(-1, 1)
 
 

@@ -1,8 +1,9 @@
 """Drawing samples from a model as configured: npz, PNG grid, metadata."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,17 @@ from cm import __version__, dist_util, logger
 from cm.config import SampleConfig, resolved
 from cm.derived import run_dir
 from cm.errors import UserError
+from cm.factory import create_alpha_sigma
 from cm.generate import Labels, SampleBatch, generate
+from cm.guidance import guided
 from cm.image_io import SampleWriter, save_grid, save_json
+from cm.nn import append_zero
+from cm.noise_schedules import TIME_STEPS
 from cm.parsing import parse_classes, parse_sigmas, parse_ts
-from cm.pretrained import Pretrained, load_pretrained
+from cm.pretrained import Pretrained, TrainedClassifier, load_classifier, load_pretrained
 from cm.random_util import get_generator
-from cm.samplers import clamped, run_sampler, sample_multistep, sampler_sigmas
+from cm.samplers import clamped, run_sampler, sampler_sigmas
+from cm.sde import create_sde
 
 
 def run_image_sample(config: SampleConfig) -> None:
@@ -27,11 +33,12 @@ def run_image_sample(config: SampleConfig) -> None:
     channels = c.in_channels or 3
     stem = Path(run_dir(config), f"samples_{c.num_samples}x{c.image_size}x{c.image_size}x{channels}")
     prepare_output(stem, c.overwrite)
-    sigmas = noise_levels(c)
+    sigmas = model.denoiser.precond.round_sigma(noise_levels(c))
+    classifier = load_guide(model)
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.training_mode}, sampler {c.sampler}")
     logger.log("noise levels: " + ", ".join(f"{s:.4g}" for s in sigmas.tolist()))
     generator = get_generator(c.generator, num_samples=c.num_samples, seed=c.seed)
-    labels = class_labels(c)
+    labels = class_labels(c, classifier.num_classes if classifier else 0)
     shape = (c.image_size, c.image_size, channels)
     counter = CallCounter()
     arguments = dict(
@@ -43,7 +50,7 @@ def run_image_sample(config: SampleConfig) -> None:
         keep=c.grid_images,
         progress=True,
     )
-    draw = sample_batches(model, generator, sigmas, counter)
+    draw = sample_batches(model, generator, sigmas, counter, solver_options(model), classifier)
     if not dist_util.is_main():
         generate(draw, **arguments)
         return
@@ -54,6 +61,7 @@ def run_image_sample(config: SampleConfig) -> None:
         save_grid(stem.with_suffix(".png"), kept, c.grid_columns)
     metadata = {
         **model.provenance(),
+        **(classifier.provenance() if classifier else {}),
         "config": resolved(c),
         "sigmas": sigmas.tolist(),
         "nfe": counter.per_batch,
@@ -88,7 +96,45 @@ def noise_levels(config: SampleConfig) -> Tensor:
         levels = parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
         return torch.tensor([*levels, config.sigma_min], dtype=torch.float64)
     grid = config.steps, config.sigma_min, config.sigma_max, config.rho
+    if config.sampler == "progdist" and config.diffusion_schedule:
+        return create_alpha_sigma(config).steps(config.steps).double()
+    if config.sampler == "pc":
+        return append_zero(create_sde(config.sde, config.sigma_min, config.sigma_max).levels(*grid))
+    if config.time_steps:
+        return append_zero(TIME_STEPS[config.time_steps](*grid))
     return sampler_sigmas(config.sampler, *grid, ts=complete_ts(config))
+
+
+def solver_options(model: Pretrained[SampleConfig]) -> dict[str, Any]:
+    """The options of the family's samplers, as flags give them."""
+    c = model.config
+    return {
+        "noise_schedule": c.noise_schedule,
+        "state_scale": c.state_scale,
+        "order": c.solver_order,
+        "alpha": c.solver_alpha,
+        "round_sigma": model.denoiser.precond.round_sigma,
+        "sde": create_sde(c.sde, c.sigma_min, c.sigma_max),
+        "predictor": c.predictor,
+        "corrector": c.corrector,
+        "corrector_steps": c.corrector_steps,
+        "snr": c.snr,
+        "tolerance": c.tolerance,
+    }
+
+
+def load_guide(model: Pretrained[SampleConfig]) -> TrainedClassifier | None:
+    """The classifier of --classifier_path, checked against the model."""
+    c = model.config
+    if not c.classifier_path:
+        return None
+    return load_classifier(
+        c.classifier_path,
+        image_size=c.image_size,
+        channels=c.in_channels or 3,
+        num_classes=c.num_classes if c.class_cond else 0,
+        device=model.device,
+    )
 
 
 def complete_ts(config: SampleConfig) -> list[int] | None:
@@ -104,12 +150,13 @@ def complete_ts(config: SampleConfig) -> list[int] | None:
     return ts
 
 
-def class_labels(config: SampleConfig) -> Labels | None:
-    """The class of each sample; None for unconditional models."""
-    if not config.class_cond:
+def class_labels(config: SampleConfig, guided_classes: int = 0) -> Labels | None:
+    """The class of each sample; None for unconditional models without a classifier of guided_classes classes."""
+    total = config.num_classes if config.class_cond else guided_classes
+    if not total:
         return None
-    classes = parse_classes(config.classes, config.num_classes) if config.classes else ()
-    return Labels(config.num_classes, config.seed, classes)
+    classes = parse_classes(config.classes, total) if config.classes else ()
+    return Labels(total, config.seed, classes)
 
 
 class CallCounter:
@@ -134,36 +181,47 @@ class CallCounter:
 
 
 def sample_batches(
-    model: Pretrained[SampleConfig], generator, sigmas: Tensor, counter: CallCounter | None = None
+    model: Pretrained[SampleConfig],
+    generator,
+    sigmas: Tensor,
+    counter: CallCounter | None = None,
+    options: Mapping[str, Any] | None = None,
+    classifier: TrainedClassifier | None = None,
 ) -> SampleBatch:
-    """(n, labels) -> n images in [-1, 1] with the configured sampler; starts from noise of level sigmas[0]."""
+    """(n, labels) -> n images in [-1, 1] with the configured sampler; starts from noise of level sigmas[0].
+
+    options: of the sampler, besides those that every configuration has. classifier: guides towards the labels.
+    """
     c = model.config
     counter = counter or CallCounter()
 
     @torch.no_grad()
     def draw(count: int, labels: Tensor | None) -> Tensor:
-        cond = {} if labels is None else {"y": labels.to(model.device)}
+        cond = {"y": labels.to(model.device)} if c.class_cond else {}
         denoise = counter.wrap(lambda x, sigma: model.denoiser(x, sigma, **cond))
         denoise = clamped(denoise) if c.clip_denoised else denoise
+        own = dict(options or {})
+        if classifier is not None:
+            gradient = classifier.model.gradient(labels.to(model.device), c.classifier_scale)
+            if c.sampler == "ancestral":
+                own["gradient"] = gradient
+            else:
+                denoise = guided(denoise, gradient)
         size = (count, c.in_channels or 3, c.image_size, c.image_size)
-        x = generator.randn(*size, device=model.device) * float(sigmas[0])
-        if c.sampler == "multistep":
-            x = sample_multistep(denoise, x, sigmas, generator, sigma_min=c.sigma_min)
-        else:
-            x = run_sampler(
-                c.sampler,
-                denoise,
-                x,
-                generator,
-                steps=c.steps,
-                sigma_min=c.sigma_min,
-                sigma_max=c.sigma_max,
-                rho=c.rho,
-                s_churn=c.s_churn,
-                s_tmin=c.s_tmin,
-                s_tmax=c.s_tmax,
-                s_noise=c.s_noise,
-            )
+        x = run_sampler(
+            c.sampler,
+            denoise,
+            generator.randn(*size, device=model.device) * float(sigmas[0]),
+            generator,
+            steps=c.steps,
+            sigma_min=c.sigma_min,
+            s_churn=c.s_churn,
+            s_tmin=c.s_tmin,
+            s_tmax=c.s_tmax,
+            s_noise=c.s_noise,
+            sigmas=sigmas,
+            options=own,
+        )
         counter.batch_done()
         return x.clamp(-1, 1)
 

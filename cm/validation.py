@@ -8,6 +8,7 @@ from typing import Any
 from cm import parsing, rules
 from cm.columns import COLUMNS
 from cm.config import (
+    ClassifierConfig,
     CmTrainConfig,
     Config,
     EditConfig,
@@ -103,6 +104,7 @@ def require_inputs(config: Config) -> None:
     """Raise UserError for the first path that a real run needs and that was not given (a dry run needs none)."""
     needed = {
         EdmTrainConfig: ("data_dir",),
+        ClassifierConfig: ("data_dir",),
         CmTrainConfig: ("data_dir",),
         SampleConfig: ("model_path",),
         SearchConfig: ("model_path", "ref_batch"),
@@ -191,6 +193,31 @@ def _check_training(config: EdmTrainConfig | CmTrainConfig) -> None:
         raise UserError("--keep_every needs --keep_last: without it all checkpoints are kept")
 
 
+def _check_edm(config: EdmTrainConfig) -> None:
+    # The column's own distribution comes with --precond and was not asked for.
+    free = ("lognormal", COLUMNS[config.precond].training.get("schedule_sampler"))
+    if config.diffusion_schedule and config.schedule_sampler not in free:
+        raise UserError(
+            f"--schedule_sampler {config.schedule_sampler}: with --diffusion_schedule {config.diffusion_schedule} "
+            "time is drawn uniformly"
+        )
+
+
+def _check_classifier(config: ClassifierConfig) -> None:
+    if not config.class_cond:
+        raise UserError("--class_cond False: a classifier learns the classes")
+    if config.preview_count:
+        raise UserError(f"--preview_count {config.preview_count}: a classifier draws no images")
+    if config.network != "adm" or config.precond != "edm":
+        raise UserError(
+            f"--network {config.network} --precond {config.precond}: a classifier is an adm network with edm's scalings"
+        )
+    if config.num_head_channels < 1:
+        raise UserError(
+            f"--num_head_channels must be positive for a classifier, got {config.num_head_channels}"
+        )
+
+
 def _check_consistency(config: CmTrainConfig) -> None:
     if config.total_training_steps < 1:
         raise UserError(f"--total_training_steps must be positive, got {config.total_training_steps}")
@@ -205,6 +232,11 @@ def _check_consistency(config: CmTrainConfig) -> None:
         )
     if config.training_mode in CONTINUOUS_MODES:
         _check_continuous(config)
+    if config.diffusion_schedule and config.training_mode != "progdist":
+        raise UserError(
+            f"--diffusion_schedule {config.diffusion_schedule} is for edm_train and --training_mode progdist, "
+            f"not for {config.training_mode}"
+        )
     rules.check_scales(
         target_ema_mode=config.target_ema_mode,
         start_ema=config.start_ema,
@@ -266,6 +298,8 @@ SOLVER_FLAGS: dict[str, tuple[str, ...]] = {
     "corrector_steps": ("pc",),
     "snr": ("pc",),
     "tolerance": ("rk45",),
+    "classifier_path": ("heun", "euler", "dpm", "ancestral", "general", "pc", "rk45"),
+    "classifier_scale": ("heun", "euler", "dpm", "ancestral", "general", "pc", "rk45"),
 }
 
 
@@ -275,6 +309,8 @@ def _check_solver(config: SampleConfig) -> None:
         changed = getattr(config, name) != flags_of(SampleConfig)[name].default
         if changed and "sampler" in config.explicit and config.sampler not in samplers:
             raise UserError(f"--{name} is for --sampler {' or '.join(samplers)}, not for {config.sampler}")
+    if config.classifier_scale != 1 and not config.classifier_path:
+        raise UserError(f"--classifier_scale {config.classifier_scale} needs --classifier_path")
     if config.solver_order > 2 or config.solver_alpha > 1:
         raise UserError(
             "--solver_order must be 1 or 2 and --solver_alpha in (0, 1], "
@@ -352,6 +388,8 @@ def _check_edit(config: EditConfig) -> None:
 CHECKS: dict[type, Callable[[Any], None]] = {
     ModelFlags: _check_model,
     LoopFlags: _check_training,
+    ClassifierConfig: _check_classifier,
+    EdmTrainConfig: _check_edm,
     CmTrainConfig: _check_consistency,
     SamplingFlags: _check_sampling,
     SampleConfig: _check_sample,

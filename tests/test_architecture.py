@@ -14,12 +14,12 @@ LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
         "errors", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "lpips", "distances",
-        "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "sde",
+        "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "alpha_sigma", "sde",
     },
     # networks
     {"unet", "networks", "denoiser", "classifier_net"},
     # algorithms
-    {"objectives", "resample", "samplers", "editing", "masks", "search"},
+    {"objectives", "resample", "samplers", "guidance", "editing", "masks", "search"},
 ]  # fmt: skip
 FACADES = {"karras_diffusion", "script_util", "train_util", "image_datasets"}
 HEAVY = ["piq", "mpi4py", "blobfile", "scipy", "tensorboard", "torchvision", "PIL", "sklearn", "lmdb"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cm.classifier_net import EncoderUNetModel
 from cm.errors import UserError
 from cm.networks.song_unet import SongUNet
 from cm.parsing import parse_attention, parse_channel_mult
@@ -75,6 +76,24 @@ def adm(a: Architecture) -> UNetModel:
     )
 
 
+def adm_classifier(a: Architecture) -> EncoderUNetModel:
+    """The classifier of ADM's guidance: the U-Net's way down and attention pooling; logits of num_classes."""
+    return EncoderUNetModel(
+        image_size=a.image_size,
+        in_channels=a.in_channels,
+        model_channels=a.num_channels,
+        out_channels=a.num_classes,
+        num_res_blocks=a.num_res_blocks,
+        attention_resolutions=a.attention_factors,
+        dropout=a.dropout,
+        channel_mult=a.widths,
+        use_checkpoint=a.use_checkpoint,
+        num_head_channels=a.num_head_channels,
+        use_scale_shift_norm=a.use_scale_shift_norm,
+        resblock_updown=a.resblock_updown,
+    )
+
+
 def ncsnpp(a: Architecture) -> SongUNet:
     """NCSN++ as the CIFAR-10 models use it: Fourier embedding, FIR resampling, input pyramid."""
     return _song_unet(a, embedding="fourier", embedding_mult=2, taps=(1, 3, 3, 1), input_pyramid=True)
@@ -121,8 +140,11 @@ TIME_SCALES: dict[str, float] = {
 }
 
 
-def build_network(architecture: Architecture) -> nn.Module:
-    """The network with fresh weights, on torch's default device; UserError names a flag that does not fit."""
+def build_network(architecture: Architecture, *, classifier: bool = False) -> nn.Module:
+    """The network with fresh weights, on torch's default device; UserError names a flag that does not fit.
+
+    classifier: the classifier that goes with an ADM U-Net, not the U-Net.
+    """
     a = architecture
     if a.network not in NETWORKS:
         raise UserError(f"--network must be one of {', '.join(NETWORKS)}, got {a.network}")
@@ -137,4 +159,8 @@ def build_network(architecture: Architecture) -> nn.Module:
         num_head_channels=a.num_head_channels,
         augment_dim=a.augment_dim,
     )
-    return NETWORKS[a.network](a)
+    if not classifier:
+        return NETWORKS[a.network](a)
+    if a.network != "adm":
+        raise UserError(f"--network {a.network} has no classifier; adm has")
+    return adm_classifier(a)

@@ -68,7 +68,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(sample_heun, lambda steps: steps, CHURN),
     "dpm": Sampler(sample_dpm, lambda steps: steps, CHURN),
     "euler": Sampler(sample_euler, lambda steps: steps),
-    "ancestral": Sampler(sample_euler_ancestral, lambda steps: steps),
+    "ancestral": Sampler(sample_euler_ancestral, lambda steps: steps, ("gradient",)),
     "onestep": Sampler(sample_onestep, lambda steps: steps),
     "progdist": Sampler(sample_progdist, lambda steps: steps + 1),
     "multistep": Sampler(sample_multistep, None, ("sigma_min",)),

@@ -1,5 +1,7 @@
 """Ancestral sampling: part of each step is deterministic, the rest is fresh noise (Song et al. 2021, App. F)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,19 @@ def sample_euler_ancestral(
     generator,
     progress: bool = False,
     callback: Callback | None = None,
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Euler step to sigma_down, then noise up to the next level. One evaluation and one draw per step."""
+    """Euler step to sigma_down, then noise up to the next level. One evaluation and one draw per step.
+
+    gradient: (x, sigma) -> s grad log p(y | x; sigma) of a classifier; the step's mean moves by sigma_up^2 times it
+    (Dhariwal & Nichol 2021, Algorithm 1, with the gradient at x).
+    """
     x = start(x)
     for i, sigma, sigma_next in intervals(sigmas, progress):
         denoised = evaluate(denoiser, x, sigma)
         report(callback, i, x, sigma, denoised)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next)
-        x = x + (sigma_down - sigma) * to_d(x, sigma, denoised)
+        shift = sigma_up**2 * evaluate(gradient, x, sigma) if gradient else 0
+        x = x + (sigma_down - sigma) * to_d(x, sigma, denoised) + shift
         x = x + sigma_up * generator.randn_like(x)
     return x
