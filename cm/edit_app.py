@@ -12,7 +12,7 @@ from cm import dist_util, logger
 from cm.config import EditConfig, resolved
 from cm.derived import is_consistency, run_dir
 from cm.edit_inputs import Input, InputFiles
-from cm.editing import LinearEdit, colorize, edit_images, inpaint, superres
+from cm.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
 from cm.errors import UserError
 from cm.image_io import save_grid, save_json, save_png, to_pil, to_uint8
 from cm.masks import known_mask
@@ -196,10 +196,10 @@ def edit_all(
 
 def _finished(item: Input, picture: Tensor, results: list[Tensor]) -> Edited:
     def as_uint8(images: list[Tensor]) -> np.ndarray:
-        return to_uint8(torch.stack(images)).numpy() if images else np.zeros((0, 0, 0, 0), np.uint8)
+        return to_uint8(torch.stack(images)).numpy()
 
-    truth = [item.image] if item.truth else []
-    return Edited(item.index, item.name, as_uint8([picture]), as_uint8(results), as_uint8(truth))
+    truth = as_uint8([item.image])[: int(item.truth)]
+    return Edited(item.index, item.name, as_uint8([picture]), as_uint8(results), truth)
 
 
 def edit_batch(
@@ -214,7 +214,11 @@ def edit_batch(
     known = images if edit is None else edit.measure(images)
     noise = generator.randn_like(images) if not c.noisy_input else torch.zeros_like(images)
     x = known + float(sigmas[0]) * noise
-    picture = x if c.task == "denoise" else known  # unknown is mid-grey: black would hide on dark images
+    picture = known  # unknown pixels are mid-grey: black would hide on dark images
+    if c.task == "colorize":
+        picture = luma(images)
+    elif c.task == "denoise":
+        picture = x
     for _ in range(c.repeat):
         images = edit_images(
             denoise,

@@ -68,6 +68,12 @@ def reflect(x: Tensor, axis: Tensor) -> Tensor:
     return torch.cat([along, rest], dim=-1)
 
 
+def luma(x: Tensor) -> Tensor:
+    """0.2989 R + 0.5870 G + 0.1140 B of (B, 3, H, W) as grey images of three equal channels."""
+    weights = torch.tensor(LUMA, dtype=x.dtype, device=x.device)
+    return ((x.movedim(1, -1) @ weights) / weights.sum())[:, None].expand_as(x)
+
+
 def inpaint(mask: Tensor) -> LinearEdit:
     """In-painting: pixels where `mask` is 1 are known. `mask` broadcasts against the images, e.g. (H, W)."""
     return LinearEdit(mask, fill=-1.0)

@@ -54,8 +54,8 @@ def blocks(model: Pretrained[EditConfig], inputs: list[Input]) -> Iterator[Block
     yield block(f"super-resolution, {sides}: input | results | truth", task="superres", factor=factor)
     yield block("denoising, noise level 0.5: input | result | truth", many, 1, task="denoise", sigma=0.5)
     paintings = [as_strokes(item) for item in islice(pool, few)]
-    title = "stroke-guided from noise level 1: input | results"
-    yield edit_block(model, title, paintings, RESULTS + 1, task="stroke", sigma_start=1.0)
+    title = "stroke-guided, noise levels 1 and 0.3: input | results"
+    yield edit_block(model, title, paintings, RESULTS + 1, task="stroke", sigmas="1.0,0.3")
     yield interpolation_block(model, next(pool).label)
 
 

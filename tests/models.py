@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from cm.checkpoint import save_weights
+from cm.config import CmTrainConfig
+from cm.derived import stored_config
+from cm.factory import create_network
 from cm.networks.build import Architecture, build_network
 from tests.golden_data import GoldenFile
 
@@ -34,6 +38,28 @@ def tiny_unet(**changes) -> nn.Module:
         if not p.any():
             nn.init.normal_(p, std=0.05)
     return model
+
+
+def save_consistency_model(path, **changes) -> None:
+    """An untrained colour model of 8 pixels, distilled on 18 points, with everything that a run stores."""
+    flags = {
+        "image_size": 8,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1",
+        "attention_resolutions": "8",
+        "in_channels": 3,
+        "start_scales": 18,
+        "num_heads": 1,
+        **changes,
+    }
+    config = CmTrainConfig(**flags)
+    torch.manual_seed(0)
+    network = create_network(config)
+    for p in network.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    save_weights(path, network.state_dict(), {"config": stored_config(config)})
 
 
 class PointNet(nn.Module):

@@ -8,51 +8,27 @@ import torch
 from PIL import Image
 
 from cm import dist_util, logger
-from cm.checkpoint import save_weights
 from cm.cli import parse
-from cm.config import CmTrainConfig, EditConfig
-from cm.derived import stored_config
+from cm.config import EditConfig
 from cm.edit_app import noise_levels, run_image_edit
 from cm.edit_inputs import result_stems
 from cm.errors import UserError
-from cm.factory import create_network
 from cm.image_io import from_uint8
 from cm.interpolate_app import corner_noise, path_between
 from cm.masks import known_mask
 from cm.random_util import IndexedGenerator
+from tests.models import save_consistency_model
 from tests.mp import launch, run_ranks
 
 SIDE = 8
 
 
-def _save_model(path, **changes):
-    """An untrained consistency model of 8 pixels with everything that a run stores."""
-    flags = {
-        "image_size": SIDE,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": "1",
-        "attention_resolutions": "8",
-        "in_channels": 3,
-        "start_scales": 18,
-        "num_heads": 1,
-        **changes,
-    }
-    config = CmTrainConfig(**flags)
-    torch.manual_seed(0)
-    network = create_network(config)
-    for p in network.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.05)
-    save_weights(path, network.state_dict(), {"config": stored_config(config)})
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    _save_model(folder / "rgb.pt")
-    _save_model(folder / "grey.pt", in_channels=1, class_cond=True, num_classes=4)
-    _save_model(folder / "edm.pt", training_mode="progdist", scale_mode="progdist", start_scales=4)
+    save_consistency_model(folder / "rgb.pt")
+    save_consistency_model(folder / "grey.pt", in_channels=1, class_cond=True, num_classes=4)
+    save_consistency_model(folder / "edm.pt", training_mode="progdist", scale_mode="progdist", start_scales=4)
     return folder
 
 
@@ -120,6 +96,9 @@ def test_colorize_takes_colour_and_grey(models, images, tmp_path, mode):
     assert Image.open(tmp_path / "out" / "grid.png").size == (columns * 66 + 2, 66 + 2 + 16)
     result = _pixels(tmp_path / "out" / "x_000.png").astype(float)
     luma = np.asarray(Image.open(images / "a.png").convert("L")).astype(float)
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        shown = np.asarray(grid)[2 + 16 : 2 + 16 + 64 : 8, 2 : 2 + 64 : 8].astype(float)  # the first tile
+    assert np.abs(shown - luma[..., None]).max() <= 2  # the input is shown grey
     inside = ((result > 1) & (result < 254)).all(-1)
     assert inside.any()
     assert np.abs(result @ [0.2989, 0.5870, 0.1140] - luma)[inside].max() < 3

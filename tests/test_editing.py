@@ -15,6 +15,7 @@ from cm.editing import (
     iterative_colorization,
     iterative_inpainting,
     iterative_superres,
+    luma,
     reflect,
     slerp,
     superres,
@@ -128,6 +129,14 @@ def test_reflection_swaps_axis_and_first_basis_vector():
     assert torch.allclose(matrix, matrix.T)
     assert torch.allclose(matrix @ matrix, torch.eye(4, dtype=torch.float64))
     assert torch.allclose(matrix[0], axis)
+
+
+def test_luma():
+    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.4, 0.4, 0.4]]).reshape(4, 3, 1, 1)
+    grey = luma(x)
+    assert grey.shape == x.shape
+    assert torch.allclose(grey[:, 0], grey[:, 2])
+    assert torch.allclose(grey[:, 0, 0, 0], torch.tensor([0.2989, 0.5870, 0.1140, 0.4]), atol=1e-4)
 
 
 def test_first_coefficient_is_luma_and_patch_mean():
