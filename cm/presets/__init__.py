@@ -4,12 +4,18 @@ import difflib
 from typing import Any
 
 from cm.errors import UserError
-from cm.presets import cifar10, figures, released, small
+from cm.presets import cifar10, family, figures, released, small
 from cm.presets.base import Preset, Result
 
 __all__ = ["PRESETS", "Preset", "Result", "get", "values"]
 
-PRESETS: dict[str, Preset] = {**released.PRESETS, **cifar10.PRESETS, **small.PRESETS, **figures.PRESETS}
+PRESETS: dict[str, Preset] = {
+    **released.PRESETS,
+    **cifar10.PRESETS,
+    **small.PRESETS,
+    **family.PRESETS,
+    **figures.PRESETS,
+}
 
 
 def get(name: str) -> Preset:

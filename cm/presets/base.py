@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Flags = Mapping[str, Any]
+TRAINING_SCRIPTS = ("edm_train", "classifier_train", "cm_train")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Preset:
     @property
     def training_script(self) -> str:
         """The script that trains it; the first one where there are several."""
-        return next(script for script in self.scripts if script in ("edm_train", "cm_train"))
+        return next(script for script in self.scripts if script in TRAINING_SCRIPTS)
 
     def values(self, script: str, variant: str) -> dict[str, Any]:
         """Flags for a script."""
-        trains = script in ("edm_train", "cm_train")
+        trains = script in TRAINING_SCRIPTS
         return {**self.model, **self.scripts[script], **(self.paper if variant == "paper" and trains else {})}
