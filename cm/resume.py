@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 from cm import dist_util, logger
+from cm.beats import is_alive, read_beats
 from cm.checkpoint import complete_checkpoints, read_state, verify_checkpoint
 from cm.config import CmTrainConfig, EdmTrainConfig, result_flags
 from cm.derived import global_batch
 from cm.errors import UserError
-from cm.heartbeat import is_alive, read_beats
 
 
 def find_checkpoint(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> Path | None:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 
 from cm import dist_util, logger, status
+from cm.beats import describe_last_run, furthest_behind, read_beats
 from cm.errors import UserError
 from cm.guard import BadNumbers
-from cm.heartbeat import Heartbeat, describe_last_run, furthest_behind, read_beats
+from cm.heartbeat import Heartbeat
 
 _BROKEN_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|socket", re.IGNORECASE)
 
