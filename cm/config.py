@@ -35,6 +35,10 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
         "columns of EDM's Table 1",
         choices=("uniform", "loss-second-moment", "lognormal", "lognormal-even", "vp", "ve", "iddpm"),
     )
+    augment: float = flag(
+        0.0,
+        "probability of each geometric augmentation, told to the network (ncsnpp, ddpmpp); replaces --random_flip",
+    )
     p_mean: float = flag(-1.2, "mean of ln(sigma) of lognormal")
     p_std: float = flag(1.2, "standard deviation of ln(sigma) of lognormal")
     num_timesteps: int = flag(40, "grid points of uniform and loss-second-moment")

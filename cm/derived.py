@@ -40,6 +40,7 @@ MUST_AGREE = (
     "num_head_channels",
     "time_scale",
 )
+AUGMENT_LABELS = 9  # of cm.augment
 # How a model is sampled if the command does not say: by the objective that it was trained with
 DEFAULT_SAMPLER = {
     "edm": "heun",
@@ -71,6 +72,16 @@ def is_consistency(training_mode: str) -> bool:
 def global_batch(config: TrainConfig, world_size: int) -> int:
     """Images per step over all ranks; --batch_size is per rank and wins."""
     return config.batch_size * world_size if config.batch_size != -1 else config.global_batch_size
+
+
+def augment_probability(config: Config) -> float:
+    """How likely each augmentation of edm_train is; 0 elsewhere."""
+    return config.augment if isinstance(config, EdmTrainConfig) else 0.0
+
+
+def augmentation_labels(config: Config) -> int:
+    """Augmentation labels that the network takes: --augment_dim, or those that --augment makes."""
+    return config.augment_dim or (AUGMENT_LABELS if augment_probability(config) else 0)
 
 
 def stop_step(config: TrainConfig) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 
 from cm.alpha_sigma import AlphaSigma
 from cm.config import ClassifierConfig, CmTrainConfig, Config, EdmTrainConfig
-from cm.derived import is_consistency, lr_decay, precision, training_mode
+from cm.derived import augmentation_labels, is_consistency, lr_decay, precision, training_mode
 from cm.distances import make_distance
 from cm.errors import UserError
 from cm.networks.build import TIME_SCALES, Architecture, build_network
@@ -48,6 +48,7 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
     """
     names = [f.name for f in fields(Architecture) if f.name not in ("use_fp16", "in_channels", "num_classes")]
     flags = {name: getattr(config, name) for name in names}
+    flags["augment_dim"] = augmentation_labels(config)
     if dropout is not None:
         flags["dropout"] = dropout
     return build_network(
@@ -190,7 +191,7 @@ def create_objective(config: EdmTrainConfig | CmTrainConfig) -> Objective:
     if isinstance(config, EdmTrainConfig) and config.diffusion_schedule:
         return AlphaSigmaObjective(create_alpha_sigma(config), create_weight(config))
     if isinstance(config, EdmTrainConfig):
-        return EDMObjective(create_noise_sampler(config), create_weight(config))
+        return EDMObjective(create_noise_sampler(config), create_weight(config), config.augment)
     return OBJECTIVES[config.training_mode](config)
 
 

@@ -42,6 +42,7 @@ class Reporting:
     meta: dict = field(default_factory=dict)
     preview: Callable[[Any], None] | None = None
     preview_interval: int = 0  # 0: at each checkpoint
+    progress: bool = False  # a bar with the time left, on rank 0
 
     def saver(self) -> Saver:
         """The writer of this run's checkpoints."""

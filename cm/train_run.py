@@ -19,7 +19,15 @@ from cm.config import CmTrainConfig, EdmTrainConfig
 from cm.data import open_dataset
 from cm.data.dataset import ImageData
 from cm.data.stream import TrainStream
-from cm.derived import global_batch, init_source, run_dir, stop_step, stored_config
+from cm.derived import (
+    augment_probability,
+    augmentation_labels,
+    global_batch,
+    init_source,
+    run_dir,
+    stop_step,
+    stored_config,
+)
 from cm.errors import UserError
 from cm.factory import (
     choose_device,
@@ -125,7 +133,7 @@ def open_training_data(config: TrainConfig) -> ImageData:
         channels=config.in_channels,
         labels=config.labels,
         class_cond=config.class_cond,
-        random_flip=config.random_flip,
+        random_flip=config.random_flip and not augment_probability(config),  # augmentation mirrors by itself
         random_crop=config.random_crop,
         composite="" if config.composite == "drop" else config.composite,
         skip_unreadable=config.skip_unreadable,
@@ -157,7 +165,8 @@ def settle(config: TrainConfig, dataset: ImageData, teacher: ModelFile | None) -
             raise UserError(
                 f"--data_dir {config.data_dir} has {dataset.num_classes} classes, the model {classes}"
             )
-    return replace(config, in_channels=dataset.channels, num_classes=classes)
+    augment_dim = augmentation_labels(config)
+    return replace(config, in_channels=dataset.channels, num_classes=classes, augment_dim=augment_dim)
 
 
 def build_trainer(
@@ -172,6 +181,7 @@ def build_trainer(
     """Networks, objective and data in a loop, restored from a checkpoint if one is given."""
     device = choose_device(config.device)
     objective = create_objective(config)
+    objective.load(device)
     student, target, teacher = create_roles(config, objective, teacher_file, device)
     consistency = trains_consistency(config)
     batch = global_batch(config, dist_util.get_world_size())
@@ -232,6 +242,7 @@ def create_reporting(config: TrainConfig, dataset: ImageData, directory: str, ba
         },
         preview=Preview(config, directory) if config.preview_count else None,
         preview_interval=config.preview_interval,
+        progress=True,
     )
 
 

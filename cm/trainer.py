@@ -28,6 +28,7 @@ from cm.meters import LossMeter
 from cm.objectives.base import Draw, Objective, Roles
 from cm.optim import make_optimizer
 from cm.precond import EDMPrecond, Precond
+from cm.progress import progress
 from cm.random_util import StepRandom, derive_seed
 from cm.status import FINISHED
 from cm.stopping import SAVE_FAILED, Stopper
@@ -188,6 +189,14 @@ class Trainer:
         Logs, saves and draws previews on the way; the last step is always saved.
         """
         stop = ""
+        bar = progress(
+            total=self.total_steps or None,
+            initial=self.state.step,
+            desc="train",
+            unit="image",
+            unit_scale=self.global_batch_size,
+            enabled=self.reporting.progress,
+        )
         try:
             while not (self.finished or stop):
                 self._enter("data")
@@ -199,10 +208,12 @@ class Trainer:
                 if stop == SAVE_FAILED:
                     self.saver.check()
                 self._report()
+                bar.update()
             if self._saved_step != self.state.step:
                 self.save()
             self.saver.finish()
         finally:
+            bar.close()
             self.saver.join()
             if hasattr(self.data, "close"):
                 self.data.close()  # ends its worker processes
@@ -261,7 +272,9 @@ class Trainer:
         """Draw for the whole local batch, then losses and gradients by micro-batches; returns draws and losses."""
         x0 = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        draw, global_batch = self._draw(x0)
+        random = self._random(len(x0))
+        x0, cond = self.objective.prepare(x0, cond, random)
+        draw = self.objective.draw(x0, self.state.step, random)
         self.state.student.zero_grad()
         size = self.microbatch if self.microbatch > 0 else len(x0)
         parts = []
@@ -271,7 +284,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self._no_sync():
                 terms = self.compute_losses(x0[part], draw[part], {k: v[part] for k, v in cond.items()})
                 # The process group averages gradients over ranks; this makes it the mean over the global batch.
-                share = dist_util.get_world_size() / global_batch
+                share = dist_util.get_world_size() / random.global_batch
                 loss = (terms["loss"] * draw.weight[part]).sum() * share
                 # A loss that is not finite spoils the gradients, and so the step, on all ranks.
                 self.state.student.backward(loss * torch.where(torch.isfinite(loss), 1.0, math.nan))
@@ -282,21 +295,20 @@ class Trainer:
         """Per-sample losses of a micro-batch."""
         return self.objective.forward(self.roles, x0, draw, self.state.step, **cond)
 
-    def _draw(self, x0: Tensor) -> tuple[Draw, int]:
-        """Everything random of this step for the local rows, and the size of the global batch."""
+    def _random(self, local_batch: int) -> StepRandom:
+        """The source of all draws of this step for the local rows."""
         rank, world = dist_util.get_rank(), dist_util.get_world_size()
         # One process may be given a batch of any size; several must each bring their rows.
-        global_batch = len(x0) if world == 1 else self.global_batch_size
+        global_batch = local_batch if world == 1 else self.global_batch_size
         rows = dist_util.local_rows(global_batch)
-        if len(rows) != len(x0):
+        if len(rows) != local_batch:
             raise ValueError(
-                f"rank {rank} got a batch of {len(x0)}, but its rows of {global_batch} are {len(rows)}"
+                f"rank {rank} got a batch of {local_batch}, but its rows of {global_batch} are {len(rows)}"
             )
         step = self.state.step
         if self._has_dropout:
             torch.manual_seed(derive_seed(self.seed, "dropout", step, rank))
-        random = StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device)
-        return self.objective.draw(x0, step, random), global_batch
+        return StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device)
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         distributed = isinstance(self.ddp_model, DistributedDataParallel)

@@ -59,6 +59,7 @@ MINIMUM: dict[str, float] = {
     "preview_count": 0,
     "preview_interval": 0,
     "total_training_steps": 0,
+    "augment": 0,
     "p_std": 0,
     "num_timesteps": 2,
     "start_scales": 1,
@@ -189,6 +190,8 @@ def _check_training(config: EdmTrainConfig | CmTrainConfig) -> None:
         raise UserError(
             f"--lr_schedule {config.lr_schedule} needs --lr_anneal_steps or --total_training_steps"
         )
+    if isinstance(config, EdmTrainConfig) and config.augment and config.network == "adm":
+        raise UserError(f"--augment {config.augment}: --network adm takes no augmentation labels")
     if config.keep_every and not config.keep_last:
         raise UserError("--keep_every needs --keep_last: without it all checkpoints are kept")
 

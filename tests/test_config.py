@@ -99,7 +99,12 @@ TRAIN = [
 ]
 # Every flag that the original does not have
 ADDED = {
-    "edm_train": [*RUN, *MODEL, *TRAIN, *["p_mean", "p_std", "num_timesteps", "total_training_steps"]],
+    "edm_train": [
+        *RUN,
+        *MODEL,
+        *TRAIN,
+        *["augment", "p_mean", "p_std", "num_timesteps", "total_training_steps"],
+    ],
     "cm_train": [
         *RUN,
         *MODEL,

@@ -347,3 +347,14 @@ def test_checkpoint_of_another_kind_of_network(tmp_path):
         "edm",
     ]
     refuses("ADM U-Net", lambda: run_image_sample(parse(SampleConfig, argv)))
+
+
+def test_augmented_training_tells_the_network(data_dir, tmp_path):
+    """NCSN++ gets labels of what was done; the images are mirrored by the augmentation, not by the data set."""
+    song = ["--network", "ncsnpp", "--num_channels", "16", "--attention_resolutions", "8", "--augment", "0.5"]
+    run = train(EdmTrainConfig, data_dir, tmp_path, [*song, "--total_training_steps", "1"])
+    state = torch.load(complete_checkpoints(run)[-1] / "model000001.pt", weights_only=True)
+    assert state["map_augment.weight"].shape[1] == 9
+    assert json.loads((run / "config.json").read_text())["augment_dim"] == 9
+    draw(str(run), tmp_path / "s")
+    refuses("--augment", lambda: train(EdmTrainConfig, data_dir, tmp_path / "adm", ["--augment", "0.1"]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cm.denoiser import Denoiser
+from cm.lpips import Lpips
 from cm.random_util import StepRandom
 from cm.schedules import Stage
 
@@ -50,6 +51,18 @@ class Objective(ABC):
 
     needs_target = False
     needs_teacher = False
+    distance = None  # how images are compared, where the loss compares two
+
+    def load(self, device: torch.device) -> None:
+        """Load the networks that the distance needs; all ranks call it once, so that nothing is missing later."""
+        if isinstance(self.distance, Lpips):
+            self.distance.load(device)
+
+    def prepare(
+        self, x0: Tensor, cond: dict[str, Tensor], random: StepRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Change the clean images and their conditions before anything is drawn for them (augmentation)."""
+        return x0, cond
 
     @abstractmethod
     def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:

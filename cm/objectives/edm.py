@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from cm.augment import augment
 from cm.denoiser import Denoiser
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles
@@ -31,9 +32,20 @@ def edm_losses(
 class EDMObjective(Objective):
     """Denoising score matching with noise levels from a sampler and a weighting lambda(sigma)."""
 
-    def __init__(self, sampler: NoiseSampler, weight: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, sampler: NoiseSampler, weight: Callable[[Tensor], Tensor], augment_probability: float = 0.0
+    ):
         self.sampler = sampler
         self.weight = weight
+        self.augment_probability = augment_probability
+
+    def prepare(
+        self, x0: Tensor, cond: dict[str, Tensor], random: StepRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.augment_probability:
+            return x0, cond
+        x0, labels = augment(x0, random, self.augment_probability)
+        return x0, {**cond, "augment_labels": labels}
 
     def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         t, importance, index = self.sampler.draw(random)
