@@ -31,10 +31,9 @@ class NoisyClassifier:
     precond: Precond
 
     def logits(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """(B, K) float32 for x (B, C, ...) at noise levels sigma (B,)."""
-        sigma = sigma.to(x)
-        c = self.precond(sigma)
-        return self.net(append_dims(c.c_in, x.ndim) * x, c.c_noise).float()
+        """(B, K) in x's precision for x (B, C, ...) at noise levels sigma (B,)."""
+        c = self.precond(sigma.to(x))
+        return self.net(append_dims(c.c_in, x.ndim) * x, c.c_noise).to(x.dtype)
 
     def gradient(self, y: Tensor, scale: float = 1.0) -> Gradient:
         """The gradient towards classes y (B,), times `scale`."""
