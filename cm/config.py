@@ -102,6 +102,28 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
 
 
 @dataclass(frozen=True)
+class LikelihoodConfig(ModelFlags, RunFlags):
+    """Bits per dimension of images under a model."""
+
+    model_path: str = flag("", "model: file or run directory")
+    weights: str = flag("", "raw, ema:RATE or target; empty: the slowest average that the file has")
+    training_mode: str = flag("edm", "objective that the model was trained with", choices=("edm", *MODES))
+    data_dir: str = flag("", "images: folder, zip or npz, local or remote (gs://, az://)")
+    labels: str = flag(
+        "auto", "where class labels come from, as in training", choices=("auto", "folder", "prefix", "json")
+    )
+    num_images: int = flag(0, "images to score, the first ones; 0: all", unit="images")
+    batch_size: int = flag(16, "images per batch and rank; they share the solver's steps", unit="images")
+    probe: str = flag(
+        "rademacher",
+        "estimate of the divergence; exact: one backward pass per pixel and channel",
+        choices=("rademacher", "gaussian", "exact"),
+    )
+    tolerance: float = flag(1e-5, "relative and absolute tolerance of the solver")
+    seed: int = flag(42, "seed of dequantisation and probes")
+
+
+@dataclass(frozen=True)
 class EditConfig(ModelFlags, RunFlags):
     """Edit images with a consistency model that was not trained for it."""
 
@@ -142,7 +164,7 @@ class EditConfig(ModelFlags, RunFlags):
     grid_images: int = flag(16, "images in the side-by-side grid; 0: no grid", unit="images", result=False)
 
 
-Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig | EditConfig
+Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig | EditConfig | LikelihoodConfig
 
 SCRIPTS: dict[str, type[Config]] = {
     "edm_train": EdmTrainConfig,
@@ -151,6 +173,7 @@ SCRIPTS: dict[str, type[Config]] = {
     "image_sample": SampleConfig,
     "ternary_search": SearchConfig,
     "image_edit": EditConfig,
+    "likelihood": LikelihoodConfig,
 }
 
 

@@ -13,6 +13,7 @@ from cm.config import (
     Config,
     EditConfig,
     EdmTrainConfig,
+    LikelihoodConfig,
     LoopFlags,
     ModelFlags,
     SampleConfig,
@@ -77,6 +78,7 @@ MINIMUM: dict[str, float] = {
     "points": 1,
     "coarse": 0,
     "num_results": 1,
+    "num_images": 0,
     "factor": 2,
     "repeat": 1,
     "frames": 2,
@@ -110,6 +112,7 @@ def require_inputs(config: Config) -> None:
         SampleConfig: ("model_path",),
         SearchConfig: ("model_path", "ref_batch"),
         EditConfig: ("model_path", "input"),
+        LikelihoodConfig: ("model_path", "data_dir"),
     }[type(config)]
     if isinstance(config, EditConfig) and config.task == "interpolate":
         needed = ("model_path", "between")
@@ -387,6 +390,12 @@ def _check_edit(config: EditConfig) -> None:
         raise UserError(f"--factor {config.factor} does not divide --image_size {config.image_size}")
 
 
+def _check_likelihood(config: LikelihoodConfig) -> None:
+    parsing.parse_weights(config.weights)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size must be positive, got {config.batch_size}")
+
+
 # Group of flags -> its rules; a configuration obeys those of every group that it has
 CHECKS: dict[type, Callable[[Any], None]] = {
     ModelFlags: _check_model,
@@ -398,4 +407,5 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     SampleConfig: _check_sample,
     SearchConfig: _check_search,
     EditConfig: _check_edit,
+    LikelihoodConfig: _check_likelihood,
 }

@@ -19,7 +19,7 @@ LAYERS = [
     # networks
     {"unet", "networks", "denoiser", "classifier_net"},
     # algorithms
-    {"objectives", "resample", "samplers", "guidance", "editing", "masks", "search"},
+    {"objectives", "resample", "samplers", "guidance", "likelihood", "editing", "masks", "search"},
 ]  # fmt: skip
 FACADES = {"karras_diffusion", "script_util", "train_util", "image_datasets"}
 HEAVY = ["piq", "mpi4py", "blobfile", "scipy", "tensorboard", "torchvision", "PIL", "sklearn", "lmdb"]
