@@ -13,6 +13,7 @@ from torch import Tensor
 from cm import dist_util
 
 _ROWS = 4096  # rows converted to float64 at a time
+_NEARLY_SINGULAR = 1e-10  # smallest pivot against the largest variance
 
 
 class FeatureStatistics:
@@ -83,11 +84,7 @@ class FrechetReference:
 
     def __init__(self, mu, sigma, device: torch.device | str | None = None):
         self.mu, self.sigma = _gaussian(mu, sigma, device)
-        values, vectors = torch.linalg.eigh(self.sigma)
-        keep = (
-            values > 0
-        )  # a singular covariance has an exact null space; rounding may make it slightly negative
-        self.root = vectors[:, keep] * values[keep].sqrt()  # sigma = root root^T
+        self.root = _matrix_root(self.sigma)
 
     def distance(self, mu, sigma) -> float:
         """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr (S1 S2)^(1/2).
@@ -104,6 +101,19 @@ class FrechetReference:
         cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
         shift = (self.mu - mu).square().sum()
         return max(float(shift + self.sigma.trace() + sigma.trace() - 2 * cross), 0.0)
+
+
+def _matrix_root(sigma: Tensor) -> Tensor:
+    """R with sigma = R R^T: Cholesky's factor, or from the eigenvectors where sigma is singular or nearly so.
+
+    Of a singular matrix only the range is kept: its null space, known up to rounding, would add noise.
+    """
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed and factor.diagonal().min() ** 2 > _NEARLY_SINGULAR * sigma.diagonal().max():
+        return factor
+    values, vectors = torch.linalg.eigh(sigma)
+    keep = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, keep] * values[keep].sqrt()
 
 
 def _gaussian(mu, sigma, device=None) -> tuple[Tensor, Tensor]:
