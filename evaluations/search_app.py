@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ Sample = Callable[[Points, int], Iterator[tuple[range, np.ndarray | Tensor]]]
 
 
 @dataclass(frozen=True)
-class Interval:
+class SearchRange:
     """Where a point is searched: ts = (*before, p, *after) with lo <= p <= hi."""
 
     before: Points
@@ -54,7 +55,7 @@ class Interval:
     hi: int
 
 
-def parse_interval(begin: str, end: str, steps: int) -> Interval:
+def parse_range(begin: str, end: str, steps: int) -> SearchRange:
     """`--begin` and `--end` as in the original: lists of the time points before and after the one that is searched.
 
     The search runs from the last of `begin` to the first of `end`.
@@ -74,7 +75,7 @@ def parse_interval(begin: str, end: str, steps: int) -> Interval:
         raise UserError(
             f"--begin {begin} and --end {end} must lie on the grid 0..{steps - 1} of --steps {steps}"
         )
-    return Interval(before, after, lo, hi)
+    return SearchRange(before, after, lo, hi)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Candidate:
 
 def search_points(
     scorer: Callable[[Points, int], Score],
-    interval: Interval,
+    span: SearchRange,
     *,
     num_samples: int,
     points: int = 1,
@@ -182,18 +183,18 @@ def search_points(
 
     def search(candidate: Callable[[int], Points], lo: int, hi: int) -> int:
         def fid(p: int, count: int) -> float:
-            ts = (*interval.before, *candidate(p), *interval.after)
+            ts = (*span.before, *candidate(p), *span.after)
             score = scorer(ts, count)
             trace.append(Candidate(len(candidate(p)), p, ts, count, score))
             return score.fid
 
+        full = partial(fid, count=num_samples)
         if coarse:
-            fine = lambda p: fid(p, num_samples)  # noqa: E731
-            return coarse_to_fine_search(lambda p: fid(p, coarse), fine, lo, hi, FINALISTS)
-        return ternary_search(lambda p: fid(p, num_samples), lo, hi)
+            return coarse_to_fine_search(partial(fid, count=coarse), full, lo, hi, FINALISTS)
+        return ternary_search(full, lo, hi)
 
-    found = greedy_search(search, [(interval.lo, interval.hi)] * points)
-    return (*interval.before, *found, *interval.after), trace
+    found = greedy_search(search, [(span.lo, span.hi)] * points)
+    return (*span.before, *found, *span.after), trace
 
 
 def run_search(config: SearchConfig) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     model = load_pretrained(config)
     model = replace(model, config=replace(model.config, sampler="multistep"))
     c = model.config
-    interval = parse_interval(c.begin, c.end, c.steps)
+    span = parse_range(c.begin, c.end, c.steps)
     if reference.images and reference.images.shape[1] != c.image_size:
         size = reference.images.shape[1]
         raise UserError(
@@ -222,7 +223,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     memo = Memo(directory / "search_memo.json", conditions)
     scorer = Scorer(_sampler(model), network, evaluator.frechet["pool"], memo)
     counts = {"num_samples": c.num_samples, "points": c.points, "coarse": c.coarse}
-    ts, trace = search_points(scorer, interval, **counts)
+    ts, trace = search_points(scorer, span, **counts)
     result = _result(model, ts, trace) | {
         "conditions": conditions,
         "protocol": protocol.name,

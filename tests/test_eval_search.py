@@ -20,10 +20,10 @@ from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
 from evaluations.protocols import PROTOCOLS
 from evaluations.search_app import (
-    Interval,
     Memo,
     Score,
-    parse_interval,
+    SearchRange,
+    parse_range,
     plot_search,
     run_search,
     search_points,
@@ -35,10 +35,10 @@ from tests.mp import run_ranks
 STEPS = 8
 
 
-def test_intervals():
-    assert parse_interval("0", "39", 40) == Interval((0,), (39,), 0, 39)
-    assert parse_interval("5", "30", 40) == Interval((0,), (39,), 5, 30)
-    assert parse_interval("0,10", "49,79", 80) == Interval((0, 10), (49, 79), 10, 49)
+def test_ranges():
+    assert parse_range("0", "39", 40) == SearchRange((0,), (39,), 0, 39)
+    assert parse_range("5", "30", 40) == SearchRange((0,), (39,), 5, 30)
+    assert parse_range("0,10", "49,79", 80) == SearchRange((0, 10), (49, 79), 10, 49)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_intervals():
 )
 def test_bad_intervals(begin, end, message):
     with pytest.raises(UserError, match=message):
-        parse_interval(begin, end, 40)
+        parse_range(begin, end, 40)
 
 
 class Fake:
@@ -73,7 +73,7 @@ class Fake:
 def test_golden_intervals_with_their_neighbours():
     for case in golden_data.json("ternary")["cases"]:
         fake = Fake(lambda ts, c=case: c["fid"][ts[len(c["begin"])] - c["first_index"]])
-        interval = Interval(tuple(case["begin"]), tuple(case["end"]), case["begin"][-1], case["end"][0])
+        interval = SearchRange(tuple(case["begin"]), tuple(case["end"]), case["begin"][-1], case["end"][0])
         ts, trace = search_points(fake, interval, num_samples=100)
         assert ts == (*case["begin"], case["best_among_evaluated"], *case["end"])
         assert [t.ts for t in trace] == [ts for ts, _ in fake.calls]
@@ -81,7 +81,7 @@ def test_golden_intervals_with_their_neighbours():
 
 def test_coarse_search_measures_few_candidates_in_full():
     fake = Fake(lambda ts: abs(ts[1] - 11))
-    ts, trace = search_points(fake, Interval((0,), (17,), 0, 17), num_samples=100, coarse=10)
+    ts, trace = search_points(fake, SearchRange((0,), (17,), 0, 17), num_samples=100, coarse=10)
     assert ts == (0, 11, 17)
     assert [t.num_samples for t in trace].count(100) == search_app.FINALISTS
     assert trace[-1].num_samples == 100
@@ -89,7 +89,7 @@ def test_coarse_search_measures_few_candidates_in_full():
 
 def test_points_are_searched_one_after_the_other():
     fake = Fake(lambda ts: sum(abs(p - t) for p, t in zip(ts[1:-1], (6, 12))))
-    ts, trace = search_points(fake, Interval((0,), (17,), 0, 17), num_samples=100, points=2)
+    ts, trace = search_points(fake, SearchRange((0,), (17,), 0, 17), num_samples=100, points=2)
     assert ts == (0, 6, 12, 17)
     assert {t.order for t in trace} == {1, 2}
     assert all(t.ts[1] == 6 for t in trace if t.order == 2)
@@ -114,7 +114,7 @@ def test_plot_of_one_and_of_several_searches(tmp_path):
     from PIL import Image
 
     fake = Fake(lambda ts: abs(ts[1] - 11))
-    interval = Interval((0,), (17,), 0, 17)
+    interval = SearchRange((0,), (17,), 0, 17)
     for points, coarse in ((1, 0), (2, 10)):
         _, trace = search_points(fake, interval, num_samples=100, points=points, coarse=coarse)
         plot_search(tmp_path / "p.png", trace)
