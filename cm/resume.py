@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from cm import dist_util, logger
+from cm import dist_util
 from cm.beats import is_alive, read_beats
 from cm.checkpoint import complete_checkpoints, read_state, verify_checkpoint
 from cm.config import CmTrainConfig, EdmTrainConfig, result_flags
@@ -12,26 +12,34 @@ from cm.derived import global_batch
 from cm.errors import UserError
 
 
-def find_checkpoint(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> Path | None:
-    """The newest undamaged checkpoint of a run directory, None for a new run; rank 0 looks, every rank gets it.
+def find_checkpoint(
+    config: EdmTrainConfig | CmTrainConfig, directory: str, data: str
+) -> tuple[Path | None, list[str]]:
+    """(the newest undamaged checkpoint of a run directory, what the log should say); None for a new run.
 
-    data: fingerprint of the data set. UserError where flags or data differ and --resume_with_changes is not given.
+    Rank 0 looks, every rank gets the answer. data: fingerprint of the data set. UserError where flags or data differ
+    and --resume_with_changes is not given.
     """
     return dist_util.on_main(lambda: _find(config, directory, data))
 
 
-def _find(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> Path | None:
+def _find(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> tuple[Path | None, list[str]]:
     _refuse_second_start(directory)
     found = complete_checkpoints(directory)
     if not found:
         if config.resume == "must":
             raise UserError(f"--resume must: {directory} holds no complete checkpoint")
-        return None
+        return None, []
     if config.resume == "never":
         raise UserError(f"--resume never: {directory} already holds {found[-1].name}; give another --out_dir")
-    newest = _newest_intact(found)
-    _compare(config, directory, data, read_state(newest))
-    return newest
+    newest, notes = _newest_intact(found)
+    changes = _changes(config, directory, data, read_state(newest))
+    if changes and not config.resume_with_changes:
+        raise UserError(
+            f"{directory} holds a run with other flags ({', '.join(changes[:5])}); "
+            "give another --out_dir, or --resume_with_changes True"
+        )
+    return newest, notes + [f"--resume_with_changes: {change}" for change in changes]
 
 
 def _refuse_second_start(directory: str) -> None:
@@ -45,40 +53,34 @@ def _refuse_second_start(directory: str) -> None:
         raise UserError(f"{directory} belongs to a run that is still going on: {alive[0]}")
 
 
-def _newest_intact(found: list[Path]) -> Path:
-    """The newest checkpoint whose files have their hashes; damaged ones are set aside under another name."""
-    problem = None
+def _newest_intact(found: list[Path]) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose files have their hashes, and warnings of those that were set aside for it."""
+    warnings, problem = [], None
     for path in reversed(found):
         try:
             verify_checkpoint(path)
-            return path
+            return path, warnings
         except UserError as error:
             problem = error
             aside = path.with_name(f"damaged_{path.name}_{int(time.time())}")
             path.rename(aside)
-            logger.warn(f"warning: {error}; it is now {aside.name}, and the one before it is taken")
+            warnings.append(f"warning: {error}; it is now {aside.name}, and the one before it is taken")
     raise UserError(f"no checkpoint of {found[0].parent} is undamaged; the last problem: {problem}")
 
 
-def _compare(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str, state: dict) -> None:
+def _changes(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str, state: dict) -> list[str]:
+    """What differs from the run that the checkpoint belongs to, and would change its result."""
     stored, mine = state.get("config"), result_flags(config)
     if not isinstance(stored, dict):
         raise UserError(f"{directory}: its checkpoint does not say with which flags it was made")
-    changed = [f"--{n} {stored[n]} -> {v}" for n, v in mine.items() if n in stored and stored[n] != v]
+    changes = [f"--{n} {stored[n]} -> {v}" for n, v in mine.items() if n in stored and stored[n] != v]
     batch, stored_batch = global_batch(config, dist_util.get_world_size()), state.get("global_batch_size")
     if stored_batch != batch:
-        changed.append(f"images per step {stored_batch} -> {batch}")
+        changes.append(f"images per step {stored_batch} -> {batch}")
     if state.get("data") != data:
-        changed.append(
-            f"the images or labels of --data_dir (fingerprint {str(state.get('data'))[:8]} -> {data[:8]})"
-        )
-    if changed and not config.resume_with_changes:
-        raise UserError(
-            f"{directory} holds a run with other flags ({', '.join(changed[:5])}); "
-            "give another --out_dir, or --resume_with_changes True"
-        )
-    if changed:
-        logger.log(f"--resume_with_changes: {', '.join(changed)}")
+        stored_data = str(state.get("data"))
+        changes.append(f"the images or labels of --data_dir (fingerprint {stored_data[:8]} -> {data[:8]})")
+    return changes
 
 
 def checkpoint_of(path: str) -> Path:

@@ -66,8 +66,10 @@ def run_train(config: TrainConfig) -> None:
         dataset = open_training_data(config)
         teacher_file = load_teacher(config)
         config = settle(config, dataset, teacher_file)
-        checkpoint = find_checkpoint(config, directory, dataset.fingerprint)
+        checkpoint, notes = find_checkpoint(config, directory, dataset.fingerprint)
         open_logs(config, directory, checkpoint)
+        for note in notes:
+            logger.log(note)
         limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
         with supervised(directory, limits) as heartbeat:
             trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint, stopper, heartbeat)
