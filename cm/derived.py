@@ -181,16 +181,14 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
 def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], source: str) -> dict[str, Any]:
     """training_mode, and the sampler and grid that go with it, as far as the command left them open."""
     given = "training_mode" in config.explicit
-    if "training_mode" not in stored:
-        if not given and isinstance(config, SampleConfig):
-            raise UserError(f"{source} does not say how it was trained: give --training_mode or --preset")
-        return {}
-    mode = stored["training_mode"]
-    if given:
-        if is_consistency(mode) != is_consistency(config.training_mode):
-            raise UserError(
-                f"--training_mode {config.training_mode} contradicts {source}, which was trained with {mode}"
-            )
+    mode = stored.get("training_mode")
+    if mode is None and not given and isinstance(config, SampleConfig):
+        raise UserError(f"{source} does not say how it was trained: give --training_mode or --preset")
+    if mode and given and is_consistency(mode) != is_consistency(config.training_mode):
+        raise UserError(
+            f"--training_mode {config.training_mode} contradicts {source}, which was trained with {mode}"
+        )
+    if given or mode is None:
         mode = config.training_mode
     taken = {"training_mode": mode, "sampler": DEFAULT_SAMPLER[mode]}
     if "steps" in stored:
