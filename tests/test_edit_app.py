@@ -126,6 +126,25 @@ def test_classes_condition_the_result(models, images, tmp_path):
     assert (one != two).any()
 
 
+def test_labels_come_with_a_prepared_input(models, tmp_path):
+    """Those of an npz serve where --classes is empty; they must be there and fit the model."""
+    pixels = np.random.default_rng(0).integers(0, 255, (3, SIDE, SIDE, 1), dtype=np.uint8)
+    np.savez(tmp_path / "with.npz", arr_0=pixels, arr_1=np.array([3, 0, 1]))
+    _run(models, tmp_path / "a", "inpaint", "--input", tmp_path / "with.npz", model="grey.pt")
+    np.savez(tmp_path / "without.npz", arr_0=pixels)
+    without = ("--input", tmp_path / "without.npz")
+    _run(models, tmp_path / "b", "inpaint", *without, "--classes", "3,0,1", model="grey.pt")
+    _run(models, tmp_path / "c", "inpaint", *without, "--classes", "3", model="grey.pt")
+    results = [[_pixels(tmp_path / d / f"{i:06d}_000.png").tolist() for i in range(3)] for d in "abc"]
+    assert results[0] == results[1]
+    assert [results[0][i] == results[2][i] for i in range(3)] == [True, False, False]
+    with pytest.raises(UserError, match="--classes is missing"):
+        _run(models, tmp_path / "d", "inpaint", *without, model="grey.pt")
+    np.savez(tmp_path / "high.npz", arr_0=pixels, arr_1=np.array([3, 0, 4]))
+    with pytest.raises(UserError, match="has label 4, the model has 4 classes"):
+        _run(models, tmp_path / "d", "inpaint", "--input", tmp_path / "high.npz", model="grey.pt")
+
+
 def test_result_depends_on_seed_image_and_number_only(models, images, tmp_path):
     _run(models, tmp_path / "all", "inpaint", "--input", images, "--num_results", 3, "--batch_size", 2)
     _run(models, tmp_path / "one", "inpaint", "--input", images / "b.png", "--num_results", 2)
@@ -219,6 +238,13 @@ def test_result_stems_never_collide():
         ("denoise", ["--sigma", "81"], "--sigma 81.0 must lie between"),
         ("superres", ["--factor", "3"], "--factor 3 does not divide"),
         ("superres", ["--factor", "1"], "--factor must be at least 2"),
+        ("superres", ["--factor", "16"], "--factor 16 does not divide"),
+        ("inpaint", ["--sigmas", "2,5"], "--sigmas must decrease"),
+        ("inpaint", ["--sigmas", "2,0.001"], "--sigmas must lie above --sigma_min 0.002"),
+        ("inpaint", ["--ts=-1,17"], "--ts must not be negative"),
+        ("inpaint", ["--ts", "5"], "--ts needs at least a start and an end"),
+        ("stroke", ["--sigma_start", "81"], "--sigma_start 81.0 must lie between"),
+        ("stroke", ["--repeat", "0"], "--repeat must be at least 1"),
         ("colorize", ["--factor", "4"], "--factor is for superres, not for colorize"),
         ("inpaint", ["--classes", "1"], "--classes needs a class-conditional model"),
         ("inpaint", ["--input", "nowhere"], "--input nowhere: no such file or folder"),
@@ -242,6 +268,10 @@ def test_models_that_do_not_fit(models, images, tmp_path):
         _run(models, tmp_path / "o", "colorize", "--input", images, "--classes", "1", model="grey.pt")
     with pytest.raises(UserError, match="--classes is missing"):
         _run(models, tmp_path / "o", "inpaint", "--input", images, model="grey.pt")
+    with pytest.raises(UserError, match="--classes is missing"):
+        _run(models, tmp_path / "o", "interpolate", "--between", "1,2", model="grey.pt")
+    with pytest.raises(UserError, match="--classes must be one label with interpolate"):
+        _run(models, tmp_path / "o", "interpolate", "--between", "1,2", "--classes", "1,2", model="grey.pt")
     with pytest.raises(UserError, match="needs a consistency model"):
         _run(
             models,
@@ -294,13 +324,22 @@ def test_nothing_is_overwritten_unasked(models, images, tmp_path):
     assert (tmp_path / "out" / "a_000.png").read_bytes() != before
 
 
-def test_empty_and_full_masks_warn(models, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("value", "warning"), [(0, "nothing to generate"), (255, "nothing known")])
+def test_empty_and_full_masks_warn(models, images, tmp_path, monkeypatch, value, warning):
     lines = []
     monkeypatch.setattr(logger, "log", lines.append)
-    Image.fromarray(np.zeros((SIDE, SIDE), np.uint8)).save(tmp_path / "black.png")
-    _run(models, tmp_path / "out", "inpaint", "--input", images / "a.png", "--mask", tmp_path / "black.png")
-    assert any("leaves nothing to generate" in line for line in lines)
-    assert np.abs(_pixels(tmp_path / "out" / "a_000.png").astype(int) - _pixels(images / "a.png")).max() <= 1
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.full((SIDE, SIDE), value, np.uint8)).save(mask)
+    _run(models, tmp_path / "out", "inpaint", "--input", images / "a.png", "--mask", mask)
+    assert [line for line in lines if "warning" in line] == [f"warning: --mask {mask} leaves {warning}"]
+    change = np.abs(_pixels(tmp_path / "out" / "a_000.png").astype(int) - _pixels(images / "a.png")).max()
+    assert change <= 1 if value == 0 else change > 20
+
+
+def test_masks_of_another_size(models, images, tmp_path):
+    Image.fromarray(np.zeros((SIDE, 6), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask\.png is 6 x 8, the images are 8 x 8"):
+        _run(models, tmp_path / "out", "inpaint", "--input", images, "--mask", tmp_path / "mask.png")
 
 
 def test_script(models, images, tmp_path):
