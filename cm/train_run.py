@@ -20,6 +20,7 @@ from cm.data import open_dataset
 from cm.data.dataset import ImageData
 from cm.data.stream import TrainStream
 from cm.derived import (
+    adopt_teacher,
     augment_probability,
     augmentation_labels,
     global_batch,
@@ -156,7 +157,9 @@ def load_teacher(config: TrainConfig) -> ModelFile | None:
 
 
 def settle(config: TrainConfig, dataset: ImageData, teacher: ModelFile | None) -> TrainConfig:
-    """The configuration with the number of channels and classes that the data (and the teacher) decide."""
+    """The configuration with the channels, classes and preconditioning that the data and the teacher decide."""
+    if teacher is not None:
+        config = adopt_teacher(config, teacher.config, teacher.path)
     classes = config.num_classes
     if config.class_cond:
         known = (teacher.config or {}).get("num_classes") if teacher else None
