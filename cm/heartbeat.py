@@ -1,7 +1,7 @@
 """A sign of life of every rank: who it is, which step and phase it is in. Ends the job when a rank dies or is stuck.
 
-Each rank keeps a small file in <run>/heartbeats, rewritten every second by a thread. The same thread watches the ranks
-of its own node, whose deaths the system reports at once, and the time that the main thread spends in a phase. What it
+Each rank keeps a small file in <run>/heartbeats, rewritten in place by a thread. The same thread watches the ranks of
+its own node, whose deaths the system reports at once, and the time that the main thread spends in a phase. What it
 finds goes to status.json and to the screen; the files stay for the next start and for the doctor.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from cm import beats, dist_util, status
 
-INTERVAL = 1.0
+INTERVAL = 0.2
 RECORD_BYTES = 1024
 
 

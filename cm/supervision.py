@@ -11,6 +11,7 @@ from cm.errors import UserError
 from cm.guard import BadNumbers
 from cm.heartbeat import Heartbeat
 
+GRACE = 2.0
 _BROKEN_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|socket", re.IGNORECASE)
 
 
@@ -30,18 +31,23 @@ def supervised(run_dir: str, limits: dict[str, float]) -> Iterator[Heartbeat]:
             try:
                 yield heartbeat
             except RuntimeError as error:
-                _explain(error, run_dir, heartbeat)
+                _explain(error, run_dir)
                 raise
     except BaseException as error:
         _record(error, run_dir)
+        if isinstance(error, SystemExit) and dist_util.get_world_size() > 1:
+            # Ranks leave together, after this block: one that leaves within it leaves the others waiting.
+            rank, code = dist_util.get_rank(), error.code if isinstance(error.code, int) else 1
+            dist_util.end_job(code or 1, f"error: rank {rank} left training with exit code {code}\n")
         raise
 
 
-def _explain(error: RuntimeError, run_dir: str, heartbeat: Heartbeat) -> None:
+def _explain(error: RuntimeError, run_dir: str) -> None:
+    """Turn an error of communication into a UserError that names the rank that the others waited for."""
     if dist_util.get_world_size() == 1 or not _BROKEN_CONNECTION.search(f"{type(error).__name__} {error}"):
         return
     # On the node of a dead rank the heartbeat knows more, and ends the job within this time.
-    time.sleep(2 * heartbeat.interval)
+    time.sleep(GRACE)
     behind = furthest_behind(read_beats(run_dir))
     cause = str(error).strip().splitlines()[0][:200]
     raise UserError(f"lost contact with the other ranks ({cause}); furthest behind is {behind}") from error
