@@ -74,7 +74,7 @@ for method in $methods; do
   ts=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["ts"], sep=",")' "$out/search_$method/search_result.json")
   samples ${method}_twostep --preset ${p}_$method --model_path "$out/$method" --sampler multistep --ts "$ts"
 done
-say "the distilled model completes, enlarges${colour:+ and colours} the digits it has not seen"
+say "the distilled model ${colour:+colours, }completes and enlarges digits that it has not seen"
 edit inpaint
 edit superres --factor 4
 if [ -n "$colour" ]; then edit colorize; fi
