@@ -41,6 +41,11 @@ def _log_sigma(sigma: Tensor) -> Tensor:
     return sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log()
 
 
+def _as_stored(level: float, sigma: Tensor) -> Tensor:
+    """A level rounded to sigma's dtype. It stays on the CPU: a copy to a GPU would wait for all work under way."""
+    return torch.tensor(level, dtype=sigma.dtype)
+
+
 @dataclass(frozen=True)
 class EDMPrecond(Precond):
     """EDM's preconditioning (Karras et al. 2022, Table 1, last column)."""
@@ -74,7 +79,7 @@ class ConsistencyPrecond(Precond):
     def __call__(self, sigma: Tensor) -> Coefficients:
         edm = EDMPrecond(self.sigma_data, self.time_scale)(sigma)
         # The boundary is sigma_min as this dtype stores it, so that c_out is exactly 0 there.
-        shifted = sigma - torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
+        shifted = sigma - _as_stored(self.sigma_min, sigma)
         shifted_variance = shifted**2 + self.sigma_data**2
         out_variance = shifted_variance if self.printed_c_out else sigma**2 + self.sigma_data**2
         return edm._replace(
@@ -178,7 +183,7 @@ class BoundaryPrecond(Precond):
     def __call__(self, sigma: Tensor) -> Coefficients:
         c = self.base(sigma)
         # The boundary is sigma_min as this dtype stores it, so that c_out is exactly 0 there.
-        shifted = sigma - torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
+        shifted = sigma - _as_stored(self.sigma_min, sigma)
         return c._replace(c_out=c.c_out * (shifted / sigma))
 
     def round_sigma(self, sigma: Tensor) -> Tensor:

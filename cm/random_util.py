@@ -47,7 +47,8 @@ class StepRandom:
     def _scalars(self, kind: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, kind, self._calls, self.step))
         self._calls += 1
-        return draw(generator)[self.start : self.stop].to(self.device)
+        # Such a small copy is staged at once; a blocking one would wait for all work under way on a GPU.
+        return draw(generator)[self.start : self.stop].to(self.device, non_blocking=True)
 
     def rows(self) -> torch.Tensor:
         """(stop - start,) int64: the rows of the global batch that are drawn here."""
