@@ -4,6 +4,7 @@
 
 RESULTS: folders that scripts/image_edit.py wrote for inpaint, colorize or superres from full images, which are the
 truth. Scores are of whole images as they were written, 8 bits a channel. LPIPS is measured where its weights are.
+A class-conditional model was told the class of each image; the baselines know nothing of it.
 """
 
 import argparse

@@ -18,6 +18,7 @@ from cm.errors import UserError
 from cm.lpips import import_piq
 from evaluations import edit_page, edit_report
 from evaluations.edit_report import bicubic, grey, make_metrics, mean_fill, measure, table
+from tests.lpips_files import write_small_files
 from tests.models import save_consistency_model
 
 SIDE = 8
@@ -101,6 +102,15 @@ def test_metrics(size, window):
     assert ssim[1] > 0.5 > ssim[2]
     expected = import_piq().ssim(b, a, kernel_size=window, data_range=1.0, reduction="none")
     assert torch.equal(ssim, expected)
+
+
+def test_lpips_where_its_weights_are(tmp_path):
+    write_small_files(tmp_path)
+    lpips = make_metrics(16, str(tmp_path))["lpips"]
+    a = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    distance = lpips(torch.stack([a[0], 1 - a[1]]), a)
+    assert distance[0] == 0
+    assert distance[1] > 0.01
 
 
 def test_measure(truth, tmp_path):
