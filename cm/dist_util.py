@@ -56,13 +56,26 @@ def setup_dist(timeout: float = 1800.0) -> None:
         # Unasked, each rank would start a thread per core; two ranks then wait for each other's threads.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     dist.init_process_group(
-        # NCCL refuses two ranks on one GPU.
-        "cpu:gloo,cuda:nccl" if 0 < local_world <= gpus else "gloo",
+        "cpu:gloo,cuda:nccl" if _all_differ(store, "cm/gpu", _gpu_uuid() if gpus else "") else "gloo",
         store=store,
         rank=_place.rank,
         world_size=_place.world_size,
         timeout=datetime.timedelta(seconds=timeout),
     )
+
+
+def _gpu_uuid() -> str:
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def _all_differ(store: dist.Store, key: str, gpu: str) -> bool:
+    """Whether every rank of the job has a GPU of its own: NCCL refuses two ranks on one. All ranks call it.
+
+    Counting visible GPUs would not tell: SLURM and others may show each rank its own one only. gpu: empty for none.
+    """
+    store.set(f"{key}/{_place.rank}", gpu)
+    gpus = store.multi_get([f"{key}/{rank}" for rank in range(_place.world_size)])
+    return b"" not in gpus and len(set(gpus)) == len(gpus)
 
 
 def _join(timeout: float) -> dist.Store | None:

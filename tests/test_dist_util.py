@@ -243,6 +243,16 @@ def test_collectives(world, tmp_path):
     assert {r["threads"] for r in results} == {1}
 
 
+def own_gpus(gpus: dict[str, list[str]]) -> list[bool]:
+    return [dist_util._all_differ(dist_util._store, k, g[dist_util.get_rank()]) for k, g in gpus.items()]
+
+
+def test_ranks_with_gpus_of_their_own():
+    """What each rank sees does not matter: under SLURM each may see one GPU, always number 0."""
+    gpus = {"own": ["A", "B"], "shared": ["A", "A"], "none": ["", ""], "uneven": ["A", ""]}
+    assert mp.run_ranks("tests.test_dist_util:own_gpus", 2, gpus) == [[True, False, False, False]] * 2
+
+
 def first_rank_fails_first() -> str:
     try:
         with dist_util.node_first():
