@@ -124,9 +124,9 @@ def read_results(folder: Path) -> tuple[EditConfig, list[Input], dict[str, list[
     """How a folder was made, its inputs, and the name of each input -> its result files."""
     try:
         metadata = json.loads((folder / "edit.json").read_text())
-    except (OSError, ValueError) as error:
+        config = EditConfig(**metadata["config"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: not a folder of image_edit's results (edit.json: {error})") from None
-    config = EditConfig(**metadata["config"])
     if config.task not in TASKS:
         raise UserError(f"{folder}: {config.task} has no truth to compare with; only {', '.join(TASKS)} have")
     source = InputFiles(config)
