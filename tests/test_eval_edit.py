@@ -146,7 +146,7 @@ def test_folders_that_cannot_be_measured(truth, tmp_path):
     with pytest.raises(UserError, match="not a folder of image_edit's results"):
         measure(tmp_path)
     (tmp_path / "edit.json").write_text('{"config": {"no_such_flag": 1}}')
-    with pytest.raises(UserError, match="not a folder of image_edit's results.*no_such_flag"):
+    with pytest.raises(UserError, match=r"not a folder of image_edit's results.*no_such_flag"):
         measure(tmp_path)
     with pytest.raises(UserError, match="stroke has no truth"):
         measure(_write_results(tmp_path / "s", truth, [1], task="stroke"))
