@@ -74,6 +74,7 @@ def run_train(config: TrainConfig) -> None:
         limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
         with supervised(directory, limits) as heartbeat:
             trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint, stopper, heartbeat)
+            del teacher_file  # gigabytes that the networks hold now
             announce(config, trainer, dataset)
             ended = trainer.run_loop()
             heartbeat.phase("end", trainer.state.step)
@@ -129,8 +130,8 @@ def prepare_directory(directory: str) -> str:
 
 
 def open_training_data(config: TrainConfig) -> ImageData:
-    """The training set, with channels and labels as configured or as found."""
-    return open_dataset(
+    """The training set, with channels and labels as configured or as found. All ranks must call it."""
+    dataset = open_dataset(
         config.data_dir,
         image_size=config.image_size,
         channels=config.in_channels,
@@ -141,6 +142,9 @@ def open_training_data(config: TrainConfig) -> ImageData:
         composite="" if config.composite == "drop" else config.composite,
         skip_unreadable=config.skip_unreadable,
     )
+    # It asks for the size of every file: once, not once per rank of a cluster.
+    dataset.fingerprint = dist_util.on_main(lambda: dataset.fingerprint)
+    return dataset
 
 
 def load_teacher(config: TrainConfig) -> ModelFile | None:

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from cm import dist_util, logger
 from cm.checkpoint import complete_checkpoints
+from cm.config import CmTrainConfig
+from cm.data.sources import FolderSource
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective
 from cm.precond import ConsistencyPrecond, EDMPrecond
 from cm.resample import LogNormalSampler, LossSecondMomentResampler
 from cm.schedules import EmaAndScales, LearningRate
+from cm.train_run import open_training_data
 from cm.trainer import Optimization, Reporting, Trainer
 from tests.models import tiny_unet
 from tests.mp import run_ranks
@@ -115,6 +119,21 @@ def failing_save(run_dir):
         trainer.save()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def open_data(data_dir) -> tuple[str, int]:
+    """Fingerprint, and how often this rank asked the source for it."""
+    calls = []
+    identity = FolderSource.identity
+    FolderSource.identity = lambda self: (calls.append(1), *identity(self))[1:]
+    config = CmTrainConfig(data_dir=data_dir, image_size=8)
+    return open_training_data(config).fingerprint, len(calls)
+
+
+def test_one_rank_looks_at_all_files(tmp_path):
+    Image.new("L", (8, 8), 5).save(tmp_path / "a.png")
+    (first, once), (second, never) = run_ranks("tests.test_train_ranks:open_data", 2, str(tmp_path))
+    assert first == second and (once, never) == (1, 0)
 
 
 def test_a_failed_save_fails_on_every_rank(tmp_path):
