@@ -3,11 +3,13 @@
 A local path never goes through blobfile, and blobfile is imported at the first remote path only.
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,9 +102,20 @@ def cache_locally(path: str | os.PathLike) -> str:
     target = os.path.join(folder, f"{key}-{path.rstrip('/').rsplit('/', 1)[-1]}")
     if not os.path.exists(target):
         os.makedirs(folder, exist_ok=True)
-        with open_file(path, "rb") as source:
-            write_atomic(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+        with _locked(f"{target}.lock"):  # the ranks of a node come here together: one of them fetches
+            if not os.path.exists(target):
+                with open_file(path, "rb") as source:
+                    write_atomic(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
     return target
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Run the body while no other process on this machine holds the lock of this file."""
+    with open(path, "w") as file:
+        with suppress(OSError):  # some network file systems have no locks: then each process works for itself
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomic(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> None:

@@ -4,7 +4,10 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,21 @@ def test_remote_access(remote, tmp_path, monkeypatch):
     assert blob.cache_locally("gs://b/d/x") == local and remote.calls == []  # copied once
     remote.files["gs://b/d/x"] = b"123456"
     assert blob.cache_locally("gs://b/d/x") != local  # another content, another copy
+
+
+def test_who_comes_together_fetches_once(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
+    remote.files["gs://b/x"] = b"12345"
+    write, all_here = blob.write_atomic, threading.Barrier(4)
+    monkeypatch.setattr(blob, "write_atomic", lambda *args: (time.sleep(0.2), write(*args)))
+
+    def fetch(_):
+        all_here.wait(10)
+        return Path(blob.cache_locally("gs://b/x")).read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fetch, range(4))) == [b"12345"] * 4
+    assert [call[:2] for call in remote.calls] == [("gs://b/x", "rb")]
 
 
 def test_failed_remote_write_leaves_nothing(remote):
