@@ -16,6 +16,7 @@ from cm.convert import edm_layout, edm_pickle
 from cm.convert.formats import READERS, Source, convert, detect
 from cm.errors import UserError
 from cm.networks.build import TIME_SCALES
+from cm.precond import denoiser_precond
 from cm.pretrained import load_pretrained
 from tests import edm_reference as reference
 from tests import golden_data
@@ -224,6 +225,18 @@ def test_song_unet_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, co
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "column"), [("VPPrecond", "vp"), ("VEPrecond", "ve"), ("iDDPMPrecond", "iddpm")]
+)
+def test_pickles_of_the_other_columns_keep_their_preconditioning(name, column, tmp_path, edm_modules):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(network(song("ddpmpp")), precond=name)))
+    convert(Source(str(path)), str(tmp_path / "edm.pt"), "cm", {})
+    model = load_pretrained(SampleConfig(model_path=str(tmp_path / "edm.pt"), device="cpu"))
+    assert model.config.precond == column
+    assert model.denoiser.precond == denoiser_precond(column, time_scale=1.0)
+
+
 def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
     config = edm_adm()
     in_edm = edm_layout.to_edm(network(config).state_dict(), config)
@@ -270,7 +283,7 @@ def test_other_preconditionings_and_contents_are_refused(tmp_path, edm_modules):
             READERS["edm"](Source(str(path)))
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
-    refuses(snapshot(net, precond="VPPrecond"), "preconditioning VPPrecond")
+    refuses(snapshot(net, precond="TrigPrecond"), "preconditioning TrigPrecond")
     refuses({"ema": None}, "no network under ema or net")
     refuses([1, 2], "no network under ema or net")
     refuses(snapshot(nn.Module()), "no tensors of a network")

@@ -160,6 +160,15 @@ def module_tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tens
             yield from module_tensors(child, f"{prefix}{name}.")
 
 
+# Class in the pickle -> --precond, and the range of noise levels where the common one does not fit
+COLUMNS: dict[str, tuple[str, dict[str, float]]] = {
+    "EDMPrecond": ("edm", {}),
+    "VPPrecond": ("vp", {}),
+    "VEPrecond": ("ve", {"sigma_min": 0.02, "sigma_max": 100.0}),
+    "iDDPMPrecond": ("iddpm", {"sigma_min": 0.0065}),
+}
+
+
 def read_edm_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict of the bare network, facts about its preconditioning) of an EDM pickle.
 
@@ -170,13 +179,16 @@ def read_edm_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = content.get("ema") or content.get("net")
     if not isinstance(content, Record) or "_modules" not in content.state:
         raise UserError(f"{path} holds no network under ema or net")
-    if content.class_name != "EDMPrecond":
-        raise UserError(f"{path} has the preconditioning {content.class_name}; only EDMPrecond is supported")
+    if content.class_name not in COLUMNS:
+        raise UserError(
+            f"{path} has the preconditioning {content.class_name}; known are {', '.join(COLUMNS)}"
+        )
     state = dict(module_tensors(content))
     network = {name[len("model.") :]: t.float() for name, t in state.items() if name.startswith("model.")}
     if not network:
         raise UserError(f"{path} holds no tensors of a network")
-    return network, {"sigma_data": float(content.state.get("sigma_data", 0.5))}
+    column, flags = COLUMNS[content.class_name]
+    return network, {"precond": column, **flags, "sigma_data": float(content.state.get("sigma_data", 0.5))}
 
 
 def is_pickle(path: str | Path) -> bool:
