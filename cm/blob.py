@@ -96,7 +96,10 @@ def cache_locally(path: str | os.PathLike) -> str:
     path = os.fspath(path)
     if not is_remote(path):
         return path
-    stat = _blobfile().stat(path)
+    try:
+        stat = _blobfile().stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such remote file") from None
     key = hashlib.sha256(f"{path}\n{stat.size}\n{stat.mtime}".encode()).hexdigest()[:16]
     folder = os.environ.get("CM_CACHE_DIR") or os.path.join(Path.home(), ".cache", "consistency-models")
     target = os.path.join(folder, f"{key}-{path.rstrip('/').rsplit('/', 1)[-1]}")

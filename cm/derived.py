@@ -108,10 +108,12 @@ def init_source(config: CmTrainConfig) -> str:
 
 def run_dir(config: Config) -> str:
     """Directory of everything that a run writes."""
-    if config.out_dir:
-        return config.out_dir
-    if os.environ.get("OPENAI_LOGDIR"):
-        return os.environ["OPENAI_LOGDIR"]
+    if directory := config.out_dir or os.environ.get("OPENAI_LOGDIR"):
+        if "://" in directory:
+            raise UserError(
+                f"--out_dir {directory}: runs are written to a local folder; copy them afterwards"
+            )
+        return directory
     return os.path.join("runs", f"{config.preset or script_of(config)}-{config_hash(config)}")
 
 

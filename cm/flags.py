@@ -239,7 +239,9 @@ class LoopFlags:
     """Training loop"""
 
     log_interval: int = flag(10, "steps between log lines", unit="steps", result=False)
-    save_interval: int = flag(10000, "steps between checkpoints", unit="steps", result=False)
+    save_interval: int = flag(
+        10000, "steps between checkpoints; -1: one at the end", unit="steps", result=False
+    )
     resume_checkpoint: str = flag("", "checkpoint or model file of another run to go on from")
     resume: str = flag(
         "auto",

@@ -52,7 +52,6 @@ MINIMUM: dict[str, float] = {
     "fp16_scale_growth": 0,
     "seed": 0,
     "log_interval": 1,
-    "save_interval": 1,
     "keep_last": 0,
     "keep_every": 0,
     "max_hours": 0,
@@ -90,7 +89,7 @@ MINIMUM: dict[str, float] = {
 }
 BELOW_ONE = ("dropout", "teacher_dropout", "beta1", "beta2")
 POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout", "solver_alpha", "tolerance")
-POSITIVE_OR_UNSET = ("batch_size", "microbatch", "num_heads_upsample", "num_head_channels")
+POSITIVE_OR_UNSET = ("batch_size", "microbatch", "save_interval", "num_heads_upsample", "num_head_channels")
 
 
 def validate(config: Config) -> None:

@@ -57,6 +57,8 @@ class FakeBlobfile(types.ModuleType):
             yield folder, [], [n.rsplit("/", 1)[1] for n in self.files if n.rsplit("/", 1)[0] == folder]
 
     def stat(self, path):
+        if path not in self.files:
+            raise FileNotFoundError(path)
         return types.SimpleNamespace(size=len(self.files[path]), mtime=1.0)
 
 
@@ -156,6 +158,8 @@ def test_remote_access(remote, tmp_path, monkeypatch):
     assert blob.cache_locally("gs://b/d/x") == local and remote.calls == []  # copied once
     remote.files["gs://b/d/x"] = b"123456"
     assert blob.cache_locally("gs://b/d/x") != local  # another content, another copy
+    with pytest.raises(UserError, match="gs://b/d: no such remote file"):
+        blob.cache_locally("gs://b/d")
 
 
 def test_who_comes_together_fetches_once(remote, tmp_path, monkeypatch):

@@ -270,6 +270,7 @@ BAD = [
     (EdmTrainConfig, {"global_batch_size": 0}, "global_batch_size"),
     (EdmTrainConfig, {"batch_size": 0}, "batch_size"),
     (EdmTrainConfig, {"microbatch": -2}, "microbatch"),
+    (EdmTrainConfig, {"save_interval": 0}, "save_interval"),
     (EdmTrainConfig, {"ema_rate": "0.9,oops"}, "ema_rate"),
     (EdmTrainConfig, {"ema_rate": "1.5"}, "ema_rate"),
     (EdmTrainConfig, {"ema_rate": "0.9,0.90"}, "ema_rate"),
@@ -328,6 +329,7 @@ GOOD = [
     (EdmTrainConfig, {"image_size": 24, "channel_mult": "1,2,2"}),
     (EdmTrainConfig, {"num_channels": 96}),
     (EdmTrainConfig, {"attention_resolutions": ""}),
+    (EdmTrainConfig, {"save_interval": -1}),
     (CmTrainConfig, {"training_mode": "progdist", "scale_mode": "progdist", "start_scales": 1024}),
     (SampleConfig, {"sampler": "multistep", "ts": "0,22,22,39"}),
     (SampleConfig, {"sampler": "multistep", "ts": "0,106,200"}),
@@ -401,6 +403,8 @@ def test_run_directory(monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", "/logs")
     assert run_dir(config) == "/logs"
     assert run_dir(dataclasses.replace(config, out_dir="here")) == "here"
+    with pytest.raises(UserError, match=r"--out_dir gs://b/run: .* local folder"):
+        run_dir(dataclasses.replace(config, out_dir="gs://b/run"))
 
 
 def test_derived_quantities():

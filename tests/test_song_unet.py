@@ -228,6 +228,8 @@ def test_augmentation_labels_of_zero_mean_none():
     x, c_noise = batch()
     none = net(x, c_noise)
     torch.testing.assert_close(net(x, c_noise, augment_labels=torch.zeros(2, 9)), none)
+    none.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())  # or data-parallel training would fail
     assert (net(x, c_noise, augment_labels=torch.ones(2, 9)) - none).abs().max() > 1e-3
 
 

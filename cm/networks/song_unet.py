@@ -308,8 +308,10 @@ class SongUNet(nn.Module):
             # One-hot vectors of length sqrt(num_classes), so that an entry has unit variance.
             one_hot = F.one_hot(y, self.num_classes).to(dtype)
             emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))
-        if augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels.to(dtype))
+        if self.augment_dim:
+            # No labels are zeros, so that every parameter takes part, as DistributedDataParallel demands.
+            zeros = emb.new_zeros(len(emb), self.augment_dim)
+            emb = emb + self.map_augment(zeros if augment_labels is None else augment_labels.to(dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def _check_inputs(
