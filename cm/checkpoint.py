@@ -112,6 +112,9 @@ def _check_zip(path: str) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        for member in members:
+            if member.filename.startswith("/") or ".." in member.filename.split("/"):
+                raise zipfile.BadZipFile(f"its member {member.filename!r} leads out of the file")
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         # torch never compresses. Members that overlap in the file count twice here.
         if not stored or sum(member.file_size for member in members) > os.path.getsize(path):

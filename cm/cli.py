@@ -86,7 +86,7 @@ def read_config(path: str, flags: dict[str, Field]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold one JSON object")

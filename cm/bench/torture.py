@@ -147,7 +147,7 @@ def write_images(path: Path) -> None:
     np.savez(path, arr_0=images)
 
 
-def train(name: str, run_dir: str, data: str, teacher: str, delay: float = 0.01) -> None:
+def train(name: str, run_dir: str, data: str, teacher: str, delay: float = 0.003) -> None:
     """One start of a run, in a process of its own; what it prints goes to <run>.txt."""
     with open(f"{run_dir}.txt", "a") as output:
         os.dup2(output.fileno(), 1)
