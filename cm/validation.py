@@ -362,14 +362,16 @@ def _check_edit(config: EditConfig) -> None:
     parsing.parse_weights(config.weights)
     if config.batch_size < 1:
         raise UserError(f"--batch_size must be positive, got {config.batch_size}")
+    # A --config file names every flag: a value that is the default says nothing.
+    changed = {n for n in config.explicit if getattr(config, n) != flags_of(EditConfig)[n].default}
     for name, tasks in EDIT_FLAGS.items():
-        if name in config.explicit and config.task not in tasks:
+        if name in changed and config.task not in tasks:
             raise UserError(f"--{name} is for {' and '.join(tasks)}, not for {config.task}")
     if config.ts and config.sigmas:
         raise UserError("--ts and --sigmas say the same thing: give one of them")
     for name in ("sigma_start", "sigma"):
         level = getattr(config, name)
-        if name in config.explicit and (config.ts or config.sigmas):
+        if name in changed and (config.ts or config.sigmas):
             raise UserError(
                 f"--{name} and --ts or --sigmas both give the first noise level: give one of them"
             )

@@ -234,7 +234,7 @@ def test_result_stems_never_collide():
         ("inpaint", ["--sigmas", "90,2"], "--sigmas must lie"),
         ("inpaint", ["--sigmas", "5", "--ts", "0,17"], "give one of them"),
         ("stroke", ["--sigma_start", "0.001"], "--sigma_start 0.001 must lie between"),
-        ("stroke", ["--sigma_start", "1", "--ts", "3,17"], "give one of them"),
+        ("stroke", ["--sigma_start", "2", "--ts", "3,17"], "give one of them"),
         ("denoise", ["--sigma", "81"], "--sigma 81.0 must lie between"),
         ("superres", ["--factor", "3"], "--factor 3 does not divide"),
         ("superres", ["--factor", "1"], "--factor must be at least 2"),
