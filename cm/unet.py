@@ -163,7 +163,7 @@ class ResBlock(TimestepBlock):
             h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h + emb_out)
-        return self.skip_connection(self.resample(x)) + h
+        return h.add_(self.skip_connection(self.resample(x)))  # h is nobody else's: no new tensor
 
 
 @dataclass(frozen=True, kw_only=True)
