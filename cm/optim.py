@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.fused_adam import Adam, AdamW, RAdam
 
 # --optimizer
 OPTIMIZERS = {
-    "radam": torch.optim.RAdam,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "radam": lambda params, **options: RAdam(params, **options, foreach=True),
+    "adam": lambda params, **options: Adam(params, **options, fused=True),
+    "adamw": lambda params, **options: AdamW(params, **options, fused=True),
 }
 
 
@@ -24,12 +25,12 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """Optimizer with multi-tensor kernels; RAdam without warm-up is what all released models used."""
+    """Optimizer with fused kernels; RAdam without warm-up is what all released models used."""
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name}")
     if lr < 0:
         raise UserError(f"--lr must not be negative, got {lr}")
-    return OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, foreach=True)
+    return OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
 
 
 def state_per_parameter(state: dict[int, dict], shapes: list[torch.Size]) -> dict[int, dict]:
