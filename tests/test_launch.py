@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 import subprocess
 
 import pytest
@@ -127,8 +128,8 @@ def test_torchrun_ends_all_ranks(real_runs):
 
 @pytest.mark.mpi
 def test_the_helper_leaves_no_process_behind():
-    code = "import sys, time, os; print(os.getpid(), flush=True); time.sleep(100)"
+    code = "import time, os; print(f'<{os.getpid()}>', flush=True); time.sleep(100)"
     with pytest.raises(TimeoutError, match=r"no end after 1\.0 s") as error:
         mp.launch(["-c", code], 2, "mpiexec", timeout=1.0)
-    pids = [int(line) for line in str(error.value).splitlines() if line.isdigit()]
+    pids = [int(pid) for pid in re.findall(r"<(\d+)>", str(error.value))]
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
