@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cm import dist_util
 from cm.blob import is_remote
 from cm.checkpoint import MANIFEST, complete_checkpoints, file_sha256, load_weights
 from cm.errors import UserError
@@ -46,7 +47,9 @@ def load_model_file(model_path: str, weights: str = "", flag: str = "model_path"
             )
         path, kind = model_path, _kind_of(Path(model_path).name)
     elif os.path.isdir(model_path):
-        path, kind = find_weights(_checkpoint_in(Path(model_path), flag), weights)
+        # A run that is still training may save in between: all ranks take what rank 0 finds.
+        directory = Path(model_path)
+        path, kind = dist_util.on_main(lambda: find_weights(_checkpoint_in(directory, flag), weights))
     else:
         raise UserError(f"--{flag} {model_path}: no such file or directory")
     state, meta = load_weights(path)
