@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cm import dist_util, launch
+from cm import beats, dist_util, launch, status
 from cm.lpips import LINEAR_FILE, VGG_FILE
 
 CORE = ("torch", "numpy", "pillow", "scipy", "tqdm")
@@ -38,6 +38,7 @@ FOR_SOME_USES = (
 OLDEST_PYTHON = (3, 11)
 GIB = 2**30
 LEAST_FREE_GIB = 1.0
+RUNS_TO_TELL = 5
 # Elements of the timed all-reduce: 16 MiB, the order of a gradient bucket.
 REDUCE_SIZE = 4 * 2**20
 
@@ -141,10 +142,24 @@ def check_run_dir(path: str) -> list[Check]:
     except OSError as error:
         return [Check("run folder", "failed", f"{folder} cannot be written: {error.strerror or error}")]
     free = shutil.disk_usage(existing).free / GIB
-    status = "ok" if free >= LEAST_FREE_GIB else "failed"
+    enough = "ok" if free >= LEAST_FREE_GIB else "failed"
     return [
         Check("run folder", "ok", str(folder)),
-        Check("free disk", status, f"{free:.1f} GiB at {existing}"),
+        Check("free disk", enough, f"{free:.1f} GiB at {existing}"),
+    ]
+
+
+def check_last_runs(path: str) -> list[Check]:
+    """How the latest runs below a folder, or the run that it is, ended: those that did not reach their end."""
+    folder = Path(path).expanduser()
+    runs = [run for run in (folder, *folder.glob("*")) if beats.folder(run).is_dir()]
+    runs.sort(key=lambda run: beats.folder(run).stat().st_mtime, reverse=True)
+    ends = [(run.name, beats.describe_last_run(run)) for run in runs[:RUNS_TO_TELL]]
+    orderly = (status.PREEMPTED, status.TIME, "still going on")
+    return [
+        Check(f"run {name}", "ok" if end.startswith(orderly) else "note", end)
+        for name, end in ends
+        if end and not end.startswith(status.FINISHED)
     ]
 
 
@@ -159,8 +174,8 @@ def check_weights() -> list[Check]:
         )
     cache = Path(os.environ.get("CM_CACHE_DIR") or "~/.cache/consistency-models").expanduser()
     found = sorted(path.name for path in cache.glob("inception/*.pt*"))
-    status = "ok" if found else "note"
-    return [*checks, Check("inception", status, ", ".join(found) or f"none in {cache / 'inception'}")]
+    there = "ok" if found else "note"
+    return [*checks, Check("inception", there, ", ".join(found) or f"none in {cache / 'inception'}")]
 
 
 def examine(run_dir: str, across_ranks: bool) -> list[Check]:
@@ -168,6 +183,7 @@ def examine(run_dir: str, across_ranks: bool) -> list[Check]:
     steps: list[Callable[[], list[Check]]] = [
         *(check_versions, check_mpi, check_devices, check_launcher, check_weights),
         lambda: check_run_dir(run_dir),
+        lambda: check_last_runs(run_dir),
     ]
     # Ranks other than 0 only take part in what all do together.
     checks = [check for step in steps for check in step()] if dist_util.is_main() else []

@@ -10,8 +10,9 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc takes no more on 64 bits
 def keep_freed_memory() -> bool:
     """Tell glibc to serve large tensors from its heap and not to trim it; False where there is no glibc.
 
-    By default each tensor above 128 KiB to 32 MiB may be mapped anew, and the system has to clear its pages in every
-    step. Training steps of the 8x8 digits network at batch 32 on one core took 42 ms before and 33 ms after.
+    By default large tensors are mapped anew, and the system has to clear their pages, in every step. For the 8x8 digits
+    network on one core this saved half to four fifths of the page faults and 5 to 12% of a training step's CPU time at
+    batches of 16 to 128.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -6,6 +6,7 @@ batch whatever the number of ranks and the size of the micro-batches.
 """
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -149,10 +150,13 @@ class Trainer:
     def _distributed(self) -> nn.Module:
         if dist_util.get_world_size() == 1:
             return self.model
+        # Buffers are constants: no broadcast in each forward pass. torch 2.13 gave the option its second name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{name: False},
             gradient_as_bucket_view=True,
             bucket_cap_mb=128,
         )
@@ -234,7 +238,8 @@ class Trainer:
 
     def _uncompiled(self) -> contextlib.AbstractContextManager:
         """Previews have a batch and a mode of their own, which are not worth compiling for."""
-        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
+        known = self.compile and hasattr(torch.compiler, "set_stance")
+        return torch.compiler.set_stance("force_eager") if known else contextlib.nullcontext()
 
     def _due(self, interval: int) -> bool:
         return self.finished or (interval > 0 and self.state.step % interval == 0)

@@ -12,6 +12,7 @@ import pytest
 
 from cm import beats, heartbeat, status
 from cm.beats import Beat, describe_last_run, furthest_behind, read_beats
+from cm.doctor import check_last_runs
 
 LIMITS = {"startup_timeout": 100.0, "step_timeout": 50.0}
 
@@ -185,3 +186,21 @@ def test_a_run_without_a_last_word_is_going_on_or_lost(tmp_path):
     process.wait()
     text = describe_last_run(tmp_path)
     assert text.startswith("lost without a word: rank 1 of 2 on ") and "reading data at step 4" in text
+
+
+def test_the_doctor_tells_of_the_runs_that_did_not_reach_their_end(tmp_path):
+    lost, stopped, finished, empty = (tmp_path / name for name in ("lost", "stopped", "finished", "empty"))
+    for folder in (lost, stopped, finished, empty):
+        folder.mkdir()
+    for folder in (lost, stopped, finished):
+        write_beats(folder, beat(1, phase="data"))
+    status.write_status(stopped, status.PREEMPTED, exit_code=75, message="SIGTERM")
+    status.write_status(finished, status.FINISHED, exit_code=0)
+    found = {check.name: check for check in check_last_runs(str(tmp_path))}
+    assert set(found) == {"run lost", "run stopped"}
+    assert found["run stopped"].status == "ok" and found["run stopped"].detail.startswith(
+        "preempted: SIGTERM"
+    )
+    assert found["run lost"].status == "note" and "rank 1 of 4 on host" in found["run lost"].detail
+    assert [check.name for check in check_last_runs(str(lost))] == ["run lost"]
+    assert check_last_runs(str(tmp_path / "nowhere")) == []
