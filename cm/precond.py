@@ -171,20 +171,19 @@ def _predicts_noise(sigma: Tensor, c_noise: Tensor) -> Coefficients:
 
 @dataclass(frozen=True)
 class BoundaryPrecond(Precond):
-    """A consistency function from a column with c_skip = 1 (VP, VE, iDDPM): c_out times (sigma - sigma_min) / sigma.
+    """A consistency function on the network of another column: its input and clock, Eq. 5's skip and output.
 
-    f(x; sigma_min) = x, and f approaches the column's denoiser as sigma grows, so that a student may start from the
-    weights of a teacher of that column.
+    D = x -+ sigma F multiplies the network's error by sigma, up to 80; a sampler of many steps forgives that, one step
+    does not. So c_skip and c_out are those of ConsistencyPrecond, with the column's sign of F: near sigma_min the
+    function is the column's denoiser, and a student may start from the weights of a teacher of that column.
     """
 
     base: Precond
-    sigma_min: float = 0.002
+    boundary: ConsistencyPrecond
 
     def __call__(self, sigma: Tensor) -> Coefficients:
-        c = self.base(sigma)
-        # The boundary is sigma_min as this dtype stores it, so that c_out is exactly 0 there.
-        shifted = sigma - _as_stored(self.sigma_min, sigma)
-        return c._replace(c_out=c.c_out * (shifted / sigma))
+        base, boundary = self.base(sigma), self.boundary(sigma)
+        return base._replace(c_skip=boundary.c_skip, c_out=base.c_out.sign() * boundary.c_out)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """As the column does."""
@@ -221,14 +220,13 @@ def boundary_precond(
 
     column: the scalings that it starts from, a name of PRECONDS; others than edm have one form, which skips.
     """
+    skip = ConsistencyPrecond(sigma_data, sigma_min, time_scale, printed_c_out)
+    if column != "edm" and boundary == "skip":
+        return BoundaryPrecond(denoiser_precond(column, sigma_data=sigma_data, time_scale=time_scale), skip)
     if column != "edm":
-        if boundary != "skip":
-            raise UserError(f"--boundary {boundary} goes with --precond edm, not with {column}")
-        return BoundaryPrecond(
-            denoiser_precond(column, sigma_data=sigma_data, time_scale=time_scale), sigma_min
-        )
+        raise UserError(f"--boundary {boundary} goes with --precond edm, not with {column}")
     if boundary == "skip":
-        return ConsistencyPrecond(sigma_data, sigma_min, time_scale, printed_c_out)
+        return skip
     if boundary == "piecewise":
         return PiecewisePrecond(sigma_data, sigma_min, time_scale)
     raise UserError(f"--boundary must be skip or piecewise, got {boundary}")

@@ -159,11 +159,14 @@ def test_only_iddpm_rounds():
 def test_consistency_functions_of_the_other_columns(name, dtype):
     precond = boundary_precond("skip", sigma_data=0.5, sigma_min=0.02, time_scale=1.0, column=name)
     assert isinstance(precond, BoundaryPrecond)
-    c = precond(torch.tensor([0.02, 50.0], dtype=dtype))
-    plain = denoiser_precond(name, time_scale=1.0)(torch.tensor([0.02, 50.0], dtype=dtype))
-    assert c.c_skip.tolist() == [1, 1] and c.c_out[0] == 0
-    assert c.c_out[1].item() == pytest.approx(plain.c_out[1].item() * (1 - 0.02 / 50), rel=1e-5)
-    assert torch.equal(c.c_noise, plain.c_noise)
+    sigma = torch.tensor([0.02, 0.03, 50.0], dtype=dtype)
+    c, plain = precond(sigma), denoiser_precond(name, time_scale=1.0)(sigma)
+    edm = boundary_precond("skip", sigma_data=0.5, sigma_min=0.02, time_scale=1.0)(sigma)
+    assert c.c_skip[0] == 1 and c.c_out[0] == 0
+    # Input and clock are the column's; the output is bounded and has the column's sign.
+    assert torch.equal(c.c_in, plain.c_in) and torch.equal(c.c_noise, plain.c_noise)
+    assert torch.equal(c.c_skip, edm.c_skip)
+    assert torch.equal(c.c_out[1:], (1 if name == "ve" else -1) * edm.c_out[1:])
 
 
 def test_unknown_columns():

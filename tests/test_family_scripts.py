@@ -21,7 +21,7 @@ from cm.factory import create_noise_sampler, create_objective, create_precond
 from cm.likelihood_run import run_likelihood
 from cm.noise_schedules import VPSchedule, iddpm_levels
 from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive
-from cm.precond import BoundaryPrecond, IDDPMPrecond, VEPrecond, VPPrecond
+from cm.precond import BoundaryPrecond, ConsistencyPrecond, IDDPMPrecond, VEPrecond, VPPrecond
 from cm.pretrained import load_classifier, load_pretrained
 from cm.sample_run import noise_levels, run_image_sample
 from cm.train_run import run_train
@@ -135,7 +135,7 @@ def test_the_factory_builds_the_columns():
     ]
     assert ve == [VEPrecond(250.0), VEPrecond(1.0)]
     student = create_precond(CmTrainConfig(precond="vp"), consistency=True)
-    assert student == BoundaryPrecond(VPPrecond(), 0.002)
+    assert student == BoundaryPrecond(VPPrecond(), ConsistencyPrecond())
     for name in ("vp", "ve", "iddpm"):
         assert hasattr(create_noise_sampler(EdmTrainConfig(schedule_sampler=name)), "level")
 
