@@ -1,6 +1,9 @@
-"""Whether torch.compile works here, asked before a long run relies on it."""
+"""torch.compile: whether it works here, asked before a long run relies on it, and how networks are compiled."""
+
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from cm import dist_util, logger
 
@@ -19,3 +22,13 @@ def can_compile(device: torch.device) -> bool:
             f"warning: --compile True: torch.compile does not work here, training goes on without ({problems[0]})"
         )
     return not problems
+
+
+def compile_in_place(networks: Iterable[nn.Module]) -> None:
+    """Compile the calls of networks at their first use; parameters and state dicts stay what they are."""
+    import torch._inductor.config
+
+    # The dropout masks of the uncompiled network, which student and target share.
+    torch._inductor.config.fallback_random = True
+    for network in networks:
+        network.compile()

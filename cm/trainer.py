@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cm import dist_util, logger
 from cm.checkpoint import read_state, verify_checkpoint
+from cm.compiling import compile_in_place
 from cm.denoiser import Denoiser
 from cm.ema import EmaBank
 from cm.errors import UserError
@@ -95,8 +96,7 @@ class Trainer:
         self.ddp_model = self._distributed()
         self.compile = compile
         if compile:
-            for net in filter(None, (self.ddp_model, target, teacher)):
-                net.compile()
+            compile_in_place(net for net in (self.ddp_model, target, teacher) if net is not None)
         self.roles = Roles(
             Denoiser(self.ddp_model, student_precond),
             target and Denoiser(target, student_precond),
