@@ -183,6 +183,18 @@ def test_cifar10_runs():
     )
     # Eleven stages of 50 000 steps, and twice as many for each of the last two
     assert pd.total_training_steps == progdist_steps(4096, 50000) == 11 * 50000 + 2 * 100000
+    continuous = {
+        "cd_l2": ("distillation", "l2", False, 1e-3, 400000),
+        "cd_l2_stopgrad": ("distillation", "l2", True, 5e-6, 400000),
+        "cd_lpips_stopgrad": ("distillation", "lpips-max", True, 5e-6, 400000),
+        "ct_l2": ("training", "l2", True, 5e-6, 800000),
+        "ct_lpips": ("training", "lpips-max", True, 5e-6, 400000),
+    }
+    for name, (kind, norm, stop_grad, lr, steps) in continuous.items():
+        c = train(f"cifar10_cont_{name}")
+        assert (c.training_mode, c.loss_norm, c.stop_grad) == (f"continuous_{kind}", norm, stop_grad)
+        assert (c.lr, c.total_training_steps, c.dropout, c.init) == (lr, steps, 0.3, "teacher")
+        assert (c.optimizer, c.ema_rate, c.weight_schedule) == ("radam", "0.9999", "uniform")
     sample = parse_config(SampleConfig, ["--preset", "cifar10_cd_lpips"])
     assert (sample.ts, sample.steps) == ("0,11,17", 18)
 

@@ -66,6 +66,8 @@ CM = {
         "--end_scales", "6",
     ],
     "progdist": ["--scale_mode", "progdist", "--start_scales", "4", "--distill_steps_per_iter", "1"],
+    "continuous_distillation": ["--start_scales", "5", "--stop_grad", "False"],
+    "continuous_training": ["--start_scales", "5"],
 }  # fmt: skip
 
 
@@ -93,7 +95,9 @@ def test_every_mode_trains_and_its_model_samples_without_model_flags(mode, data_
     run = train(CmTrainConfig, data_dir, tmp_path / "run", cm_flags(mode, teacher))
     names = {p.name for p in complete_checkpoints(run)[-1].iterdir()}
     assert {"model000003.pt", "ema_0.9_000003.pt", "ema_0.99_000003.pt", "opt000003.pt"} <= names
-    assert ("target_model000003.pt" in names) == (mode != "progdist")
+    assert ("target_model000003.pt" in names) == (
+        mode in ("consistency_distillation", "consistency_training")
+    )
     assert ("teacher_model000003.pt" in names) == (mode == "progdist")
     sample = ["--model_path", str(run), "--num_samples", "3", "--out_dir", str(tmp_path / "s")]
     run_image_sample(parse(SampleConfig, sample))

@@ -7,7 +7,7 @@ def main() -> None:
     """Print one line per preset."""
     for name, preset in PRESETS.items():
         results = "; ".join(f"FID {r.fid} with NFE {r.nfe} ({r.source})" for r in preset.results)
-        print(f"{name:24}{', '.join(preset.scripts):44}{results}".rstrip())
+        print(f"{name:32}{', '.join(preset.scripts):44}{results}".rstrip())
 
 
 if __name__ == "__main__":
