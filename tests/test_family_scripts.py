@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from cm import logger
 from cm.checkpoint import complete_checkpoints
 from cm.cli import parse, parse_config
 from cm.columns import COLUMNS
-from cm.config import ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
+from cm.config import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
 from cm.derived import adopt_teacher, stored_config
 from cm.errors import UserError
 from cm.factory import create_noise_sampler, create_objective, create_precond
@@ -25,6 +27,9 @@ from cm.precond import BoundaryPrecond, ConsistencyPrecond, IDDPMPrecond, VEPrec
 from cm.pretrained import load_classifier, load_pretrained
 from cm.sample_run import noise_levels, run_image_sample
 from cm.train_run import run_train
+from cm.validation import require_inputs
+
+ROOT = Path(__file__).parents[1]
 
 MODEL = [
     "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1", "--num_heads", "2",
@@ -446,3 +451,48 @@ def test_only_denoisers_have_a_likelihood(teachers, data_dir, tmp_path):
     refuses("a likelihood needs a denoiser", lambda: run_likelihood(parse(LikelihoodConfig, argv)))
     refuses("--model_path", lambda: parse(LikelihoodConfig, ["--data_dir", data_dir]))
     refuses("--probe must be one of", lambda: parse(LikelihoodConfig, [*argv, "--probe", "sobol"]))
+
+
+# ---- docs/systems.md ---------------------------------------------------------------------------------
+
+
+def documented_lines():
+    """(script, arguments) of every command in the document, with its abbreviations written out."""
+    text = (ROOT / "docs" / "systems.md").read_text()
+    text = text.replace("\\\n", " ").replace("$RUN", "run").replace("$DATA", "data")
+    for script, rest in re.findall(r"python scripts/(\w+)\.py ([^`\n]*)", text):
+        if script in SCRIPTS:
+            training = script.endswith("_train")
+            yield (
+                script,
+                shlex.split(rest.replace("...", "--data_dir d --out_dir o" if training else "--out_dir o")),
+            )
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"), documented_lines(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_documented_lines_are_valid(script, argv):
+    task = ["--task", argv.pop(0)] if script == "image_edit" else []
+    config = parse_config(SCRIPTS[script], [*task, *argv])
+    if not config.dry_run:
+        require_inputs(config)
+
+
+def test_every_row_names_tests_that_exist():
+    rows = [
+        line
+        for line in (ROOT / "docs" / "systems.md").read_text().splitlines()
+        if re.match(r"\| A\d+ \|", line)
+    ]
+    assert [re.match(r"\| (A\d+)", row)[1] for row in rows] == [f"A{i}" for i in range(1, 25)]
+    for row in rows:
+        for part in re.split("; ", row.split("|")[-2].strip()):
+            files, _, names = part.partition(":")
+            for file in files.split(","):
+                path = ROOT / "tests" / f"{file.strip()}.py"
+                assert path.exists(), path
+            for name in filter(None, (n.strip() for n in names.split(","))):
+                # What follows a named test may be further files.
+                found = (ROOT / "tests" / f"{name}.py").exists() or f"def test_{name}" in path.read_text()
+                assert found, (path, name)
