@@ -470,7 +470,7 @@ def documented_lines():
 
 
 @pytest.mark.parametrize(
-    ("script", "argv"), documented_lines(), ids=lambda v: v if isinstance(v, str) else ""
+    ("script", "argv"), list(documented_lines()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_documented_lines_are_valid(script, argv):
     task = ["--task", argv.pop(0)] if script == "image_edit" else []
