@@ -24,7 +24,7 @@ setup(
         "numpy>=1.26",
         "piq>=0.8",
         "blobfile>=3",
-        "pillow>=10",
+        "pillow>=10.1",
         "scipy>=1.11",
         "tqdm",
     ],
