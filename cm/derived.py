@@ -111,7 +111,7 @@ def run_dir(config: Config) -> str:
     if directory := config.out_dir or os.environ.get("OPENAI_LOGDIR"):
         if "://" in directory:
             raise UserError(
-                f"--out_dir {directory}: runs are written to a local folder; copy them afterwards"
+                f"--out_dir {directory}: runs are written to a local folder; --mirror copies them elsewhere"
             )
         return directory
     return os.path.join("runs", f"{config.preset or script_of(config)}-{config_hash(config)}")

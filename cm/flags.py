@@ -254,6 +254,12 @@ class LoopFlags:
     )
     keep_last: int = flag(0, "checkpoints to keep, newest first; 0: all", result=False)
     keep_every: int = flag(0, "with --keep_last, also keep each multiple of this", unit="steps", result=False)
+    mirror: str = flag(
+        "",
+        "other folder, local or remote (gs://, az://), that gets a copy of each checkpoint and of the logs, and from "
+        "which an empty run directory takes the newest",
+        result=False,
+    )
     async_save: bool = flag(True, "write checkpoints in the background", result=False)
     on_save_error: str = flag("stop", "what a failed save does", choices=("stop", "warn"), result=False)
     max_hours: float = flag(0.0, "save and stop after this time; 0: no limit", unit="hours", result=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cm import dist_util, logger
 from cm.checkpoint import complete_checkpoints, map_tensors, prune_checkpoints, write_checkpoint
 from cm.errors import UserError
+from cm.mirror import Mirror
 
 
 class Saver:
@@ -30,6 +31,7 @@ class Saver:
         meta: dict | None = None,
         background: bool = False,
         on_error: str = "stop",
+        mirror: Mirror | None = None,
     ):
         self.run_dir = Path(run_dir)
         self.keep_last = keep_last
@@ -37,6 +39,7 @@ class Saver:
         self.meta = meta or {}
         self.background = background
         self.on_error = on_error
+        self.mirror = mirror
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None  # why the last write failed
         self._folder = self.run_dir / "checkpoints"
@@ -94,7 +97,10 @@ class Saver:
             # Where a mount has gone, the folder must not be made anew on the disk below it.
             os.stat(self._folder)
             path = write_checkpoint(self.run_dir, step, files, scalars, self.meta)
-        except OSError as error:
+            logger.log(f"saved {path}")
+            if self.mirror is not None:
+                self.mirror.push(path)
+        except (OSError, UserError) as error:
             self._problem = UserError(
                 f"could not save step {step} under {self.run_dir}: {error}{self._remaining()}"
             )
@@ -104,7 +110,6 @@ class Saver:
         except Exception:
             self._problem = RuntimeError(f"could not save step {step}:\n{traceback.format_exc()}")
             return
-        logger.log(f"saved {path}")
         try:
             prune_checkpoints(self.run_dir, self.keep_last, self.keep_every)
         except OSError as error:

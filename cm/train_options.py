@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cm.mirror import Mirror
 from cm.saver import Saver
 from cm.schedules import LearningRate
 
@@ -39,6 +40,7 @@ class Reporting:
     keep_every: int = 0
     async_save: bool = False
     on_save_error: str = "stop"
+    mirror: Mirror | None = None
     meta: dict = field(default_factory=dict)
     preview: Callable[[Any], None] | None = None
     preview_interval: int = 0  # 0: at each checkpoint
@@ -53,4 +55,5 @@ class Reporting:
             meta=self.meta,
             background=self.async_save,
             on_error=self.on_save_error,
+            mirror=self.mirror,
         )

@@ -40,6 +40,7 @@ from cm.factory import (
 )
 from cm.heartbeat import Heartbeat
 from cm.memory import keep_freed_memory
+from cm.mirror import Mirror
 from cm.model_files import ModelFile, load_model_file
 from cm.objectives import Objective
 from cm.previews import Preview
@@ -67,6 +68,8 @@ def run_train(config: TrainConfig) -> None:
         dataset = open_training_data(config)
         teacher_file = load_teacher(config)
         config = settle(config, dataset, teacher_file)
+        if (mirror := mirror_of(config, directory)) is not None:
+            dist_util.on_main(mirror.pull)
         checkpoint, notes = find_checkpoint(config, directory, dataset.fingerprint)
         open_logs(config, directory, checkpoint)
         for note in notes:
@@ -79,6 +82,8 @@ def run_train(config: TrainConfig) -> None:
             ended = trainer.run_loop()
             heartbeat.phase("end", trainer.state.step)
             report_end(ended, trainer.state.step, directory, signals)
+            if mirror is not None:
+                dist_util.on_main(mirror.push_logs)
     if ended != FINISHED:
         sys.exit(EXIT_UNFINISHED)
 
@@ -243,6 +248,7 @@ def create_reporting(config: TrainConfig, dataset: ImageData, directory: str, ba
         config.keep_every,
         config.async_save,
         config.on_save_error,
+        mirror_of(config, directory),
         meta={
             "config": stored_config(config),
             "data": dataset.fingerprint,
@@ -253,6 +259,11 @@ def create_reporting(config: TrainConfig, dataset: ImageData, directory: str, ba
         preview_interval=config.preview_interval,
         progress=True,
     )
+
+
+def mirror_of(config: TrainConfig, directory: str) -> Mirror | None:
+    """The second copy of the run that --mirror asks for."""
+    return Mirror(config.mirror, directory) if config.mirror else None
 
 
 def create_roles(

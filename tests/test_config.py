@@ -92,6 +92,7 @@ TRAIN = [
     "async_save",
     "on_save_error",
     "max_hours",
+    "mirror",
     "max_bad_steps",
     "tensorboard",
     "preview_count",
