@@ -133,6 +133,20 @@ def test_total_derivative_equals_finite_differences(network, shape):
     torch.testing.assert_close(v, difference, rtol=1e-6, atol=1e-6 * difference.abs().max().item())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+def test_half_precision_torso(dtype, tolerance):
+    """Near sigma_min, where the U-Net's clock runs at 250 / t = 125,000 a unit of t, as elsewhere."""
+    net = tiny_unet()
+    t = torch.tensor([0.0021, 0.01, 1.0, 80.0])
+    slope = t.reshape(4, 1, 1, 1) * images(seed=1)
+    with torch.no_grad():
+        _, exact = total_derivative(Denoiser(net, ConsistencyPrecond()), images() + slope, t, slope)
+        net.convert_torso(dtype)
+        _, v = total_derivative(Denoiser(net, ConsistencyPrecond()), images() + slope, t, slope)
+    assert v.dtype == torch.float32
+    assert ((v - exact).flatten(1).norm(dim=1) < tolerance * exact.flatten(1).norm(dim=1)).all()
+
+
 def test_curvature_product_is_the_hessian():
     f, v = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(2)).double()
     product = curvature_product(feature_distance, f, v)
