@@ -13,21 +13,34 @@ import torch
 from PIL import Image
 
 from cm import logger
+from cm.alpha_sigma import VARIANCE_PRESERVING
 from cm.checkpoint import complete_checkpoints
 from cm.cli import parse, parse_config
 from cm.columns import COLUMNS
-from cm.config import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
+from cm.config import (
+    SCRIPTS,
+    ClassifierConfig,
+    CmTrainConfig,
+    EdmTrainConfig,
+    LikelihoodConfig,
+    SampleConfig,
+    flags_of,
+)
 from cm.derived import adopt_teacher, stored_config
 from cm.errors import UserError
-from cm.factory import create_noise_sampler, create_objective, create_precond
+from cm.factory import NOISE_SAMPLERS, create_noise_sampler, create_objective, create_precond
+from cm.likelihood import PROBES
 from cm.likelihood_run import run_likelihood
-from cm.noise_schedules import VPSchedule, iddpm_levels
+from cm.noise_schedules import NOISE_SCHEDULES, STATE_SCALES, TIME_STEPS, VPSchedule, iddpm_levels
 from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive
-from cm.precond import BoundaryPrecond, ConsistencyPrecond, IDDPMPrecond, VEPrecond, VPPrecond
+from cm.precond import PRECONDS, BoundaryPrecond, ConsistencyPrecond, IDDPMPrecond, VEPrecond, VPPrecond
 from cm.pretrained import load_classifier, load_pretrained
 from cm.sample_run import noise_levels, run_image_sample
+from cm.samplers import SAMPLERS
+from cm.samplers.pc import CORRECTORS, PREDICTORS
+from cm.sde import SDES
 from cm.train_run import run_train
-from cm.validation import require_inputs
+from cm.validation import SOLVER_FLAGS, require_inputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -451,6 +464,27 @@ def test_only_denoisers_have_a_likelihood(teachers, data_dir, tmp_path):
     refuses("a likelihood needs a denoiser", lambda: run_likelihood(parse(LikelihoodConfig, argv)))
     refuses("--model_path", lambda: parse(LikelihoodConfig, ["--data_dir", data_dir]))
     refuses("--probe must be one of", lambda: parse(LikelihoodConfig, [*argv, "--probe", "sobol"]))
+
+
+# ---- registries ------------------------------------------------------------------------------------
+
+
+def test_choices_are_the_registries():
+    def choices(cls, name):
+        return set(flags_of(cls)[name].metadata["choices"]) - {""}
+
+    assert choices(SampleConfig, "precond") == set(PRECONDS) == set(COLUMNS)
+    assert choices(SampleConfig, "diffusion_schedule") == {*VARIANCE_PRESERVING, "ve"}
+    assert choices(SampleConfig, "time_steps") == set(TIME_STEPS)
+    assert choices(SampleConfig, "noise_schedule") == set(NOISE_SCHEDULES)
+    assert choices(SampleConfig, "state_scale") == set(STATE_SCALES)
+    assert choices(SampleConfig, "sde") == set(SDES)
+    assert choices(SampleConfig, "predictor") == set(PREDICTORS)
+    assert choices(SampleConfig, "corrector") == set(CORRECTORS)
+    assert choices(LikelihoodConfig, "probe") == set(PROBES)
+    assert choices(EdmTrainConfig, "schedule_sampler") == set(NOISE_SAMPLERS)
+    assert set(SOLVER_FLAGS) <= set(flags_of(SampleConfig))
+    assert {sampler for samplers in SOLVER_FLAGS.values() for sampler in samplers} <= set(SAMPLERS)
 
 
 # ---- docs/systems.md ---------------------------------------------------------------------------------
