@@ -257,6 +257,18 @@ def test_theorems_5_and_6_gradients(norm, distance, factor, distillation):
     check_first_order(scaled, limit)
 
 
+def test_the_value_of_the_pseudo_loss_is_that_of_theorem_3():
+    """v^T G v, which falls as the student learns; sum f g, whose gradient it has, would not."""
+    with torch.no_grad():
+        for norm, distance in (("lpips", feature_distance), ("l2-32", make_distance("l2"))):
+            values = [continuous(Smooth(), norm, distance, ones, stop_grad) for stop_grad in (True, False)]
+            torch.testing.assert_close(*values)
+        squared = continuous(Smooth(), "l2", None, ones, True)
+        torch.testing.assert_close(
+            squared, continuous(Smooth(), "l2-32", make_distance("l2"), ones, False) * DIM / 2
+        )
+
+
 def test_training_has_the_gradient_of_distillation_in_expectation():
     """Theorem 6: E[z | x_t] = (x_t - D) / t. Expectations by Gauss-Hermite quadrature; not so without stop_grad."""
     import numpy as np

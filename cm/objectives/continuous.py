@@ -52,7 +52,7 @@ LOSSES: Mapping[str, Form] = {
     "lpips": _quadratic,
     "lpips-max": _quadratic,
 }
-# --loss_norm with --stop_grad -> the direction g (like f) of the pseudo-loss sum f g (Theorem 5); no gradient flows.
+# --loss_norm with --stop_grad -> the direction g (like f) of the pseudo-loss sum f g (Theorem 5), held constant
 DIRECTIONS: Mapping[str, Form] = {
     "l2": lambda distance, f, v: v,
     "l2-32": curvature_product,
@@ -99,8 +99,8 @@ def continuous_losses(
 ) -> dict[str, Tensor]:
     """Losses (B,) of the student's drift along trajectories, and tangent_rms (B,), the size of v per number.
 
-    With `stop_grad` the loss is lambda(t) sum f g with g = G(f) v held constant (Theorems 5 and 6): only its gradient
-    means something. Without, lambda(t) times a norm of v itself, or v^T G(f) v (Theorems 3 and 4).
+    With `stop_grad` the gradient is that of lambda(t) sum f g with g = G(f) v held constant (Theorems 5 and 6).
+    Without, the loss is lambda(t) times a norm of v itself, or v^T G(f) v (Theorems 3 and 4).
     """
     scaled_noise = draw.noise * append_dims(draw.t, x0.ndim)
     x_t = x0 + scaled_noise
@@ -118,14 +118,17 @@ def continuous_losses(
 def _stop_grad_losses(
     student: Denoiser, x_t: Tensor, t: Tensor, t_slope: Tensor, norm: str, distance: Distance, cond: dict
 ) -> tuple[Tensor, Tensor]:
-    """(sum f g, v). The tangent needs no graph; the gradient takes a plain forward pass with the same dropout."""
+    """(loss, v). The tangent needs no graph; the gradient takes a plain forward pass with the same dropout.
+
+    The value of sum f g says nothing and may be negative; here the loss has the value v^T g, which is to become 0.
+    """
     masks = rng_state(x_t.device)
     with torch.no_grad():
         f, v = total_derivative(student, x_t, t, t_slope, **cond)
         direction = DIRECTIONS[norm](distance, f, v)
     with replayed_rng(x_t.device, masks):
         f = student(x_t, t, **cond)
-    return (f * direction).flatten(1).sum(1), v
+    return ((v + f - f.detach()) * direction).flatten(1).sum(1), v
 
 
 def _differentiated_losses(
