@@ -296,6 +296,9 @@ def test_digits():
         18,
         0.9,
     )
+    for method, mode in (("cd", "continuous_distillation"), ("ct", "continuous_training")):
+        c = train(f"digits_cont_{method}")
+        assert (c.training_mode, c.init, c.stop_grad, c.image_size) == (mode, "teacher", True, 8)
     for size in ("digits", "digits16"):
         pd = train(f"{size}_pd")
         assert pd.total_training_steps == progdist_steps(pd.start_scales, pd.distill_steps_per_iter)

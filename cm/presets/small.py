@@ -111,6 +111,31 @@ def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[
     return {"edm": edm, "cd": cd, "ct": ct, "pd": pd}
 
 
+def _digits_continuous(model: Flags, steps: int) -> dict[str, Preset]:
+    """Continuous time: the teacher's weights, moved slowly. From random weights this network does not learn so."""
+    return {
+        f"cont_{name}": Preset(
+            model={**model, "weight_schedule": "uniform"},
+            scripts={
+                "cm_train": {
+                    **TRAINING,
+                    "training_mode": mode,
+                    "init": "teacher",
+                    "start_scales": 18,
+                    "loss_norm": "l2",
+                    "lr": 3e-5,
+                    "ema_rate": "0.99",
+                    "total_training_steps": steps,
+                },
+                "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": mode},
+                "image_edit": {**EDITING, "training_mode": mode},
+                "ternary_search": SEARCH,
+            },
+        )
+        for name, mode in (("cd", "continuous_distillation"), ("ct", "continuous_training"))
+    }
+
+
 # A run of a few seconds: what is trained is of no use.
 TINY = Preset(
     model={
@@ -152,6 +177,7 @@ TINY = Preset(
 PRESETS: dict[str, Preset] = {
     **{f"digits_{method}": preset for method, preset in _digits(DIGITS8, 1500, 500, 1500).items()},
     **{f"digits16_{method}": preset for method, preset in _digits(DIGITS16, 900, 300, 900).items()},
+    **{f"digits_{method}": preset for method, preset in _digits_continuous(DIGITS8, 500).items()},
     **{f"digits_rgb_{method}": preset for method, preset in _digits(DIGITS_RGB, 1500, 500, 1500).items()},
     "tiny": TINY,
 }
