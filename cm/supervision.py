@@ -12,6 +12,8 @@ from cm.guard import BadNumbers
 from cm.heartbeat import Heartbeat
 
 GRACE = 2.0
+# What `dist_util.run_main` exits with; any other exception: 1
+EXIT_CODES = {UserError: 2, KeyboardInterrupt: 130}
 _BROKEN_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|socket", re.IGNORECASE)
 
 
@@ -54,10 +56,7 @@ def _explain(error: RuntimeError, run_dir: str) -> None:
 
 
 def _record(error: BaseException, run_dir: str) -> None:
-    ended, code = status.ERROR, 1
-    if isinstance(error, UserError):
-        code = 2
-        if isinstance(error, BadNumbers):
-            ended = status.BAD_NUMBERS
+    ended = status.BAD_NUMBERS if isinstance(error, BadNumbers) else status.ERROR
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     message = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     status.write_status(run_dir, ended, exit_code=code, message=message, rank=dist_util.get_rank())

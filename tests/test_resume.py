@@ -69,7 +69,7 @@ def stopped(finished, tmp_path):
 
 
 def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(data, finished, stopped, capsys):
-    train(data, stopped)
+    train(data, stopped, "--num_workers", "1")
     compare(stopped, finished)
     out = capsys.readouterr().out
     assert "the latest start of this run: finished" in out and "from step 4" in out
@@ -202,6 +202,15 @@ def test_a_run_goes_on_in_another_directory(data, finished, stopped, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in b)
     with pytest.raises(UserError, match=r"--resume_checkpoint .* no such file"):
         train(data, tmp_path / "third", "--resume_checkpoint", str(tmp_path / "nothing"))
+
+
+def test_a_run_whose_numbers_go_bad_says_so(data, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="2 steps in a row had no finite gradients"):
+        train(data, run, "--lr", "1e30", "--max_bad_steps", "2", "--total_training_steps", "50")
+    found = status.read_status(run)
+    assert (found["ended"], found["exit_code"]) == ("bad numbers", 2) and "lower --lr" in found["message"]
+    assert beats.read_beats(run)[0].ended.startswith("BadNumbers: 2 steps in a row")
 
 
 def test_the_loss_scale_is_kept_and_starts_afresh_with_fp16(data, tmp_path):

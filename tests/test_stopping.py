@@ -83,10 +83,13 @@ def test_other_signals_are_none_of_its_business():
     signal.signal(signal.SIGUSR2, old)
 
 
-def test_the_time_limit():
-    stopper = Stopper(max_hours=0.02 / 3600)
+def test_the_time_limit(monkeypatch):
+    stopper = Stopper(max_hours=1)
     assert decide(stopper) == ""
-    time.sleep(0.03)
+    now = time.monotonic()
+    monkeypatch.setattr("cm.stopping.time.monotonic", lambda: now + 3500)
+    assert decide(stopper) == ""
+    monkeypatch.setattr("cm.stopping.time.monotonic", lambda: now + 3601)
     assert decide(stopper) == TIME
     assert decide(Stopper()) == "" and decide(Stopper(), save_failed=True) == SAVE_FAILED
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +88,9 @@ class Torture:
         """Kill so many times, let the last run finish; AssertionError where a finished run differs."""
         begin = time.monotonic()
         write_images(self.folder / "images.npz")
+        warm = self._server.Process(target=os.getpid)  # the server imports torch now, not within a timed run
+        warm.start()
+        warm.join()
         number = 0
         while self.tally.kills < kills:
             name = self.runs[number % len(self.runs)]
@@ -152,10 +156,13 @@ def train(name: str, run_dir: str, data: str, teacher: str, delay: float = 0.003
     with open(f"{run_dir}.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    from tqdm import tqdm
+
     from cm.cli import parse
     from cm.config import SCRIPTS
     from cm.train_run import run_train
 
+    tqdm.set_lock(threading.RLock())  # its own would leave a semaphore behind at each kill
     torch.set_num_threads(1)
     script, own = RUNS[name]
     flags = f"{NETWORK} {LOOP} {own}".split()
