@@ -34,105 +34,89 @@ EDITING: Flags = {"steps": 18, "batch_size": 250}
 SEARCH: Flags = {"begin": "1", "end": "16", "steps": 18, **SAMPLING}
 
 
-def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[str, Preset]:
-    """Teacher and the three ways to few steps, all with a budget of minutes on two cores."""
-    edm = Preset(
+def _teacher(model: Flags, steps: int) -> Preset:
+    """EDM: a denoiser."""
+    train = {"schedule_sampler": "lognormal", "lr": 2e-3, "ema_rate": "0.99", "total_training_steps": steps}
+    return Preset(
         model={**model, "weight_schedule": "karras"},
         scripts={
-            "edm_train": {
-                **TRAINING,
-                "schedule_sampler": "lognormal",
-                "lr": 2e-3,
-                "ema_rate": "0.99",
-                "total_training_steps": edm_steps,
-            },
+            "edm_train": {**TRAINING, **train},
             "image_sample": {**SAMPLING, "training_mode": "edm", "sampler": "heun", "steps": 18},
         },
     )
-    consistency = {**model, "weight_schedule": "uniform"}
-    cd = Preset(
-        model=consistency,
+
+
+def _consistency(model: Flags, mode: str, steps: int, train: Flags) -> Preset:
+    """A consistency model, by any way to train one."""
+    return Preset(
+        model={**model, "weight_schedule": "uniform"},
         scripts={
             "cm_train": {
                 **TRAINING,
-                "training_mode": "consistency_distillation",
-                "start_ema": 0.9,
-                "start_scales": 18,
+                "training_mode": mode,
                 "loss_norm": "l2",
-                "lr": 1e-3,
-                "ema_rate": "0.98",
-                "total_training_steps": cd_steps,
+                "total_training_steps": steps,
+                **train,
             },
-            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_distillation"},
-            "image_edit": {**EDITING, "training_mode": "consistency_distillation"},
+            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": mode},
+            "image_edit": {**EDITING, "training_mode": mode},
             "ternary_search": SEARCH,
         },
     )
-    ct = Preset(
-        model=consistency,
-        scripts={
-            "cm_train": {
-                **TRAINING,
-                "training_mode": "consistency_training",
-                "init": "random",
-                "target_ema_mode": "adaptive",
-                "start_ema": 0.9,
-                "scale_mode": "progressive",
-                "start_scales": 2,
-                "end_scales": 17,
-                "loss_norm": "l2",
-                "lr": 1e-3,
-                "ema_rate": "0.99",
-                "total_training_steps": ct_steps,
-            },
-            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": "consistency_training"},
-            "image_edit": {**EDITING, "training_mode": "consistency_training"},
-            "ternary_search": SEARCH,
-        },
-    )
-    pd = Preset(
+
+
+def _progressive(model: Flags, stage: int) -> Preset:
+    """Progressive distillation from 16 steps to one; stage: steps per halving."""
+    train = {
+        "training_mode": "progdist",
+        "scale_mode": "progdist",
+        "start_scales": 16,
+        "distill_steps_per_iter": stage,
+        "total_training_steps": 7 * stage,  # 16, 8, 4 once; 2, 1 twice as long
+        "loss_norm": "l2",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "ema_rate": "0.95",
+    }
+    return Preset(
         model={**model, "weight_schedule": "truncated-snr"},
         scripts={
-            "cm_train": {
-                **TRAINING,
-                "training_mode": "progdist",
-                "scale_mode": "progdist",
-                "start_scales": 16,
-                "distill_steps_per_iter": cd_steps // 5,
-                "total_training_steps": 7 * (cd_steps // 5),  # 16, 8, 4 once; 2, 1 twice as long
-                "loss_norm": "l2",
-                "optimizer": "adam",
-                "lr": 1e-3,
-                "ema_rate": "0.95",
-            },
+            "cm_train": {**TRAINING, **train},
             "image_sample": {**SAMPLING, "training_mode": "progdist", "sampler": "progdist", "steps": 1},
         },
     )
-    return {"edm": edm, "cd": cd, "ct": ct, "pd": pd}
+
+
+CD: Flags = {"start_ema": 0.9, "start_scales": 18, "lr": 1e-3, "ema_rate": "0.98"}
+CT: Flags = {
+    "init": "random",
+    "target_ema_mode": "adaptive",
+    "start_ema": 0.9,
+    "scale_mode": "progressive",
+    "start_scales": 2,
+    "end_scales": 17,
+    "lr": 1e-3,
+    "ema_rate": "0.99",
+}
+# Continuous time: the teacher's weights, moved slowly. From random weights this network does not learn so.
+CONTINUOUS: Flags = {"init": "teacher", "start_scales": 18, "lr": 3e-5, "ema_rate": "0.99"}
+
+
+def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[str, Preset]:
+    """Teacher and the three ways to few steps, all with a budget of minutes on two cores."""
+    return {
+        "edm": _teacher(model, edm_steps),
+        "cd": _consistency(model, "consistency_distillation", cd_steps, CD),
+        "ct": _consistency(model, "consistency_training", ct_steps, CT),
+        "pd": _progressive(model, cd_steps // 5),
+    }
 
 
 def _digits_continuous(model: Flags, steps: int) -> dict[str, Preset]:
-    """Continuous time: the teacher's weights, moved slowly. From random weights this network does not learn so."""
+    """Both consistency models in continuous time."""
     return {
-        f"cont_{name}": Preset(
-            model={**model, "weight_schedule": "uniform"},
-            scripts={
-                "cm_train": {
-                    **TRAINING,
-                    "training_mode": mode,
-                    "init": "teacher",
-                    "start_scales": 18,
-                    "loss_norm": "l2",
-                    "lr": 3e-5,
-                    "ema_rate": "0.99",
-                    "total_training_steps": steps,
-                },
-                "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": mode},
-                "image_edit": {**EDITING, "training_mode": mode},
-                "ternary_search": SEARCH,
-            },
-        )
-        for name, mode in (("cd", "continuous_distillation"), ("ct", "continuous_training"))
+        "cont_cd": _consistency(model, "continuous_distillation", steps, CONTINUOUS),
+        "cont_ct": _consistency(model, "continuous_training", steps, CONTINUOUS),
     }
 
 
