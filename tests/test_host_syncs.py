@@ -63,7 +63,7 @@ STEPS = {
     ),
     "ct_ve": (
         lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=False),
-        BoundaryPrecond(VEPrecond()),
+        BoundaryPrecond(VEPrecond(), SKIP),
     ),
     "pd": (lambda: ProgressiveObjective(schedule("progdist"), l2, weight, grid=Grid()), EDMPrecond()),
 }
