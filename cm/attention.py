@@ -87,11 +87,23 @@ class AttentionBlock(nn.Module):
 def pointwise(conv: nn.Module, tokens: Tensor) -> Tensor:
     """A 1x1 convolution as a matrix product on (B, L, C): q, k and v need no transposition afterwards."""
     weight = conv.weight
-    if (
-        weight.stride(-1) != 1
-    ):  # channels_last: the gradient must come back with the parameter's strides for DDP
-        weight = weight.movedim(1, -1)
-    return F.linear(tokens, weight.flatten(1), conv.bias)
+    if weight.stride(-1) == 1:
+        return F.linear(tokens, weight.flatten(1), conv.bias)
+    # channels_last: the gradient must come back with the parameter's strides for DDP
+    weight = weight.movedim(1, -1).flatten(1)
+    if tokens.device.type == "cpu":
+        return _product_by_convolution(tokens, weight, conv.bias)
+    return F.linear(tokens, weight, conv.bias)
+
+
+def _product_by_convolution(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear through oneDNN, which is up to twice as fast as MKL where MKL does not know the processor."""
+    batch, length, channels = tokens.shape
+    # With one thread, torch gives oneDNN only 1x1 convolutions of 16 images and more: any cut of the rows will do.
+    images = 16 if batch * length % 16 == 0 else batch
+    rows = tokens.reshape(images, 1, -1, channels).permute(0, 3, 1, 2)
+    product = F.conv2d(rows, weight[..., None, None], bias)
+    return product.permute(0, 2, 3, 1).reshape(batch, length, -1)
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:

@@ -48,6 +48,22 @@ def test_block_equals_attention_by_hand(dims, heads):
         assert_close(block(x.contiguous(memory_format=torch.channels_last)), block(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [2, 4])
+def test_channels_last_weights_change_nothing(batch):
+    """4 x 12 positions can be cut into the 16 images that oneDNN is given, 2 x 12 cannot."""
+    torch.manual_seed(0)
+    block = filled(AttentionBlock(64, num_heads=2))
+    x = torch.randn(batch, 64, 4, 3)
+    expected = block(x)
+    expected_gradient = torch.autograd.grad(expected.square().sum(), block.qkv.weight)[0]
+    block = block.to(memory_format=torch.channels_last)
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        out = block(images)
+        assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        gradient = torch.autograd.grad(out.square().sum(), block.qkv.weight)[0]
+        assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_fresh_block_is_the_identity():
     x = torch.randn(1, 32, 2, 2)
     assert torch.equal(AttentionBlock(32)(x), x)
