@@ -32,6 +32,10 @@ _STEP_DIR = re.compile(r"step_(\d+)$")
 _PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 
+class Damaged(UserError):
+    """A file is not what was written."""
+
+
 def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: dict | None = None) -> None:
     """Write a flat state dict (any nesting of tensors and plain values) and JSON meta to one file, atomically.
 
@@ -140,13 +144,13 @@ def read_meta(path: str | os.PathLike) -> dict | None:
 
 
 def _parse_object(text: bytes, source: str) -> dict:
-    """The JSON object in a text; UserError that names the source."""
+    """The JSON object in a text; Damaged names the source."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not JSON ({_first_line(error)})") from None
+        raise Damaged(f"{source} is not JSON ({_first_line(error)})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{source} must hold one JSON object, not a {type(content).__name__}")
+        raise Damaged(f"{source} must hold one JSON object, not a {type(content).__name__}")
     return content
 
 
@@ -238,52 +242,57 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def checkpoint_directories(run_dir: str | os.PathLike) -> list[Path]:
+    """All checkpoint directories of a run, complete or not, oldest first."""
+    found = [path for path in Path(run_dir, "checkpoints").glob("step_*") if _STEP_DIR.search(path.name)]
+    return sorted(found, key=_step_of)
+
+
 def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     """Checkpoint directories of a run whose manifest is present and sizes agree, oldest first."""
-    folder = Path(run_dir) / "checkpoints"
-    found = (
-        [p for p in folder.glob("step_*") if _STEP_DIR.search(p.name) and _is_complete(p)]
-        if folder.is_dir()
-        else []
-    )
-    return sorted(found, key=_step_of)
+    return [path for path in checkpoint_directories(run_dir) if is_complete(path)]
 
 
 def _step_of(path: Path) -> int:
     return int(_STEP_DIR.search(path.name)[1])
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint directory has its manifest, and all files with their sizes; UserError if nobody can tell."""
     try:
         return all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
-    except (OSError, UserError):
+    except (FileNotFoundError, NotADirectoryError, Damaged):
         return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _manifest(path: Path) -> dict[str, dict]:
-    """File name -> {"bytes", "sha256"} of a checkpoint directory; UserError when it is not what we write."""
+    """File name -> {"bytes", "sha256"} of a checkpoint directory; Damaged when it is not what we write."""
     source = path / MANIFEST
     files = _parse_object(source.read_bytes(), str(source)).get("files")
     if not isinstance(files, dict) or not files:
-        raise UserError(f"{source} lists no files")
+        raise Damaged(f"{source} lists no files")
     for name, entry in files.items():
         # Names are those of files in this directory: none may lead out of it.
         if not _PLAIN_NAME.fullmatch(name):
-            raise UserError(f"{source} lists {name!r}, which is no plain file name")
+            raise Damaged(f"{source} lists {name!r}, which is no plain file name")
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            raise UserError(f"{source} says nothing of size and hash of {name}")
+            raise Damaged(f"{source} says nothing of size and hash of {name}")
     return files
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest's hash; UserError that names the first one that differs."""
+    """Compare every file with the manifest's hash; Damaged names the first one that differs."""
+    if not is_complete(path):
+        raise Damaged(f"{path} is incomplete: no manifest, or a file that is missing or has another size")
     try:
         for name, entry in _manifest(path).items():
             if file_sha256(path / name) != entry["sha256"]:
-                raise UserError(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
+                raise Damaged(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
         _parse_object((path / STATE).read_bytes(), str(path / STATE))
     except OSError as error:
-        raise UserError(f"{path} is incomplete or cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def read_state(path: Path) -> dict:

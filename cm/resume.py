@@ -6,7 +6,13 @@ from pathlib import Path
 
 from cm import dist_util
 from cm.beats import is_alive, read_beats
-from cm.checkpoint import complete_checkpoints, read_state, verify_checkpoint
+from cm.checkpoint import (
+    Damaged,
+    checkpoint_directories,
+    complete_checkpoints,
+    read_state,
+    verify_checkpoint,
+)
 from cm.config import CmTrainConfig, EdmTrainConfig, result_flags
 from cm.derived import global_batch
 from cm.errors import UserError
@@ -25,20 +31,21 @@ def find_checkpoint(
 
 def _find(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> tuple[Path | None, list[str]]:
     _refuse_second_start(directory)
-    found = complete_checkpoints(directory)
+    found = checkpoint_directories(directory)
     if not found:
         if config.resume == "must":
-            raise UserError(f"--resume must: {directory} holds no complete checkpoint")
+            raise UserError(f"--resume must: {directory} holds no checkpoint")
         return None, []
     if config.resume == "never":
         raise UserError(f"--resume never: {directory} already holds {found[-1].name}; give another --out_dir")
-    newest, notes = _newest_intact(found)
+    newest, damaged = _newest_intact(found)
     changes = _changes(config, directory, data, read_state(newest))
     if changes and not config.resume_with_changes:
         raise UserError(
             f"{directory} holds a run with other flags ({', '.join(changes[:5])}); "
             "give another --out_dir, or --resume_with_changes True"
         )
+    notes = [_set_aside(path, problem) for path, problem in damaged.items()]
     return newest, notes + [f"--resume_with_changes: {change}" for change in changes]
 
 
@@ -53,19 +60,29 @@ def _refuse_second_start(directory: str) -> None:
         raise UserError(f"{directory} belongs to a run that is still going on: {alive[0]}")
 
 
-def _newest_intact(found: list[Path]) -> tuple[Path, list[str]]:
-    """The newest checkpoint whose files have their hashes, and warnings of those that were set aside for it."""
-    warnings, problem = [], None
+def _newest_intact(found: list[Path]) -> tuple[Path, dict[Path, Damaged]]:
+    """The newest checkpoint whose files have their hashes, and what is wrong with those after it.
+
+    An interrupted write leaves no directory of this name: one without its files has lost them.
+    """
+    damaged = {}
     for path in reversed(found):
         try:
             verify_checkpoint(path)
-            return path, warnings
-        except UserError as error:
-            problem = error
-            aside = path.with_name(f"damaged_{path.name}_{int(time.time())}")
-            path.rename(aside)
-            warnings.append(f"warning: {error}; it is now {aside.name}, and the one before it is taken")
-    raise UserError(f"no checkpoint of {found[0].parent} is undamaged; the last problem: {problem}")
+            return path, damaged
+        except Damaged as problem:
+            damaged[path] = problem
+    raise UserError(f"no checkpoint of {found[0].parent} is undamaged; {damaged[found[-1]]}")
+
+
+def _set_aside(path: Path, problem: Damaged) -> str:
+    """Rename a damaged checkpoint, so that it is not taken for the newest again; returns a warning."""
+    aside = path.with_name(f"damaged_{path.name}_{int(time.time())}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise UserError(f"{problem}; it cannot be renamed: {error}") from None
+    return f"warning: {problem}; it is now {aside.name}, and the one before it is taken"
 
 
 def _changes(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str, state: dict) -> list[str]:

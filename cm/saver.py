@@ -112,13 +112,13 @@ class Saver:
             return
         try:
             prune_checkpoints(self.run_dir, self.keep_last, self.keep_every)
-        except OSError as error:
+        except (OSError, UserError) as error:
             logger.warn(f"warning: an old checkpoint could not be deleted: {error}")
 
     def _remaining(self) -> str:
         try:
             earlier = complete_checkpoints(self.run_dir)
-        except OSError:
+        except (OSError, UserError):
             return ""
         return f"; the newest complete checkpoint is {earlier[-1]}" if earlier else ""
 

@@ -221,7 +221,7 @@ class Trainer:
             self.saver.join()
             if hasattr(self.data, "close"):
                 self.data.close()  # ends its worker processes
-        return stop or FINISHED
+        return FINISHED if self.finished else stop
 
     def _report(self) -> None:
         """Log, save and draw what is due after this step."""

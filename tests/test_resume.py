@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm import beats, logger, status
+from cm import beats, checkpoint, logger, status
 from cm.bench.torture import compare
 from cm.checkpoint import complete_checkpoints, file_sha256, load_weights, save_weights
 from cm.cli import parse
@@ -94,6 +94,11 @@ def test_a_stop_in_the_middle_of_a_row_of_the_log_leaves_no_trace(data, finished
     compare(run, finished)
 
 
+def test_a_stop_after_the_last_step_is_the_end(data, tmp_path):
+    run = train(data, tmp_path / "run", "--max_hours", "1e-9", "--total_training_steps", "1")
+    assert status.read_status(run)["ended"] == "finished"
+
+
 def test_a_start_that_died_before_its_first_checkpoint_leaves_no_rows(data, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -103,11 +108,11 @@ def test_a_start_that_died_before_its_first_checkpoint_leaves_no_rows(data, fini
 
 
 def test_changed_flags_are_named_and_need_consent(data, stopped):
-    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    before = snapshot(stopped)
     with pytest.raises(UserError, match=r"--lr 0.001 -> 0.002.*--resume_with_changes") as error:
         train(data, stopped, "--lr", "2e-3", "--log_interval", "1")
     assert "log_interval" not in str(error.value)
-    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    assert snapshot(stopped) == before
     train(data, stopped, "--lr", "2e-3", "--resume_with_changes", "True")
     optimizer = load_weights(complete_checkpoints(stopped)[-1] / "opt000005.pt")[0]
     assert optimizer["param_groups"][0]["lr"] == 2e-3
@@ -125,6 +130,10 @@ def test_a_changed_global_batch_is_noticed_where_flags_are_per_rank(data, tmp_pa
     edit_state(path, global_batch_size=8)
     with pytest.raises(UserError, match="images per step 8 -> 4"):
         train(data, run, "--batch_size", "4")
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_state(path, **changes):
@@ -156,11 +165,21 @@ def flip(path):
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(data, finished, stopped, capsys):
-    flip(stopped / "checkpoints" / "step_000004" / "ema_0.9_000004.pt")
+def truncate(path):
+    os.truncate(path, 100)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(flip, "ema_0.9_000004.pt is damaged"), (truncate, "is incomplete"), (os.unlink, "is incomplete")],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    data, finished, stopped, capsys, damage, words
+):
+    damage(stopped / "checkpoints" / "step_000004" / "ema_0.9_000004.pt")
     train(data, stopped)
     out = capsys.readouterr().out
-    assert "ema_0.9_000004.pt is damaged" in out and "damaged_step_000004" in out and "from step 2" in out
+    assert words in out and "damaged_step_000004" in out and "from step 2" in out
     compare(stopped, finished)
     assert len(list((stopped / "checkpoints").glob("damaged_step_000004_*"))) == 1
 
@@ -168,8 +187,30 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(data, finish
 def test_no_undamaged_checkpoint_is_an_error(data, stopped):
     for name in ("step_000002", "step_000004"):
         flip(stopped / "checkpoints" / name / "state.json")
-    with pytest.raises(UserError, match=r"no checkpoint of .* is undamaged; the last problem: .*state\.json"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint of .* is undamaged; .*step_000004/state\.json is damaged"
+    ):
         train(data, stopped)
+    assert len(complete_checkpoints(stopped)) == 2
+
+
+def test_a_refused_start_leaves_a_damaged_checkpoint_where_it_is(data, stopped):
+    flip(stopped / "checkpoints" / "step_000004" / "state.json")
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match="--lr"):
+        train(data, stopped, "--lr", "2e-3")
+    assert snapshot(stopped) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(data, stopped, monkeypatch):
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "file_sha256", stale)
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match=r"step_000004 .*Stale file handle"):
+        train(data, stopped)
+    assert snapshot(stopped) == before
 
 
 def test_resume_never_and_must(data, stopped, tmp_path):
