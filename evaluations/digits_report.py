@@ -1,8 +1,9 @@
-"""The quick start's table and picture: class accuracy and Fréchet distance of its sample sets, by network evaluations.
+"""Table and picture of a digits run: class accuracy and Fréchet distance of its sample sets, by network evaluations.
 
     python -m evaluations.digits_report RUN
 
-RUN is the folder of scripts/quickstart.sh: data/, classifier.pt, samples/<name>/samples_*.npz with their metadata.
+RUN is the folder of scripts/quickstart.sh or evaluations.learning_proof: data/, classifier.pt,
+samples/<name>/samples_*.npz with their metadata.
 """
 
 import argparse
@@ -29,6 +30,11 @@ TITLES = {
     "cd_twostep": "CD, two steps",
     "ct_onestep": "CT, one step",
     "ct_twostep": "CT, two steps",
+    "pd_onestep": "PD, one step",
+    "cont_cd_onestep": "continuous CD, one step",
+    "cont_cd_twostep": "continuous CD, two steps",
+    "cont_ct_onestep": "continuous CT, one step",
+    "cont_ct_twostep": "continuous CT, two steps",
 }
 PICTURE_ROWS, PICTURE_COLUMNS, TITLE_HEIGHT = 2, 20, 26
 METRICS = ("accuracy", "fid")
@@ -45,7 +51,7 @@ class Row:
 
 
 def measure(run: Path) -> list[Row]:
-    """Metrics of every sample set of a quick-start folder."""
+    """Metrics of every sample set of a digits run."""
     protocol = PROTOCOLS["digits"]
     features = load_features(f"digits={run / 'classifier.pt'}", protocol.features, torch.device("cpu"))
     reference = open_reference(str(run / "data"))
