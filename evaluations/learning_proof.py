@@ -90,7 +90,8 @@ def execute(line: str) -> tuple[str, float]:
 
 def minutes(seconds: float) -> str:
     """m:ss."""
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole}:{rest:02d}"
 
 
 def main() -> None:
