@@ -69,6 +69,15 @@ def is_consistency(training_mode: str) -> bool:
     return training_mode in CONSISTENCY_MODES
 
 
+def channels_last(config: Config, device_type: str) -> bool:
+    """--channels_last with `auto` decided: on a GPU for half precision, on a CPU from 64 channels on."""
+    if config.channels_last != "auto":
+        return config.channels_last == "True"
+    if device_type == "cuda":
+        return precision(config) != "fp32"
+    return config.num_channels >= 64
+
+
 def global_batch(config: TrainConfig, world_size: int) -> int:
     """Images per step over all ranks; --batch_size is per rank and wins."""
     return config.batch_size * world_size if config.batch_size != -1 else config.global_batch_size

@@ -80,7 +80,12 @@ class RunFlags:
         False, "use torch's deterministic algorithms only (slower, bitwise repeatable)", result=False
     )
     compile: bool = flag(False, "compile the network with torch.compile", result=False)
-    channels_last: bool = flag(False, "keep activations in channels-last memory format", result=False)
+    channels_last: str = flag(
+        "auto",
+        "keep activations in channels-last memory format; auto: where it was measured to be faster",
+        choices=("auto", "True", "False"),
+        result=False,
+    )
     startup_timeout: float = flag(
         60.0,
         "how long ranks wait for each other at start-up, in downloads and in saves",

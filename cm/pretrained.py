@@ -9,7 +9,7 @@ from torch import nn
 from cm.checkpoint import check_matching
 from cm.config import ClassifierConfig, ModelFlags, flags_of
 from cm.denoiser import Denoiser
-from cm.derived import inherit, is_consistency, precision
+from cm.derived import channels_last, inherit, is_consistency, precision
 from cm.errors import UserError
 from cm.factory import choose_device, create_network, create_precond
 from cm.fp16_util import torso_dtype
@@ -100,7 +100,7 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     if (dtype := torso_dtype(precision(config))) != torch.float32:
         network.convert_torso(dtype)
     network = network.to(device).eval().requires_grad_(False)
-    if config.channels_last:
+    if channels_last(config, device.type):
         network = network.to(memory_format=torch.channels_last)
     precond = create_precond(config, consistency=is_consistency(config.training_mode))
     return Pretrained(config, file, network, Denoiser(network, precond), device)

@@ -23,6 +23,7 @@ from cm.derived import (
     adopt_teacher,
     augment_probability,
     augmentation_labels,
+    channels_last,
     global_batch,
     init_source,
     run_dir,
@@ -217,7 +218,7 @@ def build_trainer(
         stopper=stopper,
         heartbeat=heartbeat,
         compile=config.compile and can_compile(device),
-        channels_last=config.channels_last,
+        channels_last=channels_last(config, device.type),
     )
     if checkpoint is not None:
         trainer.load(checkpoint, verified=True)
@@ -270,7 +271,7 @@ def create_roles(
     config: TrainConfig, objective: Objective, teacher_file: ModelFile | None, device: torch.device
 ) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
     """Student, target and teacher networks with their initial weights; None where the objective needs none."""
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    layout = torch.channels_last if channels_last(config, device.type) else torch.preserve_format
     torch.manual_seed(derive_seed(config.seed, "init"))
     student = create_network(config).to(device, memory_format=layout)
     if isinstance(config, CmTrainConfig) and init_source(config) == "teacher":

@@ -15,6 +15,7 @@ from cm.config import (
     result_flags,
 )
 from cm.derived import (
+    channels_last,
     global_batch,
     inherit,
     init_source,
@@ -141,3 +142,18 @@ def test_a_bare_file_needs_its_objective():
         inherit(SampleConfig(), {"image_size": 64}, "model.pt")
     config = SampleConfig(training_mode="edm", explicit=frozenset({"training_mode"}))
     assert inherit(config, {"image_size": 32}, "model.pt").image_size == 32
+
+
+@pytest.mark.parametrize(
+    "flags, device, chosen",
+    [
+        ({"num_channels": 32}, "cpu", False),
+        ({"num_channels": 64}, "cpu", True),
+        ({"num_channels": 64}, "cuda", False),
+        ({"precision": "bf16"}, "cuda", True),
+        ({"channels_last": "False"}, "cpu", False),
+        ({"channels_last": "True", "num_channels": 32}, "cpu", True),
+    ],
+)
+def test_memory_format(flags, device, chosen):
+    assert channels_last(SampleConfig(**{"num_channels": 128, **flags}), device) == chosen
