@@ -1,0 +1,154 @@
+"""Clocks: repeated and interleaved timing, time by phase, peak memory, and the ceiling of matrix products."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Timing:
+    """Repeated calls: seconds on the wall, and of this process's processors, which a busy machine hardly changes."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median wall time of the calls [s]."""
+        return statistics.median(self.seconds)
+
+    @property
+    def cpu_median(self) -> float:
+        """Median processor time of the calls [s]."""
+        return statistics.median(self.cpu_seconds)
+
+    def summary(self) -> dict[str, float]:
+        """Median and quartiles in milliseconds, and the number of calls."""
+        # Twice, because one value has no quantiles.
+        low, _, high = statistics.quantiles(self.seconds * 2, n=4, method="inclusive")
+        return {
+            "median_ms": round(1e3 * self.median, 4),
+            "q25_ms": round(1e3 * low, 4),
+            "q75_ms": round(1e3 * high, 4),
+            "cpu_ms": round(1e3 * self.cpu_median, 4),
+            "repeats": len(self.seconds),
+        }
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, *, warmup: int = 2, repeats: int = 7
+) -> dict[str, Timing]:
+    """Time functions in turns, forwards and backwards, so that what else the machine does falls on all alike."""
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    timings = {name: Timing() for name in runs}
+    for k in range(repeats):
+        for name in list(runs)[:: -1 if k % 2 else 1]:
+            cpu = time.process_time()
+            timings[name].seconds.append(seconds(runs[name], device))
+            timings[name].cpu_seconds.append(time.process_time() - cpu)
+    return timings
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+class PhaseClock:
+    """Time by phase: functions that are wrapped add their time to the phase's. A phase within a phase counts twice.
+
+    On CUDA events are recorded on the current stream, so that the clock waits for nothing until it is read.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._spans: dict[str, list[tuple]] = {}
+
+    @contextmanager
+    def phase(self, name: str):
+        """Count the body's time."""
+        start = self._now()
+        yield
+        self._spans.setdefault(name, []).append((start, self._now()))
+
+    def wrap(self, name: str, function: Callable) -> Callable:
+        """The same function, timed."""
+
+        @wraps(function)
+        def timed(*args, **kwargs):
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Total seconds of each phase since the last read."""
+        synchronize(self.device)
+        cuda = self.device.type == "cuda"
+        totals = {
+            name: sum(a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in spans)
+            for name, spans in self._spans.items()
+        }
+        self._spans.clear()
+        return totals
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors at the peak of run(), beyond what there was before; as torch's allocator counts them."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    changes = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        total += change.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 5) -> float:
+    """FLOP/s of the fastest large matrix product: as torch.mm, and as a 1x1 convolution, which other kernels serve."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    kernel = b.t()[..., None, None].contiguous()
+    # The same product; 16 images, because with one thread torch leaves smaller batches to another kernel.
+    images = a.view(16, 1, size // 16, size).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        runs = {"mm": lambda: a @ b, "conv": lambda: torch.nn.functional.conv2d(images, kernel)}
+        timings = interleaved(runs, device, repeats=repeats)
+    if device.type == "cpu":  # as if all threads had a core of their own
+        fastest = min(min(t.cpu_seconds) for t in timings.values()) / torch.get_num_threads()
+    else:
+        fastest = min(min(t.seconds) for t in timings.values())
+    return 2 * size**3 / fastest

@@ -1,0 +1,157 @@
+"""The U-Net against its peers with the same weights: forward and training step at three sizes, in turns.
+
+Peers: diffusers' UNet2DModel, where that package is installed, and `plain`: the same network in torch's default memory
+format under a loop that calls torch.optim.RAdam, as one writes it without thinking of speed.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm.bench.flops import count
+from cm.bench.measure import Timing, interleaved, peak_memory, product_ceiling
+from cm.bench.report import Row
+from cm.bench.runs import Options, randomized
+from cm.config import SampleConfig
+from cm.convert.diffusers import to_diffusers, unet_config
+from cm.derived import channels_last
+from cm.factory import choose_device, create_network
+from cm.memory import keep_freed_memory
+from cm.nn import mean_flat
+from cm.optim import make_optimizer
+
+# case -> (batch, flags of the network)
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {
+    "16px": (
+        64,
+        {
+            "image_size": 16,
+            "num_channels": 32,
+            "channel_mult": "1,2",
+            "num_res_blocks": 2,
+            "attention_resolutions": "8",
+            "num_head_channels": 32,
+        },
+    ),
+    "32px": (
+        16,
+        {
+            "image_size": 32,
+            "num_channels": 64,
+            "channel_mult": "1,2,2",
+            "num_res_blocks": 2,
+            "attention_resolutions": "16,8",
+            "num_head_channels": 32,
+        },
+    ),
+    "64px": (
+        4,
+        {
+            "image_size": 64,
+            "num_channels": 64,
+            "channel_mult": "1,2,3,4",
+            "num_res_blocks": 2,
+            "attention_resolutions": "32,16,8",
+            "num_head_channels": 64,
+        },
+    ),
+}
+
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def bench_network(options: Options) -> list[Row]:
+    """Two rows per size: the forward pass without gradients, and a step with loss, backward and optimizer."""
+    rows = []
+    for case in options.cases or SIZES:
+        batch, flags = SIZES[case]
+        config = SampleConfig(**flags, use_scale_shift_norm=True, resblock_updown=True, in_channels=3)
+        device = choose_device(options.device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        contestants = make_contestants(config, device)
+        x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+        times = 100 * torch.randn(batch, device=device)
+        forward, step = forwards(contestants, x, times), steps(contestants, x, times)
+        ceiling = product_ceiling(device, torch.float32)
+        with torch.device("meta"):
+            net = create_network(config)
+        flops = count(partial(net, x.to("meta"), times.to("meta")))
+        for kind, runs, work in (("forward", forward, flops), ("step", step, 3 * flops)):
+            timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
+            peaks = {name: peak_memory(run, device) for name, run in runs.items()}
+            figures = compared(timings, peaks, batch)
+            figures["share_of_ceiling"] = work / timings["cm"].median / ceiling
+            rows.append(Row(f"network/{case}/{kind}", {"batch": batch, **flags}, figures))
+    return rows
+
+
+def make_contestants(config: SampleConfig, device: torch.device) -> dict[str, tuple[nn.Module, Network]]:
+    """name -> (module, its call) with equal weights: cm, plain, and diffusers where it is installed."""
+    plain = randomized(create_network(config)).to(device)
+    cm = copy.deepcopy(plain)
+    if channels_last(config, device.type):
+        cm = cm.to(memory_format=torch.channels_last)
+    found: dict[str, tuple[nn.Module, Network]] = {"cm": (cm, cm), "plain": (plain, plain)}
+    with suppress(ImportError):
+        from diffusers import UNet2DModel
+
+        flags = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        given = {k: v for k, v in unet_config(flags).items() if not k.startswith("_")}
+        theirs = UNet2DModel(**given)
+        theirs.load_state_dict(to_diffusers(plain.state_dict(), flags))
+        theirs = theirs.to(device)
+        found["diffusers"] = theirs, lambda x, t: theirs(x, t).sample
+    return found
+
+
+def forwards(
+    contestants: dict[str, tuple[nn.Module, Network]], x: Tensor, times: Tensor
+) -> dict[str, Callable]:
+    """A forward pass of each contestant."""
+    return {
+        name: torch.no_grad()(lambda call=call: call(x, times)) for name, (_, call) in contestants.items()
+    }
+
+
+def steps(contestants: dict[str, tuple[nn.Module, Network]], x: Tensor, times: Tensor) -> dict[str, Callable]:
+    """A training step of each contestant: mean squared output, backward, RAdam; ours with our optimizer."""
+
+    def make(name: str, module: nn.Module, call: Network) -> Callable[[], None]:
+        params = list(module.parameters())
+        optimizer = (
+            make_optimizer("radam", params, lr=1e-5) if name == "cm" else torch.optim.RAdam(params, lr=1e-5)
+        )
+
+        def step() -> None:
+            mean_flat(call(x, times) ** 2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    return {name: make(name, module, call) for name, (module, call) in contestants.items()}
+
+
+def compared(timings: dict[str, Timing], peaks: dict[str, int], batch: int) -> dict[str, Any]:
+    """Our figures, and the peers' beside them; ratios below 1 are in our favour."""
+    peers = {name: t.median for name, t in timings.items() if name != "cm"}
+    best = min(peers, key=peers.get)
+    return {
+        **timings["cm"].summary(),
+        "images_per_second": batch / timings["cm"].median,
+        "peak_memory_mib": peaks["cm"] / 2**20,
+        "best_peer": best,
+        "ratio_to_best_peer": timings["cm"].median / peers[best],
+        "cpu_ratio_to_best_peer": timings["cm"].cpu_median / min(timings[name].cpu_median for name in peers),
+        "memory_ratio_to_best_peer": peaks["cm"] / min(p for name, p in peaks.items() if name != "cm"),
+        "peers": {
+            name: {**timings[name].summary(), "peak_memory_mib": peaks[name] / 2**20} for name in peers
+        },
+    }

@@ -1,0 +1,126 @@
+"""Training steps of the real loop: time, time by phase, peak memory, share of the arithmetic ceiling."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cm.bench.flops import network_cost, step_cost
+from cm.bench.measure import PhaseClock, Timing, interleaved, peak_memory, product_ceiling, seconds
+from cm.bench.report import Row
+from cm.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
+from cm.derived import precision
+from cm.dist_util import get_world_size
+from cm.fp16_util import torso_dtype
+from cm.objectives import Roles
+from cm.trainer import Trainer
+
+
+def bench_train(options: Options) -> list[Row]:
+    """A row per objective of --preset tiny, or one for another preset."""
+    rows = []
+    for case in train_cases(options):
+        config = train_config(options, case)
+        with training(config) as trainer:
+            rows.append(Row(f"train/{case}", description(config), train_figures(trainer, config, options)))
+    return rows
+
+
+def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> dict[str, Any]:
+    """Figures of a training loop; with several ranks also what their communication costs."""
+
+    def step() -> None:
+        trainer.run_step(*next(trainer.data))
+
+    device, world = trainer.device, get_world_size()
+    timing = interleaved({"step": step}, device, warmup=options.warmup, repeats=options.repeats)["step"]
+    peak = peak_memory(step, device)
+    images = trainer.global_batch_size
+    rate = step_cost(config, network_cost(config)).total * images / world / timing.median
+    ceiling = product_ceiling(device, torso_dtype(precision(config)))
+    figures = {
+        **timing.summary(),
+        "images_per_second": images / timing.median,
+        "phases_ms": phase_times(trainer, config, options.repeats),
+        "peak_memory_mib": peak / 2**20,
+        "flops_per_second": rate,
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": rate / ceiling,
+    }
+    return figures | (communication(trainer, timing, options.repeats) if world > 1 else {})
+
+
+def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, float]:
+    """Median milliseconds per step of each phase. `other` is what remains: conversions, meters, the loop itself."""
+    clock = PhaseClock(trainer.device)
+    state, objective = trainer.state, trainer.objective
+    undo = [(trainer, "roles", trainer.roles)]
+    trainer.roles = timed_roles(trainer.roles, clock)
+    wrapped = [
+        (trainer, "update_ema", "ema"),
+        (trainer, "update_target_ema", "target ema"),
+        (objective, "draw", "draw"),
+        (objective, "distance", "distance"),
+        (state.student, "backward", "backward"),
+        (state.student, "optimize", "optimizer"),
+    ]
+    for owner, attribute, phase in wrapped:
+        if hasattr(owner, attribute):
+            original = getattr(owner, attribute)
+            undo.append((owner, attribute, original))
+            setattr(owner, attribute, clock.wrap(phase, original))
+    rows = []
+    try:
+        for _ in range(steps):
+            with clock.phase("step"):
+                with clock.phase("data wait"):
+                    batch = next(trainer.data)
+                trainer.run_step(*batch)
+            times = clock.read()
+            rows.append({**times, "other": 2 * times["step"] - sum(times.values())})
+    finally:
+        for owner, attribute, original in undo:
+            setattr(owner, attribute, original)
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    medians["log"] = seconds(trainer.log_step, trainer.device) / max(config.log_interval, 1)
+    return {name: round(1e3 * value, 4) for name, value in medians.items()}
+
+
+def timed_roles(roles: Roles, clock: PhaseClock) -> Roles:
+    """The roles with their networks on the clock."""
+    denoisers = {name: getattr(roles, name) for name in ("student", "target", "teacher")}
+    return replace(
+        roles,
+        **{n: d and replace(d, net=clock.wrap(n, d.net)) for n, d in denoisers.items()},
+    )
+
+
+def overhead_share(phases_ms: dict[str, float]) -> float:
+    """Part of the step that is neither a network's nor a distance's forward or backward."""
+    arithmetic = ("student", "target", "teacher", "distance", "backward")
+    own = sum(time for name, time in phases_ms.items() if name not in ("step", *arithmetic))
+    return own / (own + sum(phases_ms.get(name, 0.0) for name in arithmetic))
+
+
+def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any]:
+    """Bytes that a rank sends per step, the time of the bare all-reduce, and the part of it that the step shows."""
+    gradients = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), device=trainer.device)
+
+    def without() -> None:
+        with trainer.ddp_model.no_sync():
+            trainer.run_step(*next(trainer.data))
+
+    runs = {"silent": without, "all-reduce": lambda: torch.distributed.all_reduce(gradients)}
+    timings = interleaved(runs, trainer.device, warmup=1, repeats=repeats)
+    world = get_world_size()
+    exposed = max(step.median - timings["silent"].median, 0.0)
+    bare = timings["all-reduce"].median
+    return {
+        "communication": {
+            "bytes_per_rank": 2 * (world - 1) * gradients.nbytes // world,
+            "all_reduce_ms": 1e3 * bare,
+            "exposed_ms": 1e3 * exposed,
+            "overlap": max(0.0, 1 - exposed / bare),
+        }
+    }
