@@ -32,3 +32,14 @@ def test_edit_cost(channels, names):
 def test_median_leaves_the_first_call_out():
     durations = iter([0.1, 0.0, 0.0, 0.1])
     assert median_seconds(lambda: time.sleep(next(durations)), CPU, 3) < 0.05
+
+
+def test_the_command_prints_a_share_for_every_operator(capsys):
+    from cm.bench.editing import main
+
+    main(["tiny"])
+    printed = capsys.readouterr().out
+    assert (
+        all(f"{name}: " in printed for name in ("inpaint", "superres", "colorize"))
+        and "% of the network" in printed
+    )

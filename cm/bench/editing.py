@@ -1,5 +1,9 @@
-"""What an edit costs beside the network: the operators of Algorithm 4 against one network evaluation."""
+"""What an edit costs beside the network: the operators of Algorithm 4 against one network evaluation.
 
+python -m cm.bench.editing [PRESET]     the network of a preset, default bedroom256_cd_lpips (256 pixels)
+"""
+
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,3 +58,26 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
             torch.cuda.synchronize(device)
         durations.append(time.perf_counter() - start)
     return sorted(durations[1:])[repeats // 2]
+
+
+def main(argv: list[str]) -> None:
+    """Print the share of each operator for the network of a preset, with random weights and a batch of one."""
+    from cm.cli import parse_config
+    from cm.config import SampleConfig
+    from cm.denoiser import Denoiser
+    from cm.factory import choose_device, create_network, create_precond
+
+    config = parse_config(SampleConfig, ["--preset", argv[0] if argv else "bedroom256_cd_lpips"])
+    device = choose_device(config.device)
+    network = create_network(config).to(device).eval()
+    cond = {"y": torch.zeros(1, dtype=torch.int64, device=device)} if config.class_cond else {}
+    denoiser = Denoiser(network, create_precond(config, consistency=True))
+    images = torch.randn(1, config.in_channels or 3, config.image_size, config.image_size, device=device)
+    cost = edit_cost(lambda x, sigma: denoiser(x, sigma, **cond), images, repeats=1)
+    print(f"{config.preset}, {device}: network {cost.network:.3f} s")
+    for name, seconds in cost.operators.items():
+        print(f"{name}: {seconds:.6f} s, {cost.share(name):.4%} of the network")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
