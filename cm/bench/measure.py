@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -34,6 +34,10 @@ class Timing:
         """Median processor time of the calls [s]."""
         return statistics.median(self.cpu_seconds)
 
+    def undisturbed(self, device: torch.device) -> float:
+        """Median time of a call [s]; on the CPU as if each thread had a core of its own."""
+        return self.median if device.type == "cuda" else self.cpu_median / torch.get_num_threads()
+
     def summary(self) -> dict[str, float]:
         """Median and quartiles in milliseconds, and the number of calls."""
         # Twice, because one value has no quantiles.
@@ -57,19 +61,20 @@ def interleaved(
     timings = {name: Timing() for name in runs}
     for k in range(repeats):
         for name in list(runs)[:: -1 if k % 2 else 1]:
-            cpu = time.process_time()
-            timings[name].seconds.append(seconds(runs[name], device))
-            timings[name].cpu_seconds.append(time.process_time() - cpu)
+            with timed(timings[name], device):
+                runs[name]()
     return timings
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
+@contextmanager
+def timed(timing: Timing, device: torch.device) -> Iterator[None]:
+    """Add the body as one call, the device's work included."""
     synchronize(device)
-    start = time.perf_counter()
-    run()
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
     synchronize(device)
-    return time.perf_counter() - start
+    timing.seconds.append(time.perf_counter() - wall)
+    timing.cpu_seconds.append(time.process_time() - cpu)
 
 
 class PhaseClock:
@@ -83,7 +88,7 @@ class PhaseClock:
         self._spans: dict[str, list[tuple]] = {}
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         """Count the body's time."""
         start = self._now()
         yield
@@ -93,11 +98,11 @@ class PhaseClock:
         """The same function, timed."""
 
         @wraps(function)
-        def timed(*args, **kwargs):
+        def clocked(*args, **kwargs):
             with self.phase(name):
                 return function(*args, **kwargs)
 
-        return timed
+        return clocked
 
     def _now(self):
         if self.device.type != "cuda":
@@ -147,8 +152,4 @@ def product_ceiling(device: torch.device, dtype: torch.dtype, size: int = 0, rep
     with torch.no_grad():
         runs = {"mm": lambda: a @ b, "conv": lambda: torch.nn.functional.conv2d(images, kernel)}
         timings = interleaved(runs, device, repeats=repeats)
-    if device.type == "cpu":  # as if all threads had a core of their own
-        fastest = min(min(t.cpu_seconds) for t in timings.values()) / torch.get_num_threads()
-    else:
-        fastest = min(min(t.seconds) for t in timings.values())
-    return 2 * size**3 / fastest
+    return 2 * size**3 / min(t.undisturbed(device) for t in timings.values())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cm.bench.flops import network_cost, step_cost
-from cm.bench.measure import PhaseClock, Timing, interleaved, peak_memory, product_ceiling, seconds
+from cm.bench.measure import PhaseClock, Timing, interleaved, peak_memory, product_ceiling
 from cm.bench.report import Row
 from cm.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
 from cm.derived import precision
@@ -37,7 +37,7 @@ def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> di
     timing = interleaved({"step": step}, device, warmup=options.warmup, repeats=options.repeats)["step"]
     peak = peak_memory(step, device)
     images = trainer.global_batch_size
-    rate = step_cost(config, network_cost(config)).total * images / world / timing.median
+    rate = step_cost(config, network_cost(config)).total * images / world / timing.undisturbed(device)
     ceiling = product_ceiling(device, torso_dtype(precision(config)))
     figures = {
         **timing.summary(),
@@ -83,7 +83,8 @@ def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, 
         for owner, attribute, original in undo:
             setattr(owner, attribute, original)
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    medians["log"] = seconds(trainer.log_step, trainer.device) / max(config.log_interval, 1)
+    log = interleaved({"log": trainer.log_step}, trainer.device, warmup=0, repeats=1)["log"]
+    medians["log"] = log.median / max(config.log_interval, 1)
     return {name: round(1e3 * value, 4) for name, value in medians.items()}
 
 

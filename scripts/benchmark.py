@@ -1,0 +1,67 @@
+"""Measure speed and memory on this machine, against peers where they are installed.
+
+python scripts/benchmark.py WHAT [--preset P|tiny] [--case NAME ...] [--device auto] [--out FILE.json] [FLAGS]
+python scripts/benchmark.py --compare BEFORE.json AFTER.json
+
+WHAT: train, sample, edit, eval, data, checkpoint, startup, network. Flags that are not listed here are passed on to
+the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under mpiexec or torchrun,
+train also measures communication.
+"""
+
+import argparse
+import os
+
+import _root  # noqa: F401
+
+WHATS = ("train", "sample", "edit", "eval", "data", "checkpoint", "startup", "network")
+
+
+def main(args: argparse.Namespace, flags: list[str]) -> None:
+    """Measure, print the table, write the file."""
+    from cm import dist_util
+    from cm.bench import report
+    from cm.bench.runs import Options
+    from cm.bench.suites import SUITES
+    from cm.factory import choose_device
+    from evaluations.bench import bench_eval
+
+    if args.compare:
+        print(report.compare(*args.compare))
+        return
+    dist_util.setup_dist()
+    options = Options(args.preset, args.device, tuple(args.case), args.warmup, args.repeats, tuple(flags))
+    rows = {**SUITES, "eval": bench_eval}[args.what](options)
+    found = report.Report(rows, report.environment(choose_device(args.device)))
+    if dist_util.is_main():
+        print(found.table())
+        if args.out:
+            found.save(args.out)
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The script's own arguments, and the flags that are passed on."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=WHATS)
+    parser.add_argument("--compare", nargs=2, metavar="FILE", help="two files that --out wrote")
+    parser.add_argument("--preset", default="tiny", help="what to measure; tiny: a network of seconds")
+    parser.add_argument("--case", nargs="+", default=[], help="objectives, samplers or sizes; default: all")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--warmup", type=int, default=2, help="calls that do not count")
+    parser.add_argument("--repeats", type=int, default=7, help="calls that count")
+    parser.add_argument("--out", default="", help="JSON file to write")
+    args, flags = parser.parse_known_args()
+    if not (args.what or args.compare):
+        parser.error("say what to measure, or --compare two files")
+    if min(args.repeats, args.warmup + 1) < 1:
+        parser.error("--repeats must be 1 or more, --warmup 0 or more")
+    return args, flags
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler, which counts memory, is silent
+    from cm.dist_util import run_main
+
+    run_main(lambda: main(*arguments))
