@@ -42,11 +42,12 @@ from cm.factory import (
 from cm.heartbeat import Heartbeat
 from cm.memory import keep_freed_memory
 from cm.mirror import Mirror
-from cm.model_files import ModelFile, load_model_file
+from cm.model_files import ModelFile, load_on_main
 from cm.objectives import Objective
 from cm.previews import Preview
 from cm.random_util import derive_seed
 from cm.resume import checkpoint_of, find_checkpoint
+from cm.run_directory import RunDirectory
 from cm.status import EXIT_UNFINISHED, FINISHED, PREEMPTED, TIME, write_status
 from cm.stopping import Stopper, StopSignals
 from cm.supervision import supervised
@@ -64,29 +65,37 @@ def run_train(config: TrainConfig) -> None:
     with StopSignals() as signals:
         stopper = Stopper(config.max_hours, signals)
         dist_util.setup_dist(timeout=60 * config.startup_timeout)
-        directory = prepare_directory(run_dir(config))
-        set_up_torch(config)
-        dataset = open_training_data(config)
-        teacher_file = load_teacher(config)
-        config = settle(config, dataset, teacher_file)
-        if (mirror := mirror_of(config, directory)) is not None:
-            dist_util.on_main(mirror.pull)
-        checkpoint, notes = find_checkpoint(config, directory, dataset.fingerprint)
-        open_logs(config, directory, checkpoint)
-        for note in notes:
-            logger.log(note)
-        limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
-        with supervised(directory, limits) as heartbeat:
-            trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint, stopper, heartbeat)
-            del teacher_file  # gigabytes that the networks hold now
-            announce(config, trainer, dataset)
-            ended = trainer.run_loop()
-            heartbeat.phase("end", trainer.state.step)
-            report_end(ended, trainer.state.step, directory, signals)
-            if mirror is not None:
-                dist_util.on_main(mirror.push_logs)
+        with RunDirectory(run_dir(config)) as place:
+            ended = _train(config, place, stopper, signals)
     if ended != FINISHED:
         sys.exit(EXIT_UNFINISHED)
+
+
+def _train(config: TrainConfig, place: RunDirectory, stopper: Stopper, signals: StopSignals) -> str:
+    """Everything that happens in the run directory; returns why training ended."""
+    directory = place.path
+    set_up_torch(config)
+    dataset = open_training_data(config)
+    teacher_file = load_teacher(config)
+    config = settle(config, dataset, teacher_file)
+    if (mirror := mirror_of(config, directory)) is not None:
+        dist_util.on_main(mirror.pull)
+    checkpoint, notes = find_checkpoint(config, directory, dataset.fingerprint)
+    open_logs(config, directory, checkpoint)
+    for note in notes:
+        logger.log(note)
+    limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
+    with supervised(directory, limits) as heartbeat:
+        trainer = build_trainer(config, dataset, teacher_file, directory, checkpoint, stopper, heartbeat)
+        del teacher_file  # gigabytes that the networks hold now
+        announce(config, trainer, dataset)
+        place.started()
+        ended = trainer.run_loop()
+        heartbeat.phase("end", trainer.state.step)
+        report_end(ended, trainer.state.step, directory, signals)
+        if mirror is not None:
+            dist_util.on_main(mirror.push_logs)
+    return ended
 
 
 def set_up_torch(config: TrainConfig) -> None:
@@ -103,7 +112,8 @@ def set_up_torch(config: TrainConfig) -> None:
 def open_logs(config: TrainConfig, directory: str, checkpoint: Path | None) -> None:
     """Start or go on with the logs; rows after the checkpoint are dropped, as their steps will be done again."""
     formats = ["stdout", "log", "csv", "json", *(["tensorboard"] if config.tensorboard else [])]
-    logger.configure(directory, formats, resume_step=read_state(checkpoint)["step"] if checkpoint else 0)
+    step = dist_util.on_main(lambda: read_state(checkpoint)["step"] if checkpoint else 0)
+    logger.configure(directory, formats, resume_step=step)
     logger.log(f"run directory: {directory}")
     if dist_util.is_main():
         write_atomic(Path(directory, "config.json"), json.dumps(stored_config(config), indent=1).encode())
@@ -118,21 +128,6 @@ def report_end(ended: str, step: int, directory: str, signals: StopSignals) -> N
     how = words.get(ended, ended)
     again = "" if ended == FINISHED else "; the same command goes on"
     logger.log(f"{how} at step {step}; checkpoints are in {directory}/checkpoints{again}")
-
-
-def prepare_directory(directory: str) -> str:
-    """Make the run directory on rank 0; UserError on every rank when it cannot be written."""
-
-    def prepare() -> str:
-        try:
-            os.makedirs(directory, exist_ok=True)
-            if not os.access(directory, os.W_OK):
-                raise PermissionError(f"[Errno 13] Permission denied: '{directory}'")
-        except OSError as error:
-            raise UserError(f"--out_dir {directory} cannot be written: {error.strerror or error}") from None
-        return directory
-
-    return dist_util.on_main(prepare)
 
 
 def open_training_data(config: TrainConfig) -> ImageData:
@@ -154,10 +149,10 @@ def open_training_data(config: TrainConfig) -> ImageData:
 
 
 def load_teacher(config: TrainConfig) -> ModelFile | None:
-    """The teacher's weights, where a teacher path is given."""
+    """The teacher's weights, where a teacher path is given: on rank 0, elsewhere their shapes."""
     if isinstance(config, EdmTrainConfig) or not config.teacher_model_path:
         return None
-    teacher = load_model_file(config.teacher_model_path, flag="teacher_model_path")
+    teacher = load_on_main(config.teacher_model_path, flag="teacher_model_path")
     mode = (teacher.config or {}).get("training_mode", "edm")
     if mode not in ("edm", "progdist"):
         raise UserError(
@@ -287,7 +282,7 @@ def create_roles(
 
 
 def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: TrainConfig) -> None:
-    """Load weights strictly; UserError names the first tensors that differ."""
+    """Load weights strictly on rank 0, whose weights all ranks get; UserError names the first tensors that differ."""
     if file is None:
         raise UserError(f"{flag} needs --teacher_model_path")
     for name in ("sigma_data", "network", "time_scale"):
@@ -296,14 +291,15 @@ def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: Tra
             raise UserError(
                 f"{flag}: {file.path} was trained with --{name} {stored}, not {getattr(config, name)}"
             )
-    check_matching(network, file.state, f"{flag} {file.path}")
-    network.load_state_dict(file.state)
+    dist_util.on_main(lambda: check_matching(network, file.state, f"{flag} {file.path}"))
+    if dist_util.is_main():
+        network.load_state_dict(file.state)
 
 
 def resume_elsewhere(trainer: Trainer, path: str) -> None:
     """Go on from a checkpoint directory, a run directory, or a model file of the original repository."""
     if os.path.isdir(path):
-        trainer.load(checkpoint_of(path))
+        trainer.load(dist_util.on_main(lambda: checkpoint_of(path)))
     elif os.path.isfile(path):
         trainer.load_original(path)
     else:
