@@ -5,6 +5,7 @@ Training: `StepRandom` makes the draws of one step. Sampling: a generator is any
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from operator import index
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cm.errors import UserError
+from cm.mersenne import SkippingStream
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -145,10 +147,11 @@ class _ByIndex:
 
 
 class DeterministicGenerator(_ByIndex):
-    """The original's "determ": every call draws for all `num_samples` samples and keeps this rank's rows.
+    """The original's "determ": a call means a draw for all `num_samples` samples, of which this batch takes its rows.
 
-    Its numbers are kept exactly, its faults with them: the cost of a call is O(num_samples), the values
-    change with `num_samples`, and rows past the last sample repeat it.
+    Its numbers are kept exactly, its faults with them: they change with `num_samples`, and rows past the last sample
+    repeat it. Rows that nobody needs are passed over on the CPU, in single precision, at a cost that does not depend
+    on `num_samples`; elsewhere they are drawn.
     """
 
     def __init__(
@@ -160,10 +163,13 @@ class DeterministicGenerator(_ByIndex):
         self.num_samples = num_samples
         self._streams: dict[torch.device, torch.Generator] = {}
         self._stream_seed = seed
+        self._cpu_stream = SkippingStream(seed)
 
     def get_generator(self, device: torch.device | str) -> torch.Generator:
         """The one stream of `device`."""
         device = torch.device(device)
+        if device.type == "cpu":
+            return self._cpu_stream.generator
         if device not in self._streams:
             self._streams[device] = torch.Generator(device).manual_seed(self._stream_seed)
         return self._streams[device]
@@ -176,8 +182,22 @@ class DeterministicGenerator(_ByIndex):
     def randn(self, *size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """Standard normal tensor of shape `size`."""
         shape, indices = self.get_global_size_and_indices(size)
+        # torch makes normal numbers in blocks of 16, each from 16 numbers of the stream.
+        blocks = math.prod(shape) % 16 == 0 and math.prod(shape) > 0
+        if torch.device(device).type == "cpu" and dtype == torch.float32 and blocks:
+            return self._rows_of_randn(shape, indices)
         stream = self.get_generator(device)
         return torch.randn(shape, generator=stream, dtype=dtype, device=device)[indices]
+
+    def _rows_of_randn(self, shape: Sequence[int], indices: list[int]) -> torch.Tensor:
+        """randn(shape)[indices] with only the blocks drawn that hold these rows."""
+        row, first, last = math.prod(shape[1:]), min(indices, default=0), max(indices, default=-1)
+        start, stop = first * row // 16 * 16, -(-(last + 1) * row // 16) * 16
+        self._cpu_stream.skip(start)
+        numbers = torch.randn(stop - start, generator=self._cpu_stream.generator)
+        self._cpu_stream.skip(math.prod(shape) - stop)
+        span = numbers[first * row - start : (last + 1) * row - start].view(-1, *shape[1:])
+        return span[[i - first for i in indices]]
 
     def randint(
         self, low: int, high: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device="cpu"
@@ -196,6 +216,7 @@ class DeterministicGenerator(_ByIndex):
         """Start the stream anew from `seed`."""
         self._stream_seed = seed
         self._streams.clear()
+        self._cpu_stream = SkippingStream(seed)
 
 
 class DeterministicIndividualGenerator(_ByIndex):
