@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cm import launch
+from cm.cores import usable_cores
 from cm.errors import UserError
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def setup_dist(timeout: float = 1800.0) -> None:
 
     The node-local rank chooses the GPU among the visible ones. Ranks on GPUs of their own talk through NCCL, with
     gloo for CPU tensors; otherwise through gloo alone. A collective that takes more than `timeout` seconds is an
-    error. On a CPU shared by several ranks each gets its part of the threads unless OMP_NUM_THREADS is set.
+    error. Unless OMP_NUM_THREADS is set, the ranks of a node share the cores that they may use.
     """
     if dist.is_initialized():
         return
@@ -50,11 +51,12 @@ def setup_dist(timeout: float = 1800.0) -> None:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local_rank % gpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Unasked, each rank would start a thread per core of the machine; they then wait for each other's.
+        share = max(1, usable_cores() // local_world)
+        torch.set_num_threads(min(torch.get_num_threads(), share))
     if store is None:
         return
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Unasked, each rank would start a thread per core; two ranks then wait for each other's threads.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if _all_differ(store, "cm/gpu", _gpu_uuid() if gpus else "") else "gloo",
         store=store,

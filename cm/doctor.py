@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from cm import beats, dist_util, launch, status
+from cm.cores import usable_cores
 from cm.lpips import LINEAR_FILE, VGG_FILE
 
 CORE = ("torch", "numpy", "pillow", "scipy", "tqdm")
@@ -82,7 +83,7 @@ def check_mpi() -> list[Check]:
 
 def check_devices() -> list[Check]:
     """Processors, and each visible GPU with a small computation on it."""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
+    threads = f"{usable_cores()} cores, {torch.get_num_threads()} threads per process"
     checks = [Check("cpu", "ok", f"{threads}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")]
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")

@@ -6,11 +6,11 @@ cifar-10-python.tar.gz, cifar-10-binary.tar.gz, and `digits` or `digits_rgb` (sc
 
 import argparse
 import json
-import os
 from typing import NoReturn
 
 import _root  # noqa: F401
 
+from cm.cores import usable_cores
 from cm.parsing import str2bool
 
 # flag -> (default, help); the type is the default's
@@ -26,7 +26,7 @@ FLAGS = {
     "overwrite": (False, "replace an earlier prepared set"),
     "split": ("all", "of digits and digits_rgb: all, train (the first 1500) or test (the other 297)"),
     "seed": (0, "of the ink colours of digits_rgb"),
-    "num_workers": (os.cpu_count() or 1, "processes"),
+    "num_workers": (usable_cores(), "processes"),
 }
 SHOWN = (
     "count",

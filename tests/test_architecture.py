@@ -13,7 +13,7 @@ SOURCES = sorted(p for d in ("cm", "evaluations", "scripts") for p in (ROOT / d)
 LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
-        "errors", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne", "lpips", "distances",
+        "errors", "cores", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne", "lpips", "distances",
         "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "alpha_sigma", "sde",
     },
     # networks
