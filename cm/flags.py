@@ -235,6 +235,15 @@ class OptimFlags:
         "0.9999", "decay rates of the averages of the weights that are kept, as a list", unit="per step"
     )
     ema_warmup: bool = flag(False, "bound each rate by (1 + step) / (10 + step)")
+    ema_device: str = flag(
+        "auto",
+        "where the averages are kept; cpu: in host memory, which spares a GPU's; auto: beside the weights",
+        choices=("auto", "cpu"),
+        result=False,
+    )
+    shard_optimizer: bool = flag(
+        False, "share the optimizer's moments and the averages out over the ranks; same numbers", result=False
+    )
     fp16_scale_growth: float = flag(1e-3, "growth of log2 of the fp16 loss scale", unit="per good step")
     seed: int = flag(0, "seed of initial weights and of every draw in training")
 

@@ -1,5 +1,7 @@
 """fp32 master weights for a network whose torso runs in half precision, and the dynamic loss scale of fp16."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -26,27 +28,27 @@ def torso_dtype(precision: str) -> torch.dtype:
 class MasterWeights:
     """A module and fp32 copies of its parameters; in fp32 the copies are the parameters themselves.
 
-    The copies are made before the torso is converted, so that they are not rounded to half precision first.
+    The copies are made before the torso is converted, so that they are not rounded to half precision first. Weights
+    that never change need none: with `keep_fp32` False the converted parameters are all there is.
     """
 
-    def __init__(self, module: nn.Module, precision: str = "fp32"):
+    def __init__(self, module: nn.Module, precision: str = "fp32", *, keep_fp32: bool = True):
         dtype = torso_dtype(precision)
         self.module = module
         self.precision = precision
         self.names = [name for name, _ in module.named_parameters()]
-        self.shared = dtype == torch.float32
-        if self.shared:
-            self.master_params = list(module.parameters())
-        else:
-            self.master_params = [p.detach().float().clone() for p in module.parameters()]
+        self.shared = dtype == torch.float32 or not keep_fp32
+        copies = [] if self.shared else [p.detach().float().clone() for p in module.parameters()]
+        if dtype != torch.float32:
             if not hasattr(module, "convert_torso"):
                 raise UserError(
                     f"--precision {precision}: {type(module).__name__} has no half-precision torso"
                 )
             module.convert_torso(dtype)
-            for p in self.master_params:
-                p.requires_grad_(True)
+        for p in copies:
+            p.requires_grad_(True)
         self.model_params = list(module.parameters())
+        self.master_params = self.model_params if self.shared else copies
 
     @torch.no_grad()
     def to_model(self) -> None:
@@ -72,11 +74,15 @@ class MasterWeights:
         state.update({name: p.detach() for name, p in zip(self.names, params, strict=True)})
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Strictly load an fp32 state dict into the master weights and the module."""
-        self.module.load_state_dict(state)
-        if not self.shared:
-            self.copy_from([state[name].to(self.master_params[0].device) for name in self.names])
+    @torch.no_grad()
+    def load(self, items: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy an fp32 state dict, given tensor by tensor, into the master weights and the module."""
+        places = self.module.state_dict() | dict(zip(self.names, self.master_params, strict=True))
+        for name, tensor in items:
+            places.pop(name).copy_(tensor)
+        if places:
+            raise ValueError(f"no values for {', '.join(places)}")
+        self.to_model()
 
 
 class MixedPrecisionTrainer:

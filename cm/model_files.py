@@ -2,14 +2,15 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from cm import dist_util
+from cm import blob, dist_util, remote_runs
 from cm.blob import is_remote
-from cm.checkpoint import MANIFEST, complete_checkpoints, file_sha256, load_weights
+from cm.checkpoint import MANIFEST, complete_checkpoints, file_sha256, load_weights, map_tensors
 from cm.errors import UserError
 from cm.parsing import parse_weights
 
@@ -38,22 +39,60 @@ def load_model_file(model_path: str, weights: str = "", flag: str = "model_path"
 
     weights: raw, ema:RATE, target; empty takes the slowest average of a directory.
     """
+    return _read(*_locate(model_path, weights, flag))
+
+
+def load_on_main(model_path: str, weights: str = "", flag: str = "model_path") -> ModelFile:
+    """As load_model_file, but only rank 0 reads the file; the others get its tensors without values (device meta)."""
+    path, kind = _locate(model_path, weights, flag)
+    read: list[ModelFile] = []
+
+    def shapes() -> ModelFile:
+        read.append(_read(path, kind))
+        return replace(read[0], state=map_tensors(read[0].state, lambda tensor: tensor.to("meta")))
+
+    outline = dist_util.on_main(shapes)
+    return read[0] if read else outline
+
+
+def _locate(model_path: str, weights: str, flag: str) -> tuple[str, str]:
+    """Path of a weights file, and which weights it holds. All ranks must call it."""
     if not model_path:
         raise UserError(f"--{flag} is needed")
+    if is_remote(model_path) and (
+        found := dist_util.on_main(lambda: _remote_weights(model_path, weights, flag))
+    ):
+        return found
     if is_remote(model_path) or os.path.isfile(model_path):
         if weights:
             raise UserError(
                 f"--weights {weights} chooses within a run directory; --{flag} {model_path} is one file"
             )
-        path, kind = model_path, _kind_of(Path(model_path).name)
-    elif os.path.isdir(model_path):
+        return model_path, _kind_of(Path(model_path).name)
+    if os.path.isdir(model_path):
         # A run that is still training may save in between: all ranks take what rank 0 finds.
         directory = Path(model_path)
         path, kind = dist_util.on_main(lambda: find_weights(_checkpoint_in(directory, flag), weights))
-    else:
-        raise UserError(f"--{flag} {model_path}: no such file or directory")
+        return str(path), kind
+    raise UserError(f"--{flag} {model_path}: no such file or directory")
+
+
+def _read(path: str, kind: str) -> ModelFile:
     state, meta = load_weights(path)
-    return ModelFile(str(path), kind, state, (meta or {}).get("config"))
+    return ModelFile(path, kind, state, (meta or {}).get("config"))
+
+
+def _remote_weights(path: str, weights: str, flag: str) -> tuple[str, str] | None:
+    """(path, kind) of the wanted weights of a remote run or checkpoint directory; None when `path` is no folder.
+
+    This node's copy is fetched and compared with the hash that the checkpoint's manifest has.
+    """
+    if not blob.isdir(path):
+        return None
+    checkpoint, files = remote_runs.newest_checkpoint(path, flag)
+    name, kind = choose_weights(files, weights, checkpoint)
+    remote_runs.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
+    return f"{checkpoint}/{name}", kind
 
 
 def _checkpoint_in(directory: Path, flag: str) -> Path:
@@ -75,7 +114,13 @@ def _kind_of(name: str) -> str:
 
 def find_weights(checkpoint: Path, weights: str) -> tuple[Path, str]:
     """(file, kind) of the wanted weights in a checkpoint directory; empty: the slowest average, else raw."""
-    available = {_kind_of(p.name): p for p in sorted(checkpoint.glob("*.pt"))}
+    name, kind = choose_weights((path.name for path in checkpoint.glob("*.pt")), weights, str(checkpoint))
+    return checkpoint / name, kind
+
+
+def choose_weights(names: Iterable[str], weights: str, checkpoint: str) -> tuple[str, str]:
+    """As `find_weights`, among the names of a checkpoint's files."""
+    available = {_kind_of(name): name for name in sorted(names)}
     available.pop("file", None)
     averages = {kind: float(kind[4:]) for kind in available if kind.startswith("ema:")}
     wanted, rate = parse_weights(weights)

@@ -18,7 +18,7 @@ OPTIMIZERS = {
 
 def make_optimizer(
     name: str,
-    params: Iterable[Tensor],
+    params: Iterable[Tensor] | Iterable[dict],
     *,
     lr: float,
     weight_decay: float = 0.0,

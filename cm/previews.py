@@ -30,10 +30,12 @@ class Preview:
         self.precond = create_precond(config, consistency=trains_consistency(config))
 
     def __call__(self, trainer: Trainer) -> None:
-        """Draw and save the grids of the current step."""
+        """Draw and save the grids of the current step; every rank must call it."""
+        ema = trainer.state.ema
+        average = ema.whole(ema.rates.index(ema.slowest))
         if dist_util.is_main():
             self.folder.mkdir(exist_ok=True)
-            with averaged_weights(trainer):
+            with weights_replaced(trainer, average):
                 for name, images in self.samples(trainer):
                     path = self.folder / f"step_{trainer.state.step:06d}_{name}.png"
                     save_grid(path, to_uint8(images))
@@ -89,17 +91,16 @@ class Preview:
 
 
 @contextmanager
-def averaged_weights(trainer: Trainer) -> Iterator[None]:
-    """The student carries its slowest average within the body, in eval mode."""
-    student, ema = trainer.state.student, trainer.state.ema
-    own = [p.detach().clone() for p in student.model_params]
-    average = ema.copies[ema.rates.index(ema.slowest)]
+def weights_replaced(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
+    """The student carries other weights within the body, in eval mode."""
+    params = trainer.state.student.model_params
+    own = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
-            torch._foreach_copy_(student.model_params, average)
+            torch._foreach_copy_(params, weights)
         trainer.model.eval()
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(student.model_params, own)
+            torch._foreach_copy_(params, own)
         trainer.model.train()

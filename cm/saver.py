@@ -123,8 +123,15 @@ class Saver:
         return f"; the newest complete checkpoint is {earlier[-1]}" if earlier else ""
 
 
+class Snapshot(dict):
+    """The content of a file whose tensors training does not touch, so that they need not be copied once more."""
+
+
 def copy_to_host(content: dict) -> dict:
-    """A copy of nested tensors that training does not touch; from a GPU through page-locked memory, all at once."""
+    """A copy of nested tensors that training does not touch; from a GPU through page-locked memory, all at once.
+
+    Snapshots among the values are taken as they are.
+    """
     streams = set()
 
     def copy(tensor: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ def copy_to_host(content: dict) -> dict:
         streams.add(torch.cuda.current_stream(tensor.device))
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    copied = map_tensors(content, copy)
+    copied = {k: v if isinstance(v, Snapshot) else map_tensors(v, copy) for k, v in content.items()}
     for stream in streams:
         stream.synchronize()
     return copied

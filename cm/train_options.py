@@ -23,6 +23,8 @@ class Optimization:
     fp16_scale_growth: float = 1e-3
     ema_rate: str | float = "0.9999"
     ema_warmup: bool = False
+    ema_device: str = "auto"  # where the averages are kept; auto: beside the weights
+    shard_optimizer: bool = False  # share moments and averages out over the ranks
     max_bad_steps: int = 100
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cm import dist_util, logger
-from cm.blob import write_atomic
+from cm.blob import is_remote, write_atomic
 from cm.checkpoint import check_matching, read_state
 from cm.compiling import can_compile
 from cm.config import CmTrainConfig, EdmTrainConfig
@@ -325,6 +325,8 @@ def announce(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> None:
         f"global batch {trainer.global_batch_size} on {dist_util.get_world_size()} process(es), {steps} steps, "
         f"from step {trainer.state.step}, precision {trainer.optimization.precision}, {trainer.device}"
     )
+    if config.shard_optimizer and trainer.partition.parts == 1:
+        logger.log("note: --shard_optimizer has no effect on one process")
     if trainer.objective.needs_target:
         logger.log(
             "note: the consistency loss is no measure of quality: it grows with the number of scales N(k)"

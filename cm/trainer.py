@@ -10,6 +10,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from cm.optim import make_optimizer
 from cm.precond import EDMPrecond, Precond
 from cm.progress import progress
 from cm.random_util import StepRandom, derive_seed
+from cm.sharding import Partition, ShardedOptimizer
 from cm.status import FINISHED
 from cm.stopping import SAVE_FAILED, Stopper
 from cm.train_options import Optimization, Reporting
@@ -121,31 +123,46 @@ class Trainer:
         for role in (target, teacher):
             if role is not None:
                 role.requires_grad_(False)
+        self.partition = Partition(student.master_params, sharded=o.shard_optimizer)
+        # A teacher that no stage replaces never changes.
+        keep_fp32 = self.objective.stage(0) is not None
         return TrainState(
             student=student,
             optimizer=self._new_optimizer(student.master_params),
-            ema=EmaBank(student.master_params, o.ema_rate, warmup=o.ema_warmup),
+            ema=EmaBank(
+                student.master_params,
+                o.ema_rate,
+                warmup=o.ema_warmup,
+                partition=self.partition,
+                device=o.ema_device,
+            ),
             objective=self.objective,
             # The target keeps its dropout (student and target share masks); the teacher predicts without.
             target=target and MasterWeights(target.train(), o.precision),
-            teacher=teacher and MasterWeights(teacher.eval(), o.precision),
+            teacher=teacher and MasterWeights(teacher.eval(), o.precision, keep_fp32=keep_fp32),
             new_optimizer=self._new_optimizer,
         )
 
-    def _new_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
+    def _new_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer | ShardedOptimizer:
         o = self.optimization
-        return make_optimizer(
-            o.optimizer, params, lr=o.learning_rate(0), weight_decay=o.weight_decay, betas=o.betas, eps=o.eps
+        make = partial(
+            make_optimizer,
+            o.optimizer,
+            lr=o.learning_rate(0),
+            weight_decay=o.weight_decay,
+            betas=o.betas,
+            eps=o.eps,
         )
+        return ShardedOptimizer(make, params, self.partition) if self.partition.parts > 1 else make(params)
 
     def sync_parameters(self) -> None:
-        """Give every rank the weights of rank 0, in all roles and averages."""
+        """Give every rank the weights and buffers of rank 0, in all roles; the averages start from them."""
         s = self.state
-        weights = [w for w in (s.student.weights, s.target, s.teacher) if w is not None]
-        for params in (*(w.master_params for w in weights), *s.ema.copies):
-            dist_util.sync_params(params)
-        for w in weights:
-            w.to_model()
+        for w in (s.student.weights, s.target, s.teacher):
+            if w is not None:
+                dist_util.sync_params([*w.master_params, *w.module.buffers()])
+                w.to_model()
+        s.ema.reset(s.student.master_params)
 
     def _distributed(self) -> nn.Module:
         if dist_util.get_world_size() == 1:
@@ -168,7 +185,8 @@ class Trainer:
         """
         dist_util.on_main(lambda: verified or verify_checkpoint(checkpoint))
         self.state.load(checkpoint)
-        self.meter.load_state(read_state(checkpoint).get("unread_means", {}), self.device)
+        unread = dist_util.on_main(lambda: read_state(checkpoint).get("unread_means", {}))
+        self.meter.load_state(unread, self.device)
         self._after_load()
 
     def load_original(self, model_path: str) -> None:

@@ -71,6 +71,8 @@ TRAIN = [
     "adam_eps",
     "grad_clip",
     "ema_warmup",
+    "ema_device",
+    "shard_optimizer",
     "seed",
     "resume",
     "resume_with_changes",

@@ -43,7 +43,7 @@ def test_state_dict_round_trip_keeps_fp32_digits():
         for p in source.master_params:
             p.add_(torch.randn_like(p) * 1e-5)
     source.to_model()
-    other.load_state_dict({k: v.clone() for k, v in source.state_dict().items()})
+    other.load(source.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(source.master_params, other.master_params))
     assert all(torch.equal(a, b) for a, b in zip(source.model_params, other.model_params))
 
