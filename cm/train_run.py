@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cm import dist_util, logger
-from cm.blob import is_remote, write_atomic
+from cm.blob import write_atomic
 from cm.checkpoint import check_matching, read_state
 from cm.compiling import can_compile
 from cm.config import CmTrainConfig, EdmTrainConfig
