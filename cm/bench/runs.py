@@ -142,6 +142,7 @@ def sample_config(options: Options, own: Sequence[str] = ()) -> SampleConfig:
 def random_model(config: SampleConfig) -> Pretrained[SampleConfig]:
     """What scripts/image_sample.py would load, with random weights."""
     device = choose_device(config.device)
+    torch.manual_seed(0)
     network = randomized(create_network(config))
     if (dtype := torso_dtype(precision(config))) != torch.float32:
         network.convert_torso(dtype)

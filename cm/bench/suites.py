@@ -5,6 +5,7 @@ from collections.abc import Callable
 from cm.bench.checkpoint import bench_checkpoint
 from cm.bench.data import bench_data
 from cm.bench.network import bench_network
+from cm.bench.precision import bench_precision
 from cm.bench.report import Row
 from cm.bench.runs import Options
 from cm.bench.sample import bench_edit, bench_sample
@@ -19,4 +20,5 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "checkpoint": bench_checkpoint,
     "startup": bench_startup,
     "network": bench_network,
+    "precision": bench_precision,
 }
