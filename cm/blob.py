@@ -1,6 +1,9 @@
 """File access by path: local paths with the standard library, gs:// and az:// through blobfile.
 
 A local path never goes through blobfile, and blobfile is imported at the first remote path only.
+
+A storage that has never answered is given up within about 15 seconds, since its name or the network is wrong; one that
+has answered is waited for through an outage of minutes.
 """
 
 import fcntl
@@ -8,15 +11,29 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from types import ModuleType
+from typing import IO, Any, TypeVar
 
 from cm.errors import UserError
 
+T = TypeVar("T")
+
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _AZURE_HTTPS = re.compile(r"^https://[^/]+\.blob\.core\.windows\.net(/|$)")
+# Options of blobfile. A try ends after connect_timeout or read_timeout seconds; between tries it waits up to a minute.
+_QUICK = {"retry_limit": 2, "connect_timeout": 4, "read_timeout": 5}
+_PATIENT = {"retry_limit": 20}
+# Storages that have answered: gs://bucket, az://account
+_answered: set[str] = set()
+
+
+class Unreachable(UserError):
+    """A remote storage does not answer, or refuses; the cause is chained."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -34,32 +51,39 @@ def is_remote(path: str | os.PathLike) -> bool:
 def open_file(path: str | os.PathLike, mode: str = "rb") -> IO[Any]:
     """Open a file for reading or for writing in place (see `write_atomic` for files that must stay whole)."""
     if is_remote(path):
-        return _blobfile().BlobFile(os.fspath(path), mode)
+        return _remote(path, lambda store: store.BlobFile(os.fspath(path), mode))
     return open(path, mode)
 
 
 def exists(path: str | os.PathLike) -> bool:
     """True when a file or folder is there."""
-    return _blobfile().exists(os.fspath(path)) if is_remote(path) else os.path.exists(path)
+    if is_remote(path):
+        return _remote(path, lambda store: store.exists(os.fspath(path)))
+    return os.path.exists(path)
 
 
 def isdir(path: str | os.PathLike) -> bool:
     """True when the path is a folder."""
-    return _blobfile().isdir(os.fspath(path)) if is_remote(path) else os.path.isdir(path)
+    if is_remote(path):
+        return _remote(path, lambda store: store.isdir(os.fspath(path)))
+    return os.path.isdir(path)
 
 
 def makedirs(path: str | os.PathLike) -> None:
     """Create a folder and its parents; an existing one is fine."""
     if is_remote(path):
-        _blobfile().makedirs(os.fspath(path))
+        _remote(path, lambda store: store.makedirs(os.fspath(path)))
     else:
         os.makedirs(path, exist_ok=True)
 
 
 def list_files(path: str | os.PathLike) -> list[str]:
     """Sorted names of what lies directly in a folder (files and folders, without trailing slashes)."""
-    names = _blobfile().listdir(os.fspath(path)) if is_remote(path) else os.listdir(path)
-    return sorted(name.rstrip("/") for name in names)
+    if not is_remote(path):
+        return sorted(os.listdir(path))
+    return sorted(
+        name.rstrip("/") for name in _remote(path, lambda store: list(store.listdir(os.fspath(path))))
+    )
 
 
 def list_recursive(path: str | os.PathLike) -> list[str]:
@@ -70,7 +94,7 @@ def list_recursive(path: str | os.PathLike) -> list[str]:
     if is_remote(path):
         names = [
             _relative(file_root, os.fspath(path)) + name
-            for file_root, _, files in _blobfile().walk(os.fspath(path))
+            for file_root, _, files in _remote(path, lambda store: list(store.walk(os.fspath(path))))
             for name in files
         ]
     else:
@@ -84,38 +108,48 @@ def list_recursive(path: str | os.PathLike) -> list[str]:
 
 def size(path: str | os.PathLike) -> int:
     """Length of a file in bytes."""
-    return _blobfile().stat(os.fspath(path)).size if is_remote(path) else os.stat(path).st_size
+    if is_remote(path):
+        return _remote(path, lambda store: store.stat(os.fspath(path))).size
+    return os.stat(path).st_size
+
+
+def cache_folder() -> str:
+    """Where copies of remote files lie: $CM_CACHE_DIR, by default ~/.cache/consistency-models. It is made."""
+    folder = os.environ.get("CM_CACHE_DIR") or os.path.join(Path.home(), ".cache", "consistency-models")
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 def cache_locally(path: str | os.PathLike) -> str:
     """A local path with the content of `path`: itself when local, else a copy made once.
 
-    Random access (zip, npz, memory maps) needs this. Copies lie in $CM_CACHE_DIR, by default
-    ~/.cache/consistency-models, under a name that changes when the remote file changes.
+    Random access (zip, npz, memory maps) needs this. Copies lie in the cache folder, under a name that changes when
+    the remote file changes.
     """
     path = os.fspath(path)
     if not is_remote(path):
         return path
     try:
-        stat = _blobfile().stat(path)
+        stat = _remote(path, lambda store: store.stat(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such remote file") from None
     key = hashlib.sha256(f"{path}\n{stat.size}\n{stat.mtime}".encode()).hexdigest()[:16]
-    folder = os.environ.get("CM_CACHE_DIR") or os.path.join(Path.home(), ".cache", "consistency-models")
-    target = os.path.join(folder, f"{key}-{path.rstrip('/').rsplit('/', 1)[-1]}")
+    target = os.path.join(cache_folder(), f"{key}-{path.rstrip('/').rsplit('/', 1)[-1]}")
     if not os.path.exists(target):
-        os.makedirs(folder, exist_ok=True)
-        with _locked(f"{target}.lock"):  # the ranks of a node come here together: one of them fetches
+        with locked(target):
             if not os.path.exists(target):
-                with open_file(path, "rb") as source:
+                with reaching(path), open_file(path, "rb") as source:
                     write_atomic(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
     return target
 
 
 @contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Run the body while no other process on this machine holds the lock of this file."""
-    with open(path, "w") as file:
+def locked(target: str | os.PathLike) -> Iterator[None]:
+    """Run the body while no other process on this machine does so for the same target.
+
+    The ranks of a node come to the cache together: one of them fetches.
+    """
+    with open(f"{os.fspath(target)}.lock", "w") as file:
         with suppress(OSError):  # some network file systems have no locks: then each process works for itself
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -130,7 +164,8 @@ def write_atomic(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     writer = content if callable(content) else lambda file: file.write(content)
     path = os.fspath(path)
     if is_remote(path):
-        with _blobfile().BlobFile(path, "wb", streaming=False, partial_writes_on_exc=False) as file:
+        options = {"streaming": False, "partial_writes_on_exc": False}
+        with _remote(path, lambda store: store.BlobFile(path, "wb", **options)) as file:
             writer(file)
         return
     temporary = f"{path}.tmp-{os.getpid()}"
@@ -178,7 +213,58 @@ def _relative(folder: str, root: str) -> str:
     return f"{below}/" if below else ""
 
 
-def _blobfile():
+def be_patient(path: str | os.PathLike) -> None:
+    """From now on, wait for the storage of this path through an outage, also when it has not answered yet."""
+    _answered.add(_storage_of(path))
+
+
+def describe(error: BaseException | None) -> str:
+    """An error of blobfile in one short line: its type and the cause, without the request."""
+    lines = str(error).strip().splitlines() or [""]
+    cause = lines[0].removeprefix("message=").partition(", request=<")[0]
+    return f"{type(error).__name__}: {cause[:200]}"
+
+
+@contextmanager
+def reaching(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever blobfile, urllib3 or an authentication raises in the body becomes Unreachable; local paths: nothing."""
+    try:
+        yield
+    except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise Unreachable(f"{os.fspath(path)} cannot be reached: {describe(error)}") from error
+
+
+def _remote(path: str | os.PathLike, call: Callable[[Any], T]) -> T:
+    """The result of a call of blobfile's functions; Unreachable when the storage does not answer."""
+    storage = _storage_of(path)
+    with reaching(path):
+        result = call(_context(_blobfile(), storage in _answered))
+    _answered.add(storage)
+    return result
+
+
+def _storage_of(path: str | os.PathLike) -> str:
+    """gs://bucket of gs://bucket/folder/file."""
+    return "/".join(os.fspath(path).split("/")[:3])
+
+
+@lru_cache
+def _context(blobfile: ModuleType, patient: bool) -> Any:
+    """blobfile's functions with many or few retries; only the former say that they try again."""
+    if patient:
+        return blobfile.create_context(**_PATIENT, log_callback=_report)
+    return blobfile.create_context(**_QUICK, log_callback=lambda message: None)
+
+
+def _report(message: str) -> None:
+    sys.stderr.write(f"remote storage: {message.splitlines()[0][:200]}\n")
+
+
+def _blobfile() -> ModuleType:
     try:
         import blobfile
     except ImportError as error:

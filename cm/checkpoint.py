@@ -269,8 +269,12 @@ def is_complete(path: Path) -> bool:
 
 def _manifest(path: Path) -> dict[str, dict]:
     """File name -> {"bytes", "sha256"} of a checkpoint directory; Damaged when it is not what we write."""
-    source = path / MANIFEST
-    files = _parse_object(source.read_bytes(), str(source)).get("files")
+    return parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+
+
+def parse_manifest(text: bytes, source: str) -> dict[str, dict]:
+    """File name -> {"bytes", "sha256"} of a manifest's content; Damaged names the source when it is none."""
+    files = _parse_object(text, source).get("files")
     if not isinstance(files, dict) or not files:
         raise Damaged(f"{source} lists no files")
     for name, entry in files.items():

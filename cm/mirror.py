@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from cm import blob
-from cm.checkpoint import MANIFEST, complete_checkpoints, verify_checkpoint
+from cm import blob, remote_runs
+from cm.checkpoint import MANIFEST, complete_checkpoints
 from cm.errors import UserError
 
 T = TypeVar("T")
@@ -26,7 +26,8 @@ class Mirror:
         self.run_dir = Path(run_dir)
 
     def push(self, checkpoint: Path) -> None:
-        """Copy a complete checkpoint and the logs as they are now."""
+        """Copy a complete checkpoint and the logs as they are now; hours of training wait for a slow storage."""
+        blob.be_patient(self.path)
         there = f"{self.path}/checkpoints/{checkpoint.name}"
         names = sorted(file.name for file in checkpoint.iterdir() if file.name != MANIFEST)
         self._make(there)
@@ -43,47 +44,37 @@ class Mirror:
 
     def pull(self) -> Path | None:
         """Bring the newest undamaged checkpoint to a run directory that has none; None when there is none there."""
-        folder = f"{self.path}/checkpoints"
-        if complete_checkpoints(self.run_dir) or not self._guarded(lambda: blob.isdir(folder)):
+        if complete_checkpoints(self.run_dir):
             return None
-        names = [name for name in self._guarded(lambda: blob.list_files(folder)) if name.startswith("step_")]
-        for name in sorted(names, key=lambda name: (len(name), name), reverse=True):
-            if fetched := self._fetch(f"{folder}/{name}", self.run_dir / "checkpoints" / name):
-                return fetched
+        for source in self._guarded(lambda: remote_runs.checkpoint_paths(self.path)):
+            target = self.run_dir / "checkpoints" / source.rsplit("/", 1)[-1]
+            if self._guarded(lambda source=source, target=target: remote_runs.fetch(source, target)):
+                self._pull_logs(target)
+                return target
         return None
 
-    def _fetch(self, source: str, target: Path) -> Path | None:
-        temporary = target.with_name(f".tmp_{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name in self._guarded(lambda: blob.list_files(source)):
-            self._copy(f"{source}/{name}", temporary / name)
+    def _pull_logs(self, checkpoint: Path) -> None:
         try:
-            verify_checkpoint(temporary)
-        except UserError:  # copied half-way
-            return None
-        for name in LOGS:
-            if self._guarded(lambda there=f"{self.path}/{name}": blob.exists(there)):
-                self._copy(f"{self.path}/{name}", self.run_dir / name)
-        os.rename(temporary, target)
-        return target
+            for name in LOGS:
+                if self._guarded(lambda there=f"{self.path}/{name}": blob.exists(there)):
+                    self._copy(f"{self.path}/{name}", self.run_dir / name)
+        except UserError:
+            shutil.rmtree(checkpoint)  # the next start fetches all again
+            raise
 
     def _make(self, folder: str) -> None:
         self._guarded(lambda: blob.makedirs(folder))
 
     def _copy(self, source: str | os.PathLike, target: str | os.PathLike) -> None:
-        def copy() -> None:
-            with blob.open_file(source, "rb") as file:
-                blob.write_atomic(target, lambda out: shutil.copyfileobj(file, out, 1 << 20))
-
-        self._guarded(copy)
+        self._guarded(lambda: remote_runs.copy(source, target))
 
     def _guarded(self, action: Callable[[], T]) -> T:
         """Run an action; blobfile raises errors of its own when a bucket cannot be reached."""
         try:
             return action()
+        except blob.Unreachable as error:
+            raise UserError(f"--mirror {self.path}: {blob.describe(error.__cause__)}") from error
         except UserError:
             raise
         except Exception as error:
-            cause = str(error).strip().splitlines() or [""]
-            raise UserError(f"--mirror {self.path}: {type(error).__name__}: {cause[0][:200]}") from error
+            raise UserError(f"--mirror {self.path}: {blob.describe(error)}") from error

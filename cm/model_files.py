@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from cm import dist_util
+from cm import blob, dist_util, remote_runs
 from cm.blob import is_remote
 from cm.checkpoint import MANIFEST, complete_checkpoints, file_sha256, load_weights, map_tensors
 from cm.errors import UserError
@@ -58,6 +59,10 @@ def _locate(model_path: str, weights: str, flag: str) -> tuple[str, str]:
     """Path of a weights file, and which weights it holds. All ranks must call it."""
     if not model_path:
         raise UserError(f"--{flag} is needed")
+    if is_remote(model_path) and (
+        found := dist_util.on_main(lambda: _remote_weights(model_path, weights, flag))
+    ):
+        return found
     if is_remote(model_path) or os.path.isfile(model_path):
         if weights:
             raise UserError(
@@ -75,6 +80,19 @@ def _locate(model_path: str, weights: str, flag: str) -> tuple[str, str]:
 def _read(path: str, kind: str) -> ModelFile:
     state, meta = load_weights(path)
     return ModelFile(path, kind, state, (meta or {}).get("config"))
+
+
+def _remote_weights(path: str, weights: str, flag: str) -> tuple[str, str] | None:
+    """(path, kind) of the wanted weights of a remote run or checkpoint directory; None when `path` is no folder.
+
+    This node's copy is fetched and compared with the hash that the checkpoint's manifest has.
+    """
+    if not blob.isdir(path):
+        return None
+    checkpoint, files = remote_runs.newest_checkpoint(path, flag)
+    name, kind = choose_weights(files, weights, checkpoint)
+    remote_runs.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
+    return f"{checkpoint}/{name}", kind
 
 
 def _checkpoint_in(directory: Path, flag: str) -> Path:
@@ -96,7 +114,13 @@ def _kind_of(name: str) -> str:
 
 def find_weights(checkpoint: Path, weights: str) -> tuple[Path, str]:
     """(file, kind) of the wanted weights in a checkpoint directory; empty: the slowest average, else raw."""
-    available = {_kind_of(p.name): p for p in sorted(checkpoint.glob("*.pt"))}
+    name, kind = choose_weights((path.name for path in checkpoint.glob("*.pt")), weights, str(checkpoint))
+    return checkpoint / name, kind
+
+
+def choose_weights(names: Iterable[str], weights: str, checkpoint: str) -> tuple[str, str]:
+    """As `find_weights`, among the names of a checkpoint's files."""
+    available = {_kind_of(name): name for name in sorted(names)}
     available.pop("file", None)
     averages = {kind: float(kind[4:]) for kind in available if kind.startswith("ema:")}
     wanted, rate = parse_weights(weights)

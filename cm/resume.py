@@ -4,8 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from cm import dist_util
+from cm import dist_util, remote_runs
 from cm.beats import is_alive, read_beats
+from cm.blob import is_remote
 from cm.checkpoint import (
     Damaged,
     checkpoint_directories,
@@ -101,7 +102,18 @@ def _changes(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str, 
 
 
 def checkpoint_of(path: str) -> Path:
-    """The checkpoint that --resume_checkpoint names: a checkpoint directory, or a run directory's newest."""
+    """The checkpoint that --resume_checkpoint names: a checkpoint directory, or a run directory's newest.
+
+    Of a remote one (gs://, az://), this node's copy. A run that is still training may save in between: all ranks, which
+    must call it, take what rank 0 finds.
+    """
+    if is_remote(path):
+        found = dist_util.on_main(lambda: remote_runs.newest_checkpoint(path, "resume_checkpoint"))
+        return remote_runs.fetch_to_cache(*found, "resume_checkpoint")
+    return dist_util.on_main(lambda: _local_checkpoint(path))
+
+
+def _local_checkpoint(path: str) -> Path:
     found = [Path(path)] if Path(path, "manifest.json").is_file() else complete_checkpoints(path)
     if not found:
         raise UserError(f"--resume_checkpoint {path} holds no complete checkpoint")

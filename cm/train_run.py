@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cm import dist_util, logger
-from cm.blob import write_atomic
+from cm.blob import is_remote, write_atomic
 from cm.checkpoint import check_matching, read_state
 from cm.compiling import can_compile
 from cm.config import CmTrainConfig, EdmTrainConfig
@@ -298,8 +298,8 @@ def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: Tra
 
 def resume_elsewhere(trainer: Trainer, path: str) -> None:
     """Go on from a checkpoint directory, a run directory, or a model file of the original repository."""
-    if os.path.isdir(path):
-        trainer.load(dist_util.on_main(lambda: checkpoint_of(path)))
+    if is_remote(path) or os.path.isdir(path):
+        trainer.load(checkpoint_of(path))
     elif os.path.isfile(path):
         trainer.load_original(path)
     else:

@@ -21,11 +21,17 @@ class FakeBlobfile(types.ModuleType):
 
     def __init__(self):
         super().__init__("blobfile")
-        self.files, self.calls = {}, []
+        self.files, self.calls, self.contexts = {}, [], []
+
+    def create_context(self, **options):
+        """The functions with other retries."""
+        self.contexts.append(options)
+        return self
 
     def BlobFile(self, path, mode="rb", **options):
         self.calls.append((path, mode, options))
         if "r" in mode:
+            self.stat(path)
             return io.BytesIO(self.files[path])
         store = self.files
 
@@ -175,6 +181,43 @@ def test_who_comes_together_fetches_once(remote, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(fetch, range(4))) == [b"12345"] * 4
     assert [call[:2] for call in remote.calls] == [("gs://b/x", "rb")]
+
+
+def test_few_retries_until_a_storage_has_answered(remote, monkeypatch):
+    monkeypatch.setattr(blob, "_answered", set())
+    used = []
+    monkeypatch.setattr(
+        remote, "create_context", lambda **options: used.append(options) or Context(len(used))
+    )
+
+    class Context:
+        def __init__(self, number):
+            self.number = number
+
+        def exists(self, path):
+            calls.append((path, used[self.number - 1]["retry_limit"]))
+            if path.endswith("lost"):
+                raise TimeoutError("message=no route, request=<Request and much more>")
+            return True
+
+    calls = []
+    with pytest.raises(blob.Unreachable, match=r"^gs://b/lost cannot be reached: TimeoutError: no route$"):
+        blob.exists("gs://b/lost")
+    for path in ("gs://b/x", "gs://b/y", "gs://other/x"):
+        blob.exists(path)
+    blob.be_patient("az://account/container/run")
+    blob.exists("az://account/container/x")
+    quick, patient = blob._QUICK["retry_limit"], blob._PATIENT["retry_limit"]
+    assert [limit for _, limit in calls] == [quick, quick, patient, quick, patient]
+    # Three tries without an answer: the line comes in time.
+    assert (quick + 1) * max(blob._QUICK["connect_timeout"], blob._QUICK["read_timeout"]) <= 15
+    assert patient >= 10
+
+
+def test_the_real_blobfile_takes_these_options():
+    blobfile = pytest.importorskip("blobfile")
+    for options in (blob._QUICK, blob._PATIENT):
+        assert hasattr(blobfile.create_context(**options, log_callback=print), "BlobFile")
 
 
 def test_failed_remote_write_leaves_nothing(remote):
