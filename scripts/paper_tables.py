@@ -9,15 +9,11 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
-from cm import dist_util
-from evaluations import figures, paper_tables
-from evaluations.results import load_results
-
 TABLES = {"cifar10": 1, "imagenet64": 2, "lsun_bedroom256": 2, "lsun_cat256": 2}
 
 
-def main() -> None:
-    """Command line."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,7 +21,7 @@ def main() -> None:
     parser.add_argument(
         "--out", default="", help="folder for tables.md and pictures; empty: print the tables only"
     )
-    parser.add_argument("--figure", default="", choices=("", *figures.FIGURES), help="only this figure")
+    parser.add_argument("--figure", default="", help="only this figure, e.g. 3c")
     parser.add_argument(
         "--size", default="cifar10", choices=("cifar10", "digits"), help="size of the figures' runs"
     )
@@ -33,7 +29,14 @@ def main() -> None:
     parser.add_argument(
         "--commands", default="False", choices=("True", "False"), help="print what to type, and exit"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the tables or the commands; with --out write files too."""
+    from evaluations import figures, paper_tables
+    from evaluations.results import load_results
+
     if args.commands == "True":
         print(
             "\n".join(
@@ -61,6 +64,8 @@ def main() -> None:
 
 def table_commands(preset: str) -> list[str]:
     """The commands of every row of Tables 1 and 2, or of one preset's rows."""
+    from evaluations import paper_tables
+
     rows = [row for data, table in TABLES.items() for row in paper_tables.rows_of(table, data)]
     pairs = [(paper_tables.preset_of(row), row["nfe"]) for row in rows]
     chosen = [(name, nfe) for name, nfe in pairs if name and preset in ("", name)]
@@ -70,4 +75,7 @@ def table_commands(preset: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    dist_util.run_main(main)
+    arguments = parse()
+    from cm.dist_util import run_main
+
+    run_main(lambda: main(arguments))

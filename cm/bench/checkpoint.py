@@ -1,21 +1,31 @@
-"""Checkpoints: how long the loop stands still for a save, the whole write, and the load; each beside a step."""
+"""Checkpoints: how long the loop stands still for a save, the write, the load; each beside a step."""
 
 from cm.bench.measure import Timing, timed
 from cm.bench.report import Row
 from cm.bench.runs import Options, description, train_cases, train_config, training
 from cm.checkpoint import complete_checkpoints
 
+ROWS = ("stall", "write", "load", "step_while_writing")
+
 
 def bench_checkpoint(options: Options) -> list[Row]:
-    """Rows for the stall of a background save, the write until it is complete on disk, and the load."""
+    """Rows for the stall of a save, the write until it is complete on disk, the load, and the step after a save.
+
+    `steps` is each as a multiple of an undisturbed step: what saving costs the loop is the stall, and what the step
+    that runs beside the write takes longer.
+    """
     case = train_cases(options)[0]
     config = train_config(options, case)
     with training(config) as trainer:
         device = trainer.device
-        timings = {name: Timing() for name in ("step", "stall", "write", "load")}
+
+        def step() -> None:
+            trainer.run_step(*next(trainer.data))
+
+        timings = {name: Timing() for name in ("step", *ROWS)}
         for k in range(options.warmup + options.repeats):
             with timed(timings["step"], device):
-                trainer.run_step(*next(trainer.data))
+                step()
             with timed(timings["write"], device):
                 with timed(timings["stall"], device):
                     trainer.save()
@@ -23,16 +33,25 @@ def bench_checkpoint(options: Options) -> list[Row]:
             path = complete_checkpoints(trainer.reporting.run_dir)[-1]
             with timed(timings["load"], device):
                 trainer.load(path)
+            trainer.save()
+            with timed(timings["step_while_writing"], device):
+                step()
+            trainer.saver.wait()
             if k == options.warmup - 1:
                 timings = {name: Timing() for name in timings}
         size = sum(file.stat().st_size for file in path.iterdir())
-    step = timings.pop("step")
-    shared = {"step_ms": 1e3 * step.median, "bytes": size}
+    whole = timings.pop("step")
+    background = {"async_save": config.async_save}
     return [
         Row(
             f"checkpoint/{name}",
-            description(config),
-            {**timing.summary(), **shared, "steps": timing.median / step.median},
+            description(config) | background,
+            {
+                **timing.summary(),
+                "step_ms": 1e3 * whole.median,
+                "bytes": size,
+                "steps": timing.median / whole.median,
+            },
         )
         for name, timing in timings.items()
     ]
