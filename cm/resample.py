@@ -57,16 +57,21 @@ class ScheduleSampler(ABC):
 
     def at(self, uniforms: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Positions by inversion of the distribution function at uniforms (B,) in [0, 1), with weights 1 / (T p)."""
-        p = torch.as_tensor(self.weights(), dtype=torch.float64)
-        p = p / p.sum()
-        index = torch.searchsorted(p.cumsum(0), uniforms.cpu().double(), right=True).clamp_max(len(p) - 1)
-        return index.to(device), self.importance(index).to(device)
+        # Tables come to the uniforms, without waiting; the other way round each step would wait for the GPU.
+        uniforms = uniforms.to(device, non_blocking=True)
+        cumulative = self._probabilities().cumsum(0).to(device, non_blocking=True)
+        index = torch.searchsorted(cumulative, uniforms.double(), right=True).clamp_max(len(cumulative) - 1)
+        return index, self.importance(index)
 
     def importance(self, index: Tensor) -> Tensor:
         """1 / (T p(index)), fp32: makes the weighted loss an unbiased estimate of the uniform one."""
+        p = self._probabilities()
+        return (1 / (len(p) * p)).float().to(index.device, non_blocking=True)[index]
+
+    def _probabilities(self) -> Tensor:
+        """p of each position, float64 on the CPU."""
         p = torch.as_tensor(self.weights(), dtype=torch.float64)
-        p = p / p.sum()
-        return (1 / (len(p) * p[index])).float()
+        return p / p.sum()
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
         """See the losses of sampled positions; nothing by default."""
@@ -94,7 +99,10 @@ class LossAwareSampler(ScheduleSampler):
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Gather (positions, losses) of all ranks in rank order, then update; batches may differ in size."""
-        local = (local_ts.tolist(), local_losses.tolist())
+        ts, losses = torch.stack(
+            [local_ts.double(), local_losses.double()]
+        ).tolist()  # one copy from the device
+        local = ([int(t) for t in ts], losses)
         gathered = [local]
         if dist.is_available() and dist.is_initialized():
             gathered = [local] * dist.get_world_size()

@@ -1,19 +1,32 @@
-"""No training step waits for the device between log intervals, but for the one flag that tells bad gradients.
+"""No step of training or sampling waits for the device, but for the one flag that tells bad gradients.
 
 The device `meta` has no values: reading one raises. Blocking copies to it are counted, as they would wait on a GPU.
 """
+
+import types
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from cm.denoiser import Denoiser
+from cm.guidance import NoisyClassifier
 from cm.meters import LossMeter
 from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
-from cm.precond import BoundaryPrecond, ConsistencyPrecond, EDMPrecond, PiecewisePrecond, VEPrecond
-from cm.random_util import StepRandom
-from cm.resample import LogNormalSampler
+from cm.precond import (
+    BoundaryPrecond,
+    ConsistencyPrecond,
+    EDMPrecond,
+    IDDPMPrecond,
+    PiecewisePrecond,
+    VEPrecond,
+    VPPrecond,
+)
+from cm.random_util import DummyGenerator, StepRandom
+from cm.resample import LogNormalSampler, UniformSampler, ve_levels, vp_levels
+from cm.samplers import SAMPLERS, clamped, sampling_grid
 from cm.schedules import EmaAndScales
+from cm.sde import create_sde
 from cm.weightings import get_snr, get_weightings
 from tests.models import tiny_unet
 
@@ -48,10 +61,15 @@ def schedule(scale_mode: str) -> EmaAndScales:
     return EmaAndScales("fixed", 0.5, scale_mode, 8, 8, 9, 9)
 
 
+# What an index sampler asks of a diffusion.
+GRID = types.SimpleNamespace(num_timesteps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 SKIP = ConsistencyPrecond()
 STEPS = {
     "edm": (lambda: EDMObjective(LogNormalSampler(), weight), EDMPrecond()),
     "edm_even": (lambda: EDMObjective(LogNormalSampler(even=True), weight), EDMPrecond()),
+    "edm_index": (lambda: EDMObjective(UniformSampler(GRID), weight), EDMPrecond()),
+    "edm_vp": (lambda: EDMObjective(vp_levels(), weight), VPPrecond()),
+    "edm_ve": (lambda: EDMObjective(ve_levels(0.02, 100.0), weight), VEPrecond()),
     "cd": (lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=True), SKIP),
     "ct": (
         lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=False),
@@ -85,6 +103,40 @@ def test_a_step_copies_nothing_blocking_and_reads_nothing(name):
         terms = objective.forward(roles, x0, draw, 4)
         (terms["loss"] * draw.weight).sum().backward()
         meter.update(terms, draw.t, draw.weight)
+    assert copies.found == []
+
+
+WALKS = {
+    **{name: {} for name in SAMPLERS if name != "rk45"},  # it controls its error on the CPU
+    "heun with churn": {"s_churn": 10.0},
+    "dpm with churn": {"s_churn": 10.0},
+    "general, vp": {"noise_schedule": "vp", "state_scale": "vp", "round_sigma": IDDPMPrecond().round_sigma},
+    "pc, vp": {
+        "sde": create_sde("vp", 0.002, 80.0),
+        "corrector": "annealed_langevin",
+        "predictor": "ancestral",
+    },
+}
+
+
+@pytest.mark.parametrize("precond", [EDMPrecond(), IDDPMPrecond(), SKIP], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("name", WALKS)
+def test_samplers_copy_nothing_blocking_and_read_nothing(name, precond):
+    sampler = name.split(",")[0].split(" ")[0]
+    denoiser = clamped(Denoiser(tiny_unet().to("meta"), precond))
+    x = torch.empty(3, 1, 8, 8, device="meta")
+    sigmas = sampling_grid(4, 0.002, 80.0, 7.0)
+    precond(x.new_empty(1))  # tables of the levels are moved once
+    with BlockingCopies() as copies:
+        sample = SAMPLERS[sampler].sample(denoiser, x, sigmas, DummyGenerator(), **WALKS[name])
+    assert sample.is_meta and copies.found == []
+
+
+def test_a_classifier_guides_without_waiting():
+    classifier = NoisyClassifier(lambda x, c_noise: x.flatten(1)[:, :4], EDMPrecond())
+    x = torch.empty(3, 1, 8, 8, device="meta")
+    with BlockingCopies() as copies:
+        classifier.gradient(torch.zeros(3, dtype=torch.int64, device="meta"))(x, x.new_full((3,), 2.0))
     assert copies.found == []
 
 

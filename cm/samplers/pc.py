@@ -44,17 +44,18 @@ def stay(sde: SDE, z: Tensor, t: Tensor, r: Tensor, score: Tensor) -> tuple[Tens
 def langevin_step(z: Tensor, score: Tensor, noise: Tensor, alpha: Tensor, std: Tensor, snr: float) -> Tensor:
     """Step size 2 alpha (snr |noise| / |score|)^2 (Algorithms 4 and 5), one for each image.
 
-    The published code averages both norms over the batch; taken per image, no sample depends on its neighbours.
+    The published code averages both norms over the batch; taken per image, no sample depends on its neighbours. alpha
+    and std are scalars on the CPU, which a GPU's kernels take without a copy to wait for.
     """
     norms = [v.flatten(1).norm(dim=1) for v in (noise, score)]
-    return append_dims(2 * alpha.to(z) * (snr * norms[0] / norms[1]) ** 2, z.ndim)
+    return append_dims(2 * alpha.to(z.dtype) * (snr * norms[0] / norms[1]) ** 2, z.ndim)
 
 
 def annealed_langevin_step(
     z: Tensor, score: Tensor, noise: Tensor, alpha: Tensor, std: Tensor, snr: float
 ) -> Tensor:
     """Step size 2 alpha (snr std)^2 (Song & Ermon 2019)."""
-    return (2 * alpha * (snr * std) ** 2).to(z)
+    return (2 * alpha * (snr * std) ** 2).to(z.dtype)
 
 
 # --predictor: (sde, z, t, r, score) -> (mean, std) of the state at r
