@@ -182,15 +182,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sync_params(params: Iterable[Tensor], source: int = 0) -> None:
-    """Overwrite tensors (parameters, buffers) by those of one rank, in few large broadcasts."""
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Overwrite tensors (parameters, buffers) by those of rank 0, in few large broadcasts."""
     if get_world_size() == 1:
         return
     for bucket in _buckets(params):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.broadcast(flat.view(torch.uint8), src=source)  # bytes: gloo does not know every type
-        if get_rank() == source:
-            continue
+        dist.broadcast(flat.view(torch.uint8), src=0)  # bytes: gloo does not know every type
         for tensor, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(piece.view(tensor.shape))
 

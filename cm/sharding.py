@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # Tensors travel between ranks in pieces of at most this many bytes, or one by one.
 PIECE_BYTES = dist_util.BUCKET_BYTES
+# Bytes to which a parameter's place is aligned, as torch's allocator of GPU memory does.
+ALIGNMENT = 512
 
 
 def share_out(sizes: Sequence[int], parts: int) -> list[int]:
@@ -31,7 +33,11 @@ def share_out(sizes: Sequence[int], parts: int) -> list[int]:
 
 
 class Partition:
-    """Which rank keeps what belongs to which parameter; unless `sharded`, every rank keeps everything."""
+    """Which rank keeps what belongs to which parameter; unless `sharded`, every rank keeps everything.
+
+    Sharded, the parameters of each part move into one piece of memory, with their strides, so that a part travels
+    without being packed.
+    """
 
     def __init__(self, params: Sequence[Tensor], *, sharded: bool = False):
         self.device = params[0].device if params else torch.device("cpu")
@@ -39,17 +45,25 @@ class Partition:
         self.owners = share_out([p.numel() for p in params], self.parts)
         mine = dist_util.get_rank() if self.parts > 1 else 0
         self.numbers = [i for i, owner in enumerate(self.owners) if owner == mine]
+        self._memory: list[Tensor] = []
+        if self.parts > 1:
+            for part in range(self.parts):
+                theirs = [p for p, owner in zip(params, self.owners, strict=True) if owner == part]
+                self._memory.append(move_together(theirs, self.device))
 
     def mine(self, items: Sequence[T]) -> list[T]:
         """Of one item per parameter, those of this rank's part."""
         return [items[i] for i in self.numbers]
 
-    def spread(self, params: Sequence[Tensor]) -> None:
+    def spread(self) -> None:
         """Give every rank the parameters as their owners have them."""
-        if self.parts > 1:
-            for part in range(self.parts):
-                theirs = [p for p, owner in zip(params, self.owners, strict=True) if owner == part]
-                dist_util.sync_params(theirs, source=part)
+        under_way = [
+            dist.broadcast(memory, src=part, async_op=True)
+            for part, memory in enumerate(self._memory)
+            if len(memory)
+        ]
+        for work in under_way:
+            work.wait()
 
     def collect(self, tensors: dict[K, Tensor]) -> dict[K, Tensor] | None:
         """The tensors of all parts in rank 0's host memory, copied; None on other ranks.
@@ -61,11 +75,25 @@ class Partition:
         return gather_to_main(tensors, self.device)
 
 
+@torch.no_grad()
+def move_together(params: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Move parameters into one new piece of memory, which is returned as bytes; values and layouts stay."""
+    starts = [0]
+    for p in params:
+        starts.append(starts[-1] + -(-p.nbytes // ALIGNMENT) * ALIGNMENT)
+    memory = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
+    for p, start in zip(params, starts[:-1], strict=True):
+        values = memory[start : start + p.nbytes].view(p.dtype)
+        moved = values.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
+        p.data = moved.copy_(p)
+    return memory
+
+
 class ShardedOptimizer:
     """An optimizer of this rank's part of the parameters; every step ends with the exchange of the new weights.
 
-    `make` builds an ordinary optimizer from parameter groups. torch's ZeroRedundancyOptimizer sends each tensor by
-    itself, or moves parameters into flat buffers of its own, where they lose their channels-last layout.
+    `make` builds an ordinary optimizer from parameter groups. torch's ZeroRedundancyOptimizer does as much, but its
+    fast form takes the parameters' channels-last layout away, and its state dict is gathered through pickle.
     """
 
     def __init__(
@@ -74,7 +102,6 @@ class ShardedOptimizer:
         params: list[Tensor],
         partition: Partition,
     ):
-        self.params = params
         self.partition = partition
         # A group, because a bare list must not be empty and there may be more ranks than parameters.
         self.own = make([{"params": partition.mine(params)}])
@@ -92,7 +119,7 @@ class ShardedOptimizer:
     def step(self) -> None:
         """A step on this rank's parameters; then all ranks have all new weights."""
         self.own.step()
-        self.partition.spread(self.params)
+        self.partition.spread()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer | ShardedOptimizer) -> dict:

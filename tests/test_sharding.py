@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cm import checkpoint, dist_util, logger, model_files, sharding, train_state
+from cm.bench.train import state_memory
 from cm.checkpoint import complete_checkpoints
 from cm.cli import parse
 from cm.config import CmTrainConfig, EdmTrainConfig
@@ -15,7 +16,7 @@ from cm.fp16_util import MasterWeights
 from cm.optim import make_optimizer
 from cm.precond import ConsistencyPrecond, EDMPrecond
 from cm.schedules import LearningRate
-from cm.sharding import Partition, ShardedOptimizer, share_out
+from cm.sharding import Partition, ShardedOptimizer, move_together, share_out
 from cm.train_run import run_train
 from cm.trainer import Optimization, Reporting, Trainer
 from tests.models import tiny_unet
@@ -36,8 +37,9 @@ def make_trainer(name, run_dir, sharded, student=None):
     objective, optimizer, precision, more = RUNS[name]
     objective = OBJECTIVES[objective]()
     options = {"learning_rate": LearningRate(1e-3), "ema_rate": "0.9", **more}
+    layout = torch.channels_last if name == "edm" else torch.preserve_format
     return Trainer(
-        student=student or tiny_unet(),
+        student=(student or tiny_unet()).to(memory_format=layout),
         objective=objective,
         data=batches(),
         global_batch_size=GLOBAL_BATCH,
@@ -49,6 +51,7 @@ def make_trainer(name, run_dir, sharded, student=None):
         target=tiny_unet() if objective.needs_target else None,
         teacher=tiny_unet() if objective.needs_teacher else None,
         total_steps=STEPS,
+        channels_last=name == "edm",
     )
 
 
@@ -230,6 +233,17 @@ def test_parts_are_even_and_hold_everything_once():
     assert share_out([5, 7], 4) == [1, 0]
 
 
+def test_parameters_that_move_together_keep_values_and_layouts():
+    given = [*parameters(), torch.randn(3, 2).t(), torch.tensor(2.0), torch.randn(5, 4, 1, 1).bfloat16()]
+    params = [p.clone() for p in given]
+    memory = move_together(params, torch.device("cpu"))
+    assert all(torch.equal(p, q) and p.stride() == q.stride() for p, q in zip(params, given))
+    places = [p.data_ptr() - memory.data_ptr() for p in params]
+    assert places[0] == 0 and all(place % 512 == 0 for place in places) and sorted(set(places)) == places
+    memory.zero_()
+    assert not any(p.any() for p in params)
+
+
 def few_parameters():
     """More ranks than parameters: plain and sharded weights after two steps, the number of own parameters."""
     weights = []
@@ -338,6 +352,22 @@ def test_averages_of_a_gpu_in_host_memory():
     for one, other in zip(a, b):
         for x, y in zip(one, other):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=0)  # a GPU rounds a x + b once
+
+
+def test_state_memory_is_counted_by_kind(tmp_path):
+    trainer = make_trainer("edm", tmp_path, False)
+    trainer.run_step(*next(trainer.data))
+    figures = state_memory(trainer)
+    params = list(trainer.model.parameters())
+    weights, counters = 4 * sum(p.numel() for p in params), 4 * len(params)
+    expected = {
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights + counters,
+        "averages": weights,
+    }
+    assert figures["state_memory_by_kind_mib"] == {k: size / 2**20 for k, size in expected.items()}
+    assert figures["state_memory_mib"] == pytest.approx((5 * weights + counters) / 2**20)
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ COLUMNS = {
     "ratio_to_best_peer": ("time / best peer", "{:.2f}"),
     "share_of_ceiling": ("of ceiling", "{:.0%}"),
     "peak_memory_mib": ("MiB", "{:.4g}"),
+    "state_memory_mib": ("state MiB", "{:.4g}"),
     "largest_gap": ("largest gap", "{:.2%}"),
 }
 

@@ -44,11 +44,24 @@ def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> di
         "images_per_second": images / timing.median,
         "phases_ms": phase_times(trainer, config, options.repeats),
         "peak_memory_mib": peak / 2**20,
+        **state_memory(trainer),
         "flops_per_second": rate,
         "ceiling_flops_per_second": ceiling,
         "share_of_ceiling": rate / ceiling,
     }
     return figures | (communication(trainer, timing, options.repeats) if world > 1 else {})
+
+
+def state_memory(trainer: Trainer) -> dict[str, Any]:
+    """MiB that this rank keeps from step to step on the device that trains, and by kind (on any device)."""
+    held = trainer.state.held()
+    on_device = sum(
+        t.nbytes for tensors in held.values() for t in tensors if t.device.type == trainer.device.type
+    )
+    return {
+        "state_memory_mib": on_device / 2**20,
+        "state_memory_by_kind_mib": {k: sum(t.nbytes for t in held[k]) / 2**20 for k in held},
+    }
 
 
 def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, float]:
@@ -113,6 +126,9 @@ def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any
             trainer.run_step(*next(trainer.data))
 
     runs = {"silent": without, "all-reduce": lambda: torch.distributed.all_reduce(gradients)}
+    sharded = trainer.partition.parts > 1
+    if sharded:
+        runs["new weights"] = trainer.partition.spread
     timings = interleaved(runs, trainer.device, warmup=1, repeats=repeats)
     world = get_world_size()
     exposed = max(step.median - timings["silent"].median, 0.0)
@@ -123,5 +139,6 @@ def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any
             "all_reduce_ms": 1e3 * bare,
             "exposed_ms": 1e3 * exposed,
             "overlap": max(0.0, 1 - exposed / bare),
+            **({"new_weights_ms": 1e3 * timings["new weights"].median} if sharded else {}),
         }
     }
