@@ -296,6 +296,13 @@ def test_tensors_of_all_types_travel_in_pieces(piece):
     assert back == {0.0: [0, 0], (0.0, "b"): [-1, 2**40], 1.0: [1, 1], (1.0, "b"): [-1, 2**40]}
 
 
+def test_pieces_are_bounded_and_in_order(monkeypatch):
+    monkeypatch.setattr(sharding, "PIECE_BYTES", 100)
+    layout = [(i, torch.Size([n]), torch.float32) for i, n in enumerate([10, 15, 1, 100, 25, 5])]
+    pieces = [[key for key, _, _ in piece] for piece in sharding._pieces(layout)]
+    assert pieces == [[0, 1], [2], [3], [4], [5]]
+
+
 def other_buffers():
     """Buffers after the start of training, where ranks began with different ones."""
     student = tiny_unet()
