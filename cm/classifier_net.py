@@ -2,9 +2,7 @@
 
 Shapes: B batch, C channels, L = product of the spatial sizes.
 
-Parameters are named as in the released classifiers. To load those, the attention blocks' kernels need a
-fourth dimension of size 1, and their qkv weights the order of `cm.attention.qkv_legacy_to_new`; the pooling
-layer fits as it is.
+Parameters are named as in the released classifiers; `cm.guided_diffusion` loads those.
 """
 
 import torch

@@ -396,3 +396,20 @@ class GuidanceFlags:
 
     classifier_path: str = flag("", "classifier of noisy images: file or run directory; empty: no guidance")
     classifier_scale: float = flag(1.0, "weight of the classifier's gradient")
+    classifier_width: int = flag(128, "guided-diffusion's classifier: channels of its first level")
+    classifier_depth: int = flag(
+        2, "guided-diffusion's classifier: blocks per level; 4 for 64x64_classifier.pt"
+    )
+    classifier_attention_resolutions: str = flag(
+        "32,16,8", "guided-diffusion's classifier: resolutions with attention"
+    )
+    classifier_pool: str = flag("attention", "guided-diffusion's classifier: pooling", choices=("attention",))
+    classifier_use_scale_shift_norm: bool = flag(
+        True, "guided-diffusion's classifier: its embedding scales and shifts norms"
+    )
+    classifier_resblock_updown: bool = flag(True, "guided-diffusion's classifier: residual blocks resample")
+    classifier_noise_schedule: str = flag(
+        "",
+        "guided-diffusion's classifier: schedule of its times; empty: cosine for 64 pixels, else linear",
+        choices=("", "cosine", "linear"),
+    )

@@ -149,6 +149,18 @@ def iddpm_levels(
     return torch.tensor(u[:0:-1], dtype=torch.float64, device=device)
 
 
+@lru_cache(maxsize=16)
+def ddpm_levels(num_levels: int = 1000, device: torch.device | str = "cpu") -> Tensor:
+    """DDPM's noise levels, decreasing, float64: sigma_t^2 = 1 / abar_t - 1, abar_t the product of 1 - beta_0..t.
+
+    beta grows linearly from 0.1 / M to 20 / M (Ho et al. 2020, section 4, for M = 1000); ADM calls it "linear".
+    The tensor is shared between callers: read only.
+    """
+    beta = torch.linspace(0.1, 20, num_levels, dtype=torch.float64) / num_levels
+    log_abar = torch.log1p(-beta).cumsum(0)
+    return torch.expm1(-log_abar).sqrt().flip(0).to(device)
+
+
 def nearest_level(levels: Tensor, sigma: Tensor) -> Tensor:
     """Index of the entry of `levels`, decreasing, that is nearest to sigma, int64 like sigma."""
     midpoints = (levels[1:] + levels[:-1]).flip(0) / 2

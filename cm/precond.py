@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.noise_schedules import VPSchedule, iddpm_levels, nearest_level
+from cm.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels, nearest_level
 
 
 class Coefficients(NamedTuple):
@@ -160,6 +160,14 @@ class IDDPMPrecond(Precond):
 
     def _levels(self, sigma: Tensor) -> Tensor:
         return iddpm_levels(self.num_levels, self.c1, self.c2, sigma.device)
+
+
+@dataclass(frozen=True)
+class DDPMPrecond(IDDPMPrecond):
+    """The same on the levels of DDPM's linear schedule: c_noise is the discrete time, 0 for the least noise."""
+
+    def _levels(self, sigma: Tensor) -> Tensor:
+        return ddpm_levels(self.num_levels, sigma.device)
 
 
 def _predicts_noise(sigma: Tensor, c_noise: Tensor) -> Coefficients:

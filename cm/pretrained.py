@@ -1,7 +1,7 @@
 """A trained model ready for use: found, identified, loaded strictly, and put under its preconditioning."""
 
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -12,8 +12,10 @@ from cm.denoiser import Denoiser
 from cm.derived import channels_last, inherit, is_consistency, precision
 from cm.errors import UserError
 from cm.factory import choose_device, create_network, create_precond
+from cm.flags import GuidanceFlags
 from cm.fp16_util import torso_dtype
 from cm.guidance import NoisyClassifier
+from cm.guided_diffusion import is_classifier, released_classifier
 from cm.legacy import identify
 from cm.model_files import ModelFile, load_model_file
 
@@ -53,28 +55,43 @@ class TrainedClassifier:
 
 
 def load_classifier(
-    path: str, *, image_size: int, channels: int, num_classes: int, device: torch.device
+    flags: GuidanceFlags, *, image_size: int, channels: int, num_classes: int, device: torch.device
 ) -> TrainedClassifier:
     """The classifier of --classifier_path, in eval mode; UserError where it does not fit the images or the classes.
 
     num_classes: those of the model that is guided; 0 for an unconditional one, which takes any.
     """
+    path = flags.classifier_path
     file = load_model_file(path, flag="classifier_path")
-    stored = file.config or {}
+    if file.config is None and is_classifier(file.state):
+        model, classes = released_classifier(file.state, flags, image_size=image_size, source=path)
+        found = {"image_size": image_size, "in_channels": 3, "num_classes": classes}
+    else:
+        model, found = _own_classifier(file, flags)
+    for name, wanted in (("image_size", image_size), ("in_channels", channels), ("num_classes", num_classes)):
+        if wanted and found[name] != wanted:
+            raise UserError(f"--classifier_path {path} has --{name} {found[name]}, the model {wanted}")
+    network = model.net.to(device).eval().requires_grad_(False)
+    return TrainedClassifier(replace(model, net=network), file, found["num_classes"])
+
+
+def _own_classifier(file: ModelFile, flags: GuidanceFlags) -> tuple[NoisyClassifier, dict[str, Any]]:
+    """A classifier of classifier_train and its stored configuration."""
+    path, stored = flags.classifier_path, file.config or {}
     if stored.get("training_mode") != "classifier":
         trained = f"was trained by {stored['training_mode']}" if "training_mode" in stored else "does not say"
         raise UserError(f"--classifier_path {path} is no classifier of classifier_train: it {trained}")
-    for name, wanted in (("image_size", image_size), ("in_channels", channels), ("num_classes", num_classes)):
-        if wanted and stored[name] != wanted:
-            raise UserError(f"--classifier_path {path} has --{name} {stored[name]}, the model {wanted}")
-    flags = flags_of(ClassifierConfig)
-    config = ClassifierConfig(**{name: value for name, value in stored.items() if name in flags})
+    for name, field in flags_of(GuidanceFlags).items():
+        if name not in ("classifier_path", "classifier_scale") and getattr(flags, name) != field.default:
+            raise UserError(
+                f"--{name} is for classifiers of guided-diffusion; --classifier_path {path} describes itself"
+            )
+    known = flags_of(ClassifierConfig)
+    config = ClassifierConfig(**{name: value for name, value in stored.items() if name in known})
     network = create_network(config)
     check_matching(network, file.state, f"--classifier_path {file.path}")
     network.load_state_dict(file.state)
-    network = network.to(device).eval().requires_grad_(False)
-    classifier = NoisyClassifier(network, create_precond(config, consistency=False))
-    return TrainedClassifier(classifier, file, config.num_classes)
+    return NoisyClassifier(network, create_precond(config, consistency=False)), stored
 
 
 def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:

@@ -129,7 +129,7 @@ def load_guide(model: Pretrained[SampleConfig]) -> TrainedClassifier | None:
     if not c.classifier_path:
         return None
     return load_classifier(
-        c.classifier_path,
+        c,
         image_size=c.image_size,
         channels=c.in_channels or 3,
         num_classes=c.num_classes if c.class_cond else 0,

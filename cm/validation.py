@@ -22,7 +22,7 @@ from cm.config import (
     flags_of,
 )
 from cm.errors import UserError
-from cm.flags import CONTINUOUS_MODES
+from cm.flags import CONTINUOUS_MODES, GuidanceFlags
 
 # How small a number may be; every flag that is not named here may be anything of its type.
 MINIMUM: dict[str, float] = {
@@ -86,6 +86,8 @@ MINIMUM: dict[str, float] = {
     "corrector_steps": 0,
     "snr": 0,
     "classifier_scale": 0,
+    "classifier_width": 1,
+    "classifier_depth": 1,
 }
 BELOW_ONE = ("dropout", "teacher_dropout", "beta1", "beta2")
 POSITIVE = ("sigma_min", "sigma_data", "startup_timeout", "step_timeout", "solver_alpha", "tolerance")
@@ -314,8 +316,9 @@ def _check_solver(config: SampleConfig) -> None:
         changed = getattr(config, name) != flags_of(SampleConfig)[name].default
         if changed and "sampler" in config.explicit and config.sampler not in samplers:
             raise UserError(f"--{name} is for --sampler {' or '.join(samplers)}, not for {config.sampler}")
-    if config.classifier_scale != 1 and not config.classifier_path:
-        raise UserError(f"--classifier_scale {config.classifier_scale} needs --classifier_path")
+    for name, field in flags_of(GuidanceFlags).items():
+        if getattr(config, name) != field.default and not config.classifier_path:
+            raise UserError(f"--{name} {getattr(config, name)} needs --classifier_path")
     if config.solver_order > 2 or config.solver_alpha > 1:
         raise UserError(
             "--solver_order must be 1 or 2 and --solver_alpha in (0, 1], "

@@ -107,7 +107,13 @@ ADDED = {
         *["weights", "classes", "sigmas", "overwrite", "grid_images", "grid_columns"],
         *["time_steps", "noise_schedule", "state_scale", "solver_order", "solver_alpha"],
         *["sde", "predictor", "corrector", "corrector_steps", "snr", "tolerance"],
-        *["classifier_path", "classifier_scale"],
+        *["classifier_path", "classifier_scale", "classifier_width", "classifier_depth", "classifier_pool"],
+        *[
+            "classifier_attention_resolutions",
+            "classifier_use_scale_shift_norm",
+            "classifier_resblock_updown",
+        ],
+        "classifier_noise_schedule",
     ],
     "ternary_search": [
         *RUN,

@@ -240,7 +240,7 @@ def test_a_classifier_trains_and_guides(classifier, teachers, data_dir, tmp_path
 def test_classifiers_that_do_not_fit(classifier, teachers, data_dir, tmp_path):
     def load(**changes):
         wanted = {"image_size": 8, "channels": 1, "num_classes": 0, "device": torch.device("cpu"), **changes}
-        return lambda: load_classifier(classifier, **wanted)
+        return lambda: load_classifier(SampleConfig(classifier_path=classifier), **wanted)
 
     assert load(num_classes=2)().num_classes == 2
     refuses("--classifier_path .* has --image_size 8, the model 16", load(image_size=16))
@@ -249,7 +249,11 @@ def test_classifiers_that_do_not_fit(classifier, teachers, data_dir, tmp_path):
     refuses(
         "--classifier_path .* is no classifier",
         lambda: load_classifier(
-            teachers("edm"), image_size=8, channels=1, num_classes=0, device=torch.device("cpu")
+            SampleConfig(classifier_path=teachers("edm")),
+            image_size=8,
+            channels=1,
+            num_classes=0,
+            device=torch.device("cpu"),
         ),
     )
     refuses("is a classifier, which draws no images", lambda: sample(classifier, tmp_path / "s"))

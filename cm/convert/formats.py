@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from cm import presets
-from cm.attention import qkv_legacy_to_new
 from cm.checkpoint import load_weights, save_weights
 from cm.config import MODES, ModelFlags, flags_of
 from cm.convert import diffusers, edm_layout, edm_pickle, jax_cifar
@@ -20,7 +19,8 @@ from cm.convert.layout import Config, State, check_fits
 from cm.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
 from cm.derived import is_consistency
 from cm.errors import UserError
-from cm.legacy import HEAD_CHANNELS, identify
+from cm.guided_diffusion import guided_to_ours
+from cm.legacy import identify
 from cm.model_files import load_model_file
 
 OBJECTIVES = ("edm", *MODES)
@@ -95,22 +95,8 @@ def _identified(state: State, config: Config | None, source: Source) -> tuple[St
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if edm_layout.is_edm(bare):
         return edm_layout.from_edm(bare, source.path)
-    state = _guided_to_ours(state, source.qkv_order)
+    state = guided_to_ours(state, source.qkv_order)
     return state, identify(state, source.path, source.image_size)
-
-
-def _guided_to_ours(state: State, order: str) -> State:
-    """guided-diffusion's attention, with kernels of one dimension, as ours; other state dicts as they are."""
-    converted = {}
-    for name, tensor in state.items():
-        kernel = name.endswith(("qkv.weight", "proj_out.weight")) and tensor.ndim == 3
-        if kernel or name.endswith("qkv.bias"):
-            one_dimensional = state[name.replace(".bias", ".weight")].ndim == 3
-            if ".qkv." in name and one_dimensional and order == "legacy":
-                tensor = qkv_legacy_to_new(tensor, len(tensor) // (3 * HEAD_CHANNELS))
-            tensor = tensor[..., None] if kernel else tensor
-        converted[name] = tensor
-    return converted
 
 
 def _read_edm(source: Source) -> tuple[State, Config]:
