@@ -13,8 +13,8 @@ SOURCES = sorted(p for d in ("cm", "evaluations", "scripts") for p in (ROOT / d)
 LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
-        "errors", "cores", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne", "lpips", "distances",
-        "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "alpha_sigma", "sde",
+        "errors", "cores", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne",
+        "lpips", "distances", "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules", "alpha_sigma", "sde",
     },
     # networks
     {"unet", "networks", "denoiser", "classifier_net"},
