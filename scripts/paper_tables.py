@@ -38,11 +38,8 @@ def main(args: argparse.Namespace) -> None:
     from evaluations.results import load_results
 
     if args.commands == "True":
-        print(
-            "\n".join(
-                figures.commands(args.figure, args.size) if args.figure else table_commands(args.preset)
-            )
-        )
+        lines = figures.commands(args.figure, args.size) if args.figure else table_commands(args.preset)
+        print("\n".join(lines))
         return
     measurements = load_results(args.results) if args.results else []
     out = Path(args.out) if args.out else None
