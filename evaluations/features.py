@@ -54,7 +54,7 @@ class InceptionFeatures:
     classes = 0  # its 1008 outputs are not the classes of a data set
 
     def __init__(self, location: str, device: torch.device, sha256: str = ""):
-        net, self.file_sha256 = load_inception(location, sha256=sha256, channels_last=device.type == "cuda")
+        net, self.file_sha256 = load_inception(location, sha256=sha256, channels_last=True)
         self.sha256 = tensors_sha256(net.state_dict())
         self.net = net.to(device)
         self.device = device

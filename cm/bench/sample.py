@@ -5,6 +5,7 @@ import torch
 from cm.bench.editing import edit_cost
 from cm.bench.flops import network_cost
 from cm.bench.measure import Timing, interleaved, peak_memory, product_ceiling
+from cm.bench.noise import noise_rows
 from cm.bench.report import Row
 from cm.bench.runs import Options, description, random_model, sample_config
 from cm.config import SampleConfig
@@ -24,9 +25,18 @@ TINY_CASES = {
 
 
 def bench_sample(options: Options) -> list[Row]:
-    """A row per sampler of --preset tiny, or one for another preset. The images become uint8 on the host."""
-    cases = (options.cases or tuple(TINY_CASES)) if options.preset == "tiny" else (options.preset,)
-    return [sample_row(case, sample_config(options, TINY_CASES.get(case, ())), options) for case in cases]
+    """A row per sampler of --preset tiny, or one for another preset; and rows of the noise, which is case "noise".
+
+    The images become uint8 on the host.
+    """
+    samplers = tuple(TINY_CASES) if options.preset == "tiny" else (options.preset,)
+    rows = []
+    for case in options.chosen((*samplers, "noise")):
+        if case == "noise":
+            rows += noise_rows(options)
+        else:
+            rows.append(sample_row(case, sample_config(options, TINY_CASES.get(case, ())), options))
+    return rows
 
 
 def sample_row(case: str, config: SampleConfig, options: Options) -> Row:
