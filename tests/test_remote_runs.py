@@ -1,13 +1,14 @@
 """Runs in a bucket as models, teachers and starting points; no network, a stand-in for blobfile."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cm import blob, logger
+from cm import blob, dist_util, logger
 from cm import checkpoint as ck
 from cm.bench.torture import compare
 from cm.cli import parse
@@ -18,6 +19,7 @@ from cm.remote_runs import checkpoint_paths, fetch, newest_checkpoint
 from cm.resume import checkpoint_of
 from cm.sample_run import run_image_sample
 from cm.train_run import run_train
+from tests.mp import run_ranks
 from tests.test_blob import FakeBlobfile
 
 RUN = "gs://bucket/run"
@@ -42,10 +44,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def bucket(trained, tmp_path, monkeypatch):
     """A bucket with the run, and an empty cache in `tmp_path/cache`."""
-    fake = FakeBlobfile()
-    for path in (trained / "run").rglob("*"):
-        if path.is_file():
-            fake.files[f"{RUN}/{path.relative_to(trained / 'run')}"] = path.read_bytes()
+    fake = bucket_of(trained / "run")
     monkeypatch.setitem(sys.modules, "blobfile", fake)
     monkeypatch.setattr(blob, "_answered", set())
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
@@ -187,6 +186,37 @@ def test_a_teacher_and_a_sampled_model_may_lie_in_a_bucket(trained, bucket, tmp_
     compare(tmp_path / "far", tmp_path / "near")
     samples = [np.load(next(tmp_path.glob(f"out-{name}/*.npz")))["arr_0"] for name in ("far", "near")]
     assert np.array_equal(*samples)
+
+
+def bucket_of(run: str) -> FakeBlobfile:
+    """A bucket with the files of a local run."""
+    fake = FakeBlobfile()
+    for path in Path(run).rglob("*"):
+        if path.is_file():
+            fake.files[f"{RUN}/{path.relative_to(run)}"] = path.read_bytes()
+    return fake
+
+
+def found_by_rank(run: str, cache: str) -> tuple[str, str, str]:
+    """(weights file, its hash, copied checkpoint) as this rank sees them.
+
+    Rank 0 looks before the manifest of the newest checkpoint is there.
+    """
+    fake = bucket_of(run)
+    if dist_util.get_rank() == 0:
+        del fake.files[f"{RUN}/checkpoints/step_000002/manifest.json"]
+    sys.modules["blobfile"] = fake
+    os.environ["CM_CACHE_DIR"] = cache
+    file = load_model_file(RUN)
+    return file.path, file.sha256, str(checkpoint_of(RUN))
+
+
+def test_all_ranks_take_what_rank_0_finds(trained, tmp_path):
+    first, second = run_ranks(
+        "tests.test_remote_runs:found_by_rank", 2, str(trained / "run"), str(tmp_path / "cache"), timeout=120
+    )
+    assert first[:2] == second[:2] and first[0].endswith("step_000001/ema_0.9_000001.pt")
+    assert first[2] == second[2] and first[2].endswith("-step_000001")
 
 
 def test_what_cannot_be_reached_is_one_line(bucket, monkeypatch):
