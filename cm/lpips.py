@@ -165,16 +165,21 @@ def _weights_folder(path: str) -> Path:
 
 
 def _build(folder: Path, average_pool: bool) -> nn.Module:
-    """piq's LPIPS, reduction "none", from the files in `folder`; frozen, in evaluation mode, fp32, on the CPU.
+    """piq's LPIPS, reduction "none", from the files in `folder`; frozen, in evaluation mode, fp32, on the CPU."""
+    return assemble(_vgg_features(folder / VGG_FILE), _linear_weights(folder / LINEAR_FILE), average_pool)
 
-    Assembled from piq's base class, because its LPIPS class downloads without asking and builds the whole
-    of VGG16 including the classifier.
+
+def assemble(features: nn.Sequential, weights: list[Tensor], average_pool: bool) -> nn.Module:
+    """piq's LPIPS of VGG16's convolutions and the weights of their differences.
+
+    Made from piq's base class, because its LPIPS class downloads without asking and builds the whole of VGG16
+    including the classifier.
     """
     perceptual = import_piq().perceptual
     network = perceptual.ContentLoss(
-        feature_extractor=_vgg_features(folder / VGG_FILE),
+        feature_extractor=features,
         layers=list(FEATURES),
-        weights=_linear_weights(folder / LINEAR_FILE),
+        weights=weights,
         replace_pooling=average_pool,
         reduction="none",
         normalize_features=True,
@@ -183,12 +188,18 @@ def _build(folder: Path, average_pool: bool) -> nn.Module:
     return network.eval()
 
 
-def _vgg_features(path: Path) -> nn.Sequential:
-    """VGG16's convolutions up to the last features that LPIPS compares."""
+def meta_vgg() -> nn.Sequential:
+    """VGG16's convolutions up to the last features that LPIPS compares, frozen, on the meta device."""
+    import_piq()  # which knows how to import torchvision
     from torchvision.models import vgg16
 
     with torch.device("meta"):
-        features = vgg16(weights=None).features[: int(list(FEATURES)[-1]) + 1]
+        return vgg16(weights=None).features[: int(list(FEATURES)[-1]) + 1].requires_grad_(False)
+
+
+def _vgg_features(path: Path) -> nn.Sequential:
+    """VGG16's convolutions with the weights of a file."""
+    features = meta_vgg()
     state = _read(path)
     state = state if isinstance(state, dict) else {}
     tensors = {}

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cm.config import CmTrainConfig, Config
@@ -20,6 +18,7 @@ from cm.derived import precision, training_mode
 from cm.factory import create_network
 from cm.fp16_util import torso_dtype
 from cm.lpips import NATIVE_SIZE
+from cm.plan.trace import fused_attention
 
 # Channels of VGG16's convolutions up to the last features that LPIPS compares; a new row after each pooling
 VGG16 = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
@@ -63,15 +62,6 @@ def count(run: Callable[[], object], *, grad: bool = False) -> int:
     return counter.get_total_flops()
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention by a fused kernel, whose L x L matrices are never kept; the meta device would choose another."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
-
-
 def kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes of the distinct tensors that autograd keeps from a forward pass with fused attention, parameters apart."""
     own = {p.untyped_storage()._cdata for p in net.parameters()}
@@ -83,7 +73,7 @@ def kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
             storages[storage._cdata] = storage  # held, so that no address is used twice
         return tensor
 
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = run()
     del result
     return sum(storage.nbytes() for storage in storages.values())
