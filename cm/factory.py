@@ -167,6 +167,7 @@ def _continuous(config: CmTrainConfig, distillation: bool) -> Objective:
         grid=_grid(config),
         distillation=distillation,
         stop_grad=config.stop_grad,
+        clock=config.clock,
     )
 
 

@@ -331,6 +331,12 @@ class ConsistencyFlags:
     stop_grad: bool = flag(
         True, "continuous: hold the derivative along the trajectory constant; False: distillation only"
     )
+    clock: str = flag(
+        "t",
+        "continuous: the derivative is by the noise level, as in the released models, or by the position on the grid, "
+        "the limit of the discrete losses",
+        choices=("t", "grid"),
+    )
     ode_solver: str = flag("heun", "one-step solver of consistency distillation", choices=("heun", "euler"))
     lpips_path: str = flag("", "folder with LPIPS weights; empty: torch's hub cache", result=False)
     lpips_size: int = flag(224, "side to which LPIPS enlarges images below 256; 0: never", unit="pixels")

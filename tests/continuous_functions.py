@@ -50,12 +50,6 @@ def feature_distance(a, b):
     return (features(a) - features(b)).square().mean(1)
 
 
-def grid_speed(t):
-    """|dt/du| of the grid function t = sigma(u): 1 / (tau^-1)'(t) of the theorems."""
-    root = 1 / GRID.rho
-    return GRID.rho * (GRID.sigma_max**root - GRID.sigma_min**root) * t ** (1 - root)
-
-
 def teacher():
     return Denoiser(Function(DATA.denoise), free)
 

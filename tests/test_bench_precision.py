@@ -20,7 +20,7 @@ def test_overlay_compares_windows():
 
 def test_half_precision_meets_the_same_draws():
     options = Options(device="cpu", cases=("edm",), flags=("--batch_size", "2"))
-    rows = bench_precision(options, steps=2)
+    rows = bench_precision(options, steps=8)
     assert [row.name for row in rows] == ["precision/edm/fp16", "precision/edm/bf16"]
     for row in rows:
         assert 0 < row.figures["largest_gap"] < 0.02 < row.figures["gap_of_other_draws"]

@@ -99,7 +99,16 @@ ADDED = {
         *RUN,
         *MODEL,
         *TRAIN,
-        *["init", "mu_formula", "stop_grad", "ode_solver", "lpips_path", "lpips_size", "lpips_precision"],
+        *[
+            "init",
+            "mu_formula",
+            "stop_grad",
+            "clock",
+            "ode_solver",
+            "lpips_path",
+            "lpips_size",
+            "lpips_precision",
+        ],
     ],
     "image_sample": [
         *RUN,

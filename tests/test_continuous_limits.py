@@ -8,9 +8,7 @@ from cm.distances import make_distance
 from cm.objectives import Roles
 from cm.objectives.base import Draw
 from cm.objectives.consistency import consistency_losses, pair_at
-from cm.objectives.continuous import (
-    continuous_losses,
-)
+from cm.objectives.continuous import ContinuousObjective, continuous_losses
 from cm.rules import FLAT_NORMS
 from tests.analytic import free, ones
 from tests.continuous_functions import (
@@ -21,7 +19,6 @@ from tests.continuous_functions import (
     at_levels,
     feature_distance,
     gradient,
-    grid_speed,
     pairs,
     teacher,
 )
@@ -80,7 +77,7 @@ def test_theorem_3_squared_losses(distance):
     """(N-1)^2 L_CD -> E[tau'(u)^2 v^T G v] / 2, with gradients through both factors."""
     network = Smooth()
     with torch.no_grad():
-        limit = continuous(network, "lpips", distance, lambda t: grid_speed(t) ** 2 / 2, stop_grad=False)
+        limit = continuous(network, "lpips", distance, lambda t: GRID.speed(t) ** 2 / 2, stop_grad=False)
         check_first_order([(n - 1) ** 2 * discrete(n, network, distance) for n in POINTS], limit)
 
 
@@ -89,7 +86,7 @@ def test_theorem_4_norms(norm):
     """(N-1) L_CD -> E[tau'(u) |v|] for l1, and for the largest number likewise."""
     network = Smooth()
     with torch.no_grad():
-        limit = continuous(network, norm, None, grid_speed, stop_grad=False)
+        limit = continuous(network, norm, None, GRID.speed, stop_grad=False)
         check_first_order([(n - 1) * discrete(n, network, make_distance(norm)) for n in POINTS], limit)
 
 
@@ -102,7 +99,7 @@ def test_theorem_4_norms(norm):
 def test_theorems_5_and_6_gradients(norm, distance, factor, distillation):
     """(N-1) grad L -> grad E[tau'(u) f G v], v and G held constant; for distillation and for training."""
     network = Smooth()
-    loss = continuous(network, norm, distance, lambda t: factor * grid_speed(t), True, distillation)
+    loss = continuous(network, norm, distance, lambda t: factor * GRID.speed(t), True, distillation)
     limit = gradient(loss, network)
     scaled = [(n - 1) * gradient(discrete(n, network, distance, distillation), network) for n in POINTS]
     check_first_order(scaled, limit)
@@ -118,6 +115,30 @@ def test_the_value_of_the_pseudo_loss_is_that_of_theorem_3():
         torch.testing.assert_close(
             squared, continuous(Smooth(), "l2-32", make_distance("l2"), ones, False) * DIM / 2
         )
+
+
+def test_speed_is_the_slope_of_the_grid():
+    u = (torch.arange(9).double() + 0.5) / 9
+    step = 1e-5
+    slope = (levels(u + step) - levels(u - step)) / (2 * step)
+    torch.testing.assert_close(GRID.speed(levels(u)), -slope, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("norm", "stop_grad", "order"),
+    [("l2", True, 1), ("l2", False, 1), ("l2-32", True, 1), ("l2-32", False, 2)],
+)
+def test_the_clock_of_the_grid_makes_the_derivative_longer(norm, stop_grad, order):
+    """v dt/du instead of v: once in a norm and in a pseudo-loss, twice in v^T G v."""
+    x0, draw = at_levels(levels(torch.tensor([0.1, 0.5, 0.9]).double()))
+    roles = Roles(Denoiser(Smooth(), free), teacher=teacher())
+    by_t, by_grid = (
+        ContinuousObjective(
+            norm, make_distance("l2"), ones, grid=GRID, distillation=True, stop_grad=stop_grad, clock=clock
+        ).forward(roles, x0, draw, 0)["loss"]
+        for clock in ("t", "grid")
+    )
+    torch.testing.assert_close(by_grid, by_t * GRID.speed(draw.t) ** order)
 
 
 def test_training_has_the_gradient_of_distillation_in_expectation():

@@ -34,6 +34,11 @@ class Grid:
         """fp32 noise levels at the (possibly fractional) positions 0..intervals."""
         return karras_sigma(position / intervals, self.sigma_min, self.sigma_max, self.rho).float()
 
+    def speed(self, sigma: Tensor) -> Tensor:
+        """|d sigma / du| at noise levels sigma, for u from 0 to 1 along the grid: 1 / (tau^-1)'(t) of the paper."""
+        root = 1 / self.rho
+        return self.rho * (self.sigma_max**root - self.sigma_min**root) * sigma ** (1 - root)
+
 
 def euler_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """One Euler step of the PF-ODE dx/dt = (x - D(x; t)) / t from t to r (Song et al. 2023, Eq. 6)."""

@@ -150,11 +150,24 @@ def _bare(net: nn.Module) -> nn.Module:
     return net.module if isinstance(net, DistributedDataParallel) else net
 
 
+def _order(norm: str, stop_grad: bool) -> int:
+    """How often v is a factor of the loss whose gradient is taken."""
+    return 2 if not stop_grad and LOSSES[norm] is _quadratic else 1
+
+
+def _times_speed(weight: Weight, grid: Grid, order: int) -> Weight:
+    """The weight of losses with v per unit of t that makes them losses with v per unit of the grid's u."""
+    return lambda t: weight(t) * grid.speed(t) ** order
+
+
 class ContinuousObjective(Objective):
     """Consistency distillation (with a teacher) or training (without) in the limit of infinitely many grid points.
 
     norm is a key of DIRECTIONS (with stop_grad) or LOSSES; distance is the function it names, of which l1, l2 and linf
     make no use. Noise levels have the density of Karras's grid.
+
+    clock: what v is the derivative by. "t": the noise level, as in the released models. "grid": the position u on
+    Karras's grid, so that v is longer by dt/du; the limit of the discrete losses (Theorems 3 to 6).
     """
 
     def __init__(
@@ -166,11 +179,12 @@ class ContinuousObjective(Objective):
         grid: Grid,
         distillation: bool,
         stop_grad: bool = True,
+        clock: str = "t",
     ):
         check_continuous(loss_norm=norm, distillation=distillation, stop_grad=stop_grad)
         self.norm = norm
         self.distance = distance
-        self.weight = weight
+        self.weight = weight if clock == "t" else _times_speed(weight, grid, _order(norm, stop_grad))
         self.grid = grid
         self.needs_teacher = distillation
         self.stop_grad = stop_grad
