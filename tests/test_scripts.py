@@ -282,7 +282,8 @@ def test_unlabelled_data(tmp_path):
     for i in range(8):
         Image.new("L", (8, 8), i).save(images / f"{i}.png")
     refuses("class_cond", lambda: train(EdmTrainConfig, str(images), tmp_path / "o", []))
-    refuses("empty|no images", lambda: train(EdmTrainConfig, str(tmp_path / "o"), tmp_path / "p", []))
+    (tmp_path / "empty").mkdir()
+    refuses("empty|no images", lambda: train(EdmTrainConfig, str(tmp_path / "empty"), tmp_path / "o", []))
 
 
 def test_out_dir_that_is_a_file(data_dir, tmp_path):
