@@ -91,7 +91,9 @@ DEVICES: dict[str, Device] = {device.name: device for device in _TABLE}
 # Of a CPU, relative to its measured matrix products: bytes that memory moves per FLOP. MEASURED on one core of an
 # x86 server; see docs/planning.md.
 CPU_BALANCE = 0.1
-CPU_LAUNCH = 5e-6
+CPU_LAUNCH = (
+    4e-5  # what Python, dispatch and autograd take per operation, fitted to a step of 464 small ones [s]
+)
 
 
 def cpu(ceiling: float) -> Device:
