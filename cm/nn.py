@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import SiLU
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -23,6 +24,7 @@ __all__ = [
     "conv_nd",
     "linear",
     "mean_flat",
+    "modulated_norm",
     "normalization",
     "scale_module",
     "timestep_embedding",
@@ -51,7 +53,26 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        rows = x.to(dtype)
+        if _has_tangent(rows):
+            rows = rows.contiguous()  # torch's forward-mode derivative knows no other layout
+        return F.group_norm(rows, self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether x takes part in forward-mode differentiation; compiled code never does."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def modulated_norm(norm: GroupNorm32, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift for x (B, C, *spatial), scale and shift (B, C)."""
+    if x.device.type == "cpu" and x.dtype == norm.weight.dtype and x.is_contiguous():
+        # Every image brings its own weight and bias: as channels of one image, they cost no pass of their own.
+        weight = torch.addcmul(norm.weight, norm.weight, scale).flatten()
+        bias = torch.addcmul(norm.bias + shift, norm.bias, scale).flatten()
+        rows = x.reshape(1, -1, *x.shape[2:])
+        return F.group_norm(rows, len(x) * norm.num_groups, weight, bias, norm.eps).reshape(x.shape)
+    return torch.addcmul(append_dims(shift, x.ndim), norm(x), append_dims(1 + scale, x.ndim))
 
 
 def normalization(channels: int) -> GroupNorm32:

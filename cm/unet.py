@@ -16,10 +16,12 @@ from torch import Tensor
 from cm.attention import AttentionBlock
 from cm.nn import (
     SiLU,
+    append_dims,
     avg_pool_nd,
     checkpoint,
     conv_nd,
     linear,
+    modulated_norm,
     normalization,
     timestep_embedding,
     zero_module,
@@ -156,13 +158,10 @@ class ResBlock(TimestepBlock):
         norm, activation, conv = self.in_layers
         h = conv(self.resample(activation(norm(x))))
         emb_out = self.emb_layers(emb).to(h.dtype)
-        emb_out = emb_out.reshape(*emb_out.shape, *[1] * (h.ndim - 2))
         if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
-            h = self.out_layers[1:](h)
+            h = self.out_layers[1:](modulated_norm(self.out_layers[0], h, *emb_out.chunk(2, dim=1)))
         else:
-            h = self.out_layers(h + emb_out)
+            h = self.out_layers(h + append_dims(emb_out, h.ndim))
         return h.add_(self.skip_connection(self.resample(x)))  # h is nobody else's: no new tensor
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.attention import qkv_attention
+from cm.attention import channel_mix, pointwise, qkv_attention
 from cm.networks.layers import (
     DownConv,
     FourierEmbedding,
@@ -78,19 +78,20 @@ class SongBlock(nn.Module):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        # In place where a result is nobody else's: no new tensors.
         h = self.conv0(F.silu(self.norm0(x)))
-        h = h + self.affine(emb).to(h.dtype)[:, :, None, None]
+        h = h.add_(self.affine(emb).to(h.dtype)[:, :, None, None])
         h = self.drop(F.silu(self.norm1(h)))
-        x = (self.skip(x) + self.conv1(h)) * SKIP_SCALE
-        return (x + self._attend(x)) * SKIP_SCALE if self.attention else x
+        x = self.conv1(h).add_(self.skip(x)).mul_(SKIP_SCALE)
+        return (x + self._attend(x)).mul_(SKIP_SCALE) if self.attention else x
 
     def _attend(self, x: Tensor) -> Tensor:
         # The weights hold rows as (channel, {q, k, v}). Reordering them, not the features, is nearly free.
         weight = self.qkv.weight.flatten(1).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
         bias = self.qkv.bias.unflatten(0, (-1, 3)).transpose(0, 1).flatten()
         tokens = self.norm2(x).flatten(2).transpose(1, 2)  # (B, R * R, C)
-        tokens = qkv_attention(F.linear(tokens, weight, bias), num_heads=1)
-        return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias).transpose(1, 2).reshape(x.shape)
+        tokens = qkv_attention(channel_mix(tokens, weight, bias), num_heads=1)
+        return pointwise(self.proj, tokens).transpose(1, 2).reshape(x.shape)
 
 
 def _conv(
@@ -292,7 +293,7 @@ class SongUNet(nn.Module):
         skips: list[Tensor] = []
         for layer in self.enc.values():
             if isinstance(layer, PyramidConv):
-                h = pyramid = skips[-1] = (h + layer(pyramid)) * SKIP_SCALE
+                h = pyramid = skips[-1] = layer(pyramid).add_(h).mul_(SKIP_SCALE)
             else:
                 h = layer(h, emb) if isinstance(layer, SongBlock) else layer(h)
                 skips.append(h)
