@@ -61,7 +61,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     arguments = parse()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler, which counts memory, is silent
+    # torch's profiler, which counts memory, is silent: levels above all that it knows
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from cm.dist_util import run_main
 
     run_main(lambda: main(*arguments))

@@ -69,7 +69,7 @@ def bench_data(options: Options, count: int = COUNT) -> list[Row]:
             "store64": Case(small_store, small, "its store", BAR_READY),
             "jpeg_store64": Case(photo_store, photos, once, BAR_PHOTOS),
         }
-        chosen = options.cases or tuple(cases)
+        chosen = options.chosen(cases)
         return [data_row(name, cases[name], count, options) for name in chosen]
 
 

@@ -1,7 +1,9 @@
-"""The U-Net against its peers with the same weights: forward and training step at three sizes, in turns.
+"""Networks alone: the U-Net and its peers with the same weights, forward and training step at three sizes, in turns.
 
 Peers: diffusers' UNet2DModel, where that package is installed, and `plain`: the same network in torch's default memory
 format under a loop that calls torch.optim.RAdam, as one writes it without thinking of speed.
+
+Of the score-SDE networks for CIFAR-10, which have no peer, the part of the time that is not convolution.
 """
 
 import copy
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from cm.bench.flops import count
 from cm.bench.measure import Timing, interleaved, peak_memory, product_ceiling
+from cm.bench.operators import COUNTED, time_shares
 from cm.bench.report import Row
 from cm.bench.runs import Options, randomized
 from cm.config import SampleConfig
@@ -61,43 +64,97 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
-
+# Score-SDE networks: case and --network
+SCORE_SDE = ("ncsnpp", "ddpmpp")
+SCORE_SDE_BATCH = 4
+CIFAR10 = {
+    "image_size": 32,
+    "num_channels": 128,
+    "channel_mult": "2,2,2",
+    "num_res_blocks": 4,
+    "attention_resolutions": "16",
+}
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def bench_network(options: Options) -> list[Row]:
-    """Two rows per size: the forward pass without gradients, and a step with loss, backward and optimizer."""
+    """Two rows per case: the forward pass without gradients, and a step with loss, backward and optimizer."""
     rows = []
-    for case in options.cases or SIZES:
-        batch, flags = SIZES[case]
-        config = SampleConfig(**flags, use_scale_shift_norm=True, resblock_updown=True, in_channels=3)
-        device = choose_device(options.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        contestants = make_contestants(config, device)
-        x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
-        times = 100 * torch.randn(batch, device=device)
-        forward, step = forwards(contestants, x, times), steps(contestants, x, times)
-        ceiling = product_ceiling(device, torch.float32)
-        with torch.device("meta"):
-            net = create_network(config)
-        flops = count(partial(net, x.to("meta"), times.to("meta")))
-        for kind, runs, work in (("forward", forward, flops), ("step", step, 3 * flops)):
-            timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
-            peaks = {name: peak_memory(run, device) for name, run in runs.items()}
-            figures = compared(timings, peaks, batch)
-            figures["share_of_ceiling"] = work / timings["cm"].undisturbed(device) / ceiling
-            rows.append(Row(f"network/{case}/{kind}", {"batch": batch, **flags}, figures))
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    for case in options.chosen((*SIZES, *SCORE_SDE)):
+        rows += (
+            score_sde_rows(case, options, device) if case in SCORE_SDE else size_rows(case, options, device)
+        )
     return rows
+
+
+def size_rows(case: str, options: Options, device: torch.device) -> list[Row]:
+    """The U-Net of one size and its peers."""
+    batch, flags = SIZES[case]
+    config = SampleConfig(**flags, use_scale_shift_norm=True, resblock_updown=True, in_channels=3)
+    contestants = make_contestants(config, device)
+    inputs = make_inputs(config, batch, device)
+    ceiling, flops = product_ceiling(device, torch.float32), forward_flops(config, *inputs)
+    rows = []
+    for kind, make, work in (("forward", forwards, flops), ("step", steps, 3 * flops)):
+        runs = make(contestants, *inputs)
+        timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
+        peaks = {name: peak_memory(run, device) for name, run in runs.items()}
+        figures = compared(timings, peaks, batch)
+        figures["share_of_ceiling"] = work / timings["cm"].undisturbed(device) / ceiling
+        rows.append(Row(f"network/{case}/{kind}", {"batch": batch, **flags}, figures))
+    return rows
+
+
+def score_sde_rows(case: str, options: Options, device: torch.device) -> list[Row]:
+    """NCSN++ or DDPM++ alone: time, memory, and the share of time that is not convolution."""
+    batch = SCORE_SDE_BATCH
+    config = SampleConfig(network=case, in_channels=3, **CIFAR10)
+    net = in_our_format(randomized(create_network(config)).to(device), config, device)
+    inputs = make_inputs(config, batch, device)
+    ceiling, flops = product_ceiling(device, torch.float32), forward_flops(config, *inputs)
+    rows = []
+    for kind, make, work in (("forward", forwards, flops), ("step", steps, 3 * flops)):
+        run = make({"cm": (net, net)}, *inputs)["cm"]
+        timing = interleaved({"cm": run}, device, warmup=options.warmup, repeats=options.repeats)["cm"]
+        figures = {
+            **timing.summary(),
+            "images_per_second": batch / timing.median,
+            "peak_memory_mib": peak_memory(run, device) / 2**20,
+            "share_of_ceiling": work / timing.undisturbed(device) / ceiling,
+            **time_shares(run, device),
+        }
+        rows.append(
+            Row(f"network/{case}/{kind}", {"batch": batch, **CIFAR10, "convolution": COUNTED}, figures)
+        )
+    return rows
+
+
+def make_inputs(config: SampleConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images (batch, 3, R, R) and times (batch,)."""
+    x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+    return x, 100 * torch.randn(batch, device=device)
+
+
+def forward_flops(config: SampleConfig, x: Tensor, times: Tensor) -> int:
+    """Operations of a forward pass of the whole batch."""
+    with torch.device("meta"):
+        net = create_network(config)
+    return count(partial(net, x.to("meta"), times.to("meta")))
+
+
+def in_our_format(net: nn.Module, config: SampleConfig, device: torch.device) -> nn.Module:
+    """The network in the memory format that --channels_last auto gives it."""
+    return net.to(memory_format=torch.channels_last) if channels_last(config, device.type) else net
 
 
 def make_contestants(config: SampleConfig, device: torch.device) -> dict[str, tuple[nn.Module, Network]]:
     """name -> (module, its call) with equal weights: cm, plain, and diffusers where it is installed."""
     plain = randomized(create_network(config)).to(device)
-    cm = copy.deepcopy(plain)
-    if channels_last(config, device.type):
-        cm = cm.to(memory_format=torch.channels_last)
+    cm = in_our_format(copy.deepcopy(plain), config, device)
     found: dict[str, tuple[nn.Module, Network]] = {"cm": (cm, cm), "plain": (plain, plain)}
     with suppress(ImportError):
         from diffusers import UNet2DModel

@@ -1,7 +1,7 @@
 """What the benchmarks run: real training loops and samplers on synthetic images and random weights."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +20,7 @@ from cm.data import open_dataset
 from cm.denoiser import Denoiser
 from cm.derived import channels_last, is_consistency, precision
 from cm.dist_util import get_world_size
+from cm.errors import UserError
 from cm.factory import choose_device, create_network, create_precond
 from cm.fp16_util import torso_dtype
 from cm.lpips import FEATURES, LINEAR_FILE, VGG_FILE
@@ -29,12 +30,16 @@ from cm.trainer import Trainer
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
 
+CONTINUOUS = ("--loss_norm", "l2", "--stop_grad", "True")
 # Objectives of the preset "tiny": case -> (configuration, its flags)
 TINY_CASES: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {
     "edm": (EdmTrainConfig, ()),
     "cd": (CmTrainConfig, ()),
     "ct": (CmTrainConfig, ("--training_mode", "consistency_training")),
     "pd": (CmTrainConfig, ("--training_mode", "progdist", "--scale_mode", "progdist")),
+    "cd_euler": (CmTrainConfig, ("--ode_solver", "euler")),
+    "cont_cd": (CmTrainConfig, ("--training_mode", "continuous_distillation", *CONTINUOUS)),
+    "cont_ct": (CmTrainConfig, ("--training_mode", "continuous_training", *CONTINUOUS)),
     "cd_lpips": (CmTrainConfig, ("--loss_norm", "lpips", "--lpips_size", "32")),
 }
 # A benchmark neither saves nor draws, and logs when it is asked to.
@@ -57,10 +62,17 @@ class Options:
     repeats: int = 7
     flags: tuple[str, ...] = ()
 
+    def chosen(self, known: Iterable[str]) -> list[str]:
+        """The cases to measure, all known ones if none was named; UserError for an unknown one."""
+        known = list(known)
+        if unknown := [case for case in self.cases if case not in known]:
+            raise UserError(f"--case {' '.join(unknown)}: choose from {', '.join(known)}")
+        return list(self.cases) or known
+
 
 def train_cases(options: Options) -> list[str]:
     """The objectives to measure: all for "tiny", a preset's own otherwise."""
-    return list(options.cases or TINY_CASES) if options.preset == "tiny" else [options.preset]
+    return options.chosen(TINY_CASES if options.preset == "tiny" else [options.preset])
 
 
 def train_config(options: Options, case: str) -> TrainConfig:

@@ -36,9 +36,9 @@ def bench_startup(options: Options) -> list[Row]:
         data = write_images(folder, train_config(Options(device="cpu"), "edm"))
         script = ("scripts/edm_train.py", *ONE_STEP, "--device", "cpu", "--data_dir", data)
         programs = {**PROGRAMS, "first_step": ((*script, "--out_dir"), "cm")}
-        if options.cases:
-            wanted = {*options.cases, *(programs[name][1] for name in options.cases)} - {""}
-            programs = {name: program for name, program in programs.items() if name in wanted}
+        chosen = options.chosen(programs)
+        wanted = {*chosen, *(programs[name][1] for name in chosen)}
+        programs = {name: program for name, program in programs.items() if name in wanted}
         timings = {name: Timing() for name in programs}
         for k in range(-1, options.repeats):
             for name, (arguments, _) in programs.items():

@@ -39,10 +39,12 @@ def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> di
     images = trainer.global_batch_size
     rate = step_cost(config, network_cost(config)).total * images / world / timing.undisturbed(device)
     ceiling = product_ceiling(device, torso_dtype(precision(config)))
+    phases = phase_times(trainer, config, options.repeats)
     figures = {
         **timing.summary(),
         "images_per_second": images / timing.median,
-        "phases_ms": phase_times(trainer, config, options.repeats),
+        "phases_ms": phases,
+        "overhead_share": overhead_share(phases),
         "peak_memory_mib": peak / 2**20,
         **state_memory(trainer),
         "flops_per_second": rate,
