@@ -3,9 +3,9 @@
 python scripts/benchmark.py WHAT [--preset P|tiny] [--case NAME ...] [--device auto] [--out FILE.json] [FLAGS]
 python scripts/benchmark.py --compare BEFORE.json AFTER.json
 
-WHAT: train, sample, edit, eval, data, checkpoint, startup, network, precision. Flags that are not listed here are passed on to
-the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under mpiexec or torchrun,
-train also measures communication.
+WHAT: train, sample, edit, eval, data, checkpoint, startup, network, precision. Flags that are not listed here are
+passed on to the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under mpiexec or
+torchrun, train also measures communication.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from cm.bench.flops import network_cost, step_cost
 from cm.bench.measure import PhaseClock, Timing, interleaved, peak_memory, product_ceiling
@@ -103,12 +104,24 @@ def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, 
     return {name: round(1e3 * value, 4) for name, value in medians.items()}
 
 
+class TimedNetwork(nn.Module):
+    """A network whose calls are timed as a phase."""
+
+    def __init__(self, net: nn.Module, phase: str, clock: PhaseClock):
+        super().__init__()
+        self.net = net
+        self.timed = clock.wrap(phase, net)
+
+    def forward(self, *inputs: Tensor, **cond: Tensor) -> Tensor:
+        return self.timed(*inputs, **cond)
+
+
 def timed_roles(roles: Roles, clock: PhaseClock) -> Roles:
     """The roles with their networks on the clock."""
     denoisers = {name: getattr(roles, name) for name in ("student", "target", "teacher")}
     return replace(
         roles,
-        **{n: d and replace(d, net=clock.wrap(n, d.net)) for n, d in denoisers.items()},
+        **{n: d and replace(d, net=TimedNetwork(d.net, n, clock)) for n, d in denoisers.items()},
     )
 
 
