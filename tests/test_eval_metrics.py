@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations import bench
 from evaluations import precision_recall as pr
 from evaluations.fid import FeatureStatistics, FrechetReference, bootstrap_distance, frechet_distance
 from evaluations.inception_score import inception_score
@@ -263,16 +262,3 @@ def test_kid_is_unbiased_and_seeded():
     assert kernel_distance(x, y + 2, subsets=5, subset_size=100)[0] > 10 * std
     with pytest.raises(ValueError, match="at least 2"):
         kernel_distance(x[:1], y)
-
-
-# --- bars, by hand on a quiet machine --------------------------------------------------------------
-
-
-@pytest.mark.perf
-def test_frechet_is_four_times_faster_than_a_matrix_square_root():
-    assert bench.bench_frechet()["speedup"] >= 4
-
-
-@pytest.mark.perf
-def test_precision_recall_is_within_twice_its_matrix_products():
-    assert bench.bench_precision_recall()["ratio"] <= 2
