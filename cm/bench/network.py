@@ -1,7 +1,7 @@
 """Networks alone: the U-Net and its peers with the same weights, forward and training step at three sizes, in turns.
 
 Peers: diffusers' UNet2DModel, where that package is installed, and `plain`: the same network in torch's default memory
-format under a loop that calls torch.optim.RAdam, as one writes it without thinking of speed.
+format, with its blocks and its loop (torch.optim.RAdam) as one writes them without thinking of speed.
 
 Of the score-SDE networks for CIFAR-10, which have no peer, the part of the time that is not convolution.
 """
@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm.attention import AttentionBlock
 from cm.bench.flops import count
 from cm.bench.measure import Timing, interleaved, peak_memory, product_ceiling
 from cm.bench.operators import COUNTED, time_shares
@@ -25,8 +27,9 @@ from cm.convert.diffusers import to_diffusers, unet_config
 from cm.derived import channels_last
 from cm.factory import choose_device, create_network
 from cm.memory import keep_freed_memory
-from cm.nn import mean_flat
+from cm.nn import append_dims, mean_flat
 from cm.optim import make_optimizer
+from cm.unet import ResBlock
 
 # case -> (batch, flags of the network)
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -98,13 +101,17 @@ def size_rows(case: str, options: Options, device: torch.device) -> list[Row]:
     contestants = make_contestants(config, device)
     inputs = make_inputs(config, batch, device)
     ceiling, flops = product_ceiling(device, torch.float32), forward_flops(config, *inputs)
+    runs = {"forward": forwards(contestants, *inputs), "step": steps(contestants, *inputs)}
+    # All times before the first peak, so that the profiler that counts memory can change none of them.
+    timings = {
+        kind: interleaved(calls, device, warmup=options.warmup, repeats=options.repeats)
+        for kind, calls in runs.items()
+    }
     rows = []
-    for kind, make, work in (("forward", forwards, flops), ("step", steps, 3 * flops)):
-        runs = make(contestants, *inputs)
-        timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
-        peaks = {name: peak_memory(run, device) for name, run in runs.items()}
-        figures = compared(timings, peaks, batch)
-        figures["share_of_ceiling"] = work / timings["cm"].undisturbed(device) / ceiling
+    for kind, work in (("forward", flops), ("step", 3 * flops)):
+        peaks = {name: peak_memory(run, device) for name, run in runs[kind].items()}
+        figures = compared(timings[kind], peaks, batch)
+        figures["share_of_ceiling"] = work / timings[kind]["cm"].undisturbed(device) / ceiling
         rows.append(Row(f"network/{case}/{kind}", {"batch": batch, **flags}, figures))
     return rows
 
@@ -133,6 +140,37 @@ def score_sde_rows(case: str, options: Options, device: torch.device) -> list[Ro
     return rows
 
 
+class PlainResBlock(ResBlock):
+    """The residual block operation by operation."""
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
+        scale, shift = append_dims(self.emb_layers(emb), x.ndim).chunk(2, dim=1)
+        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        return self.skip_connection(self.resample(x)) + h
+
+
+class PlainAttentionBlock(AttentionBlock):
+    """The attention block with convolutions on the feature map."""
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.num_heads, -1)).flatten(4)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # (B, H, L, D)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        return x + self.proj_out(attended.reshape(x.shape))
+
+
+PLAIN = {ResBlock: PlainResBlock, AttentionBlock: PlainAttentionBlock}
+
+
+def make_plain(net: nn.Module) -> nn.Module:
+    """The network with plain blocks, in place."""
+    for module in net.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return net
+
+
 def make_inputs(config: SampleConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random images (batch, 3, R, R) and times (batch,)."""
     x = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
@@ -153,8 +191,9 @@ def in_our_format(net: nn.Module, config: SampleConfig, device: torch.device) ->
 
 def make_contestants(config: SampleConfig, device: torch.device) -> dict[str, tuple[nn.Module, Network]]:
     """name -> (module, its call) with equal weights: cm, plain, and diffusers where it is installed."""
-    plain = randomized(create_network(config)).to(device)
-    cm = in_our_format(copy.deepcopy(plain), config, device)
+    cm = randomized(create_network(config)).to(device)
+    plain = make_plain(copy.deepcopy(cm))
+    cm = in_our_format(cm, config, device)
     found: dict[str, tuple[nn.Module, Network]] = {"cm": (cm, cm), "plain": (plain, plain)}
     with suppress(ImportError):
         from diffusers import UNet2DModel
