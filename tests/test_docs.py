@@ -12,7 +12,7 @@ import pytest
 
 from cm import dist_util
 from cm.cli import parse_config
-from cm.config import SCRIPTS
+from cm.config import SCRIPTS, CmTrainConfig, SampleConfig
 from cm.validation import require_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ class Parsed(Exception):
 
 
 def parse_only(program: str, argv: list[str], monkeypatch) -> None:
-    """Run a program until it has read its command line; SystemExit when it refuses it."""
+    """Run a program until it has read its command line; SystemExit or UserError when it refuses it."""
     parse = argparse.ArgumentParser.parse_known_args
 
     def stop(self, args=None, namespace=None):
@@ -55,7 +55,13 @@ def parse_only(program: str, argv: list[str], monkeypatch) -> None:
             self.error(f"unrecognized arguments: {unknown}")
         raise Parsed
 
+    def stop_before_passing_on(self, args=None, namespace=None):
+        _, passed_on = parse(self, args, namespace)
+        check_passed_on(passed_on)
+        raise Parsed
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_before_passing_on)
     monkeypatch.setattr(dist_util, "run_main", lambda main: main())  # it would report Parsed as a crash
     monkeypatch.setattr(sys, "argv", [program, *argv])
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -64,6 +70,12 @@ def parse_only(program: str, argv: list[str], monkeypatch) -> None:
             runpy.run_module(program, run_name="__main__")
         else:
             runpy.run_path(str(ROOT / "scripts" / f"{program}.py"), run_name="__main__")
+
+
+def check_passed_on(flags: list[str]) -> None:
+    """Flags that a benchmark or a plan hands to the configuration belong to one that they know."""
+    known = {name for c in (CmTrainConfig, SampleConfig) for name in c.__dataclass_fields__}
+    assert {flag.removeprefix("--") for flag in flags if flag.startswith("--")} <= known
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests have imported the program
