@@ -10,12 +10,13 @@ from cm.bench import network
 from cm.bench.measure import PhaseClock, interleaved, peak_memory
 from cm.bench.operators import is_filter, time_shares
 from cm.bench.report import Report, Row, compare, environment, load_report
-from cm.bench.runs import TINY_CASES, Options, train_cases, train_config
+from cm.bench.runs import TINY_CASES, Options, train_cases, train_config, training
 from cm.bench.suites import SUITES
 from cm.bench.train import bench_train, overhead_share
 from cm.derived import training_mode
 from cm.errors import UserError
 from evaluations.bench import bench_eval
+from tests.mp import run_ranks
 
 CPU = torch.device("cpu")
 TIMES = {"median_ms", "q25_ms", "q75_ms", "cpu_ms", "repeats"}
@@ -132,6 +133,23 @@ def test_contestants_agree():
 def test_unknown_cases_are_refused(suite):
     with pytest.raises(UserError, match="--case nosuch: choose from"):
         {**SUITES, "eval": bench_eval}[suite](once("nosuch"))
+
+
+def two_ranks():
+    with training(train_config(once("edm"), "edm")) as trainer:
+        (row,) = bench_train(once("edm"))
+        return sum(p.numel() for p in trainer.model.parameters()), row
+
+
+@pytest.mark.mpi
+def test_communication_of_two_ranks():
+    """A ring of two: each sends half of its gradients to be summed, and half of the sums."""
+    for parameters, row in run_ranks("tests.test_bench:two_ranks", 2):
+        found = row.figures["communication"]
+        assert found["bytes_per_rank"] == 4 * parameters
+        assert found["all_reduce_ms"] > 0
+        assert 0 <= found["overlap"] <= 1
+    assert "train/edm: each rank sends" in Report([row]).table().splitlines()[-1]
 
 
 def test_report_files(tmp_path):

@@ -43,6 +43,17 @@ class Row:
             f["spread_ms"] = f"{f['q25_ms']:.4g}-{f['q75_ms']:.4g}"
         return [self.name, *(form.format(f[key]) if key in f else "" for key, (_, form) in COLUMNS.items())]
 
+    def notes(self) -> list[str]:
+        """What has no column: communication between ranks."""
+        c = self.figures.get("communication")
+        if not c:
+            return []
+        sent, bare, exposed = c["bytes_per_rank"] / 2**20, c["all_reduce_ms"], c["exposed_ms"]
+        return [
+            f"{self.name}: each rank sends {sent:.4g} MiB of gradients per step; all-reduce alone {bare:.4g} ms, "
+            f"{exposed:.4g} ms of it seen in the step, {c['overlap']:.0%} hidden behind the backward pass"
+        ]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -55,7 +66,8 @@ class Report:
         """Markdown table, a row each."""
         lines = [["what", *(heading for heading, _ in COLUMNS.values())]]
         lines += [["---"] * len(lines[0]), *(row.cells() for row in self.rows)]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        notes = [note for row in self.rows for note in row.notes()]
+        return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + notes)
 
     def save(self, path: str) -> None:
         """Write the JSON file."""

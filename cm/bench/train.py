@@ -134,13 +134,19 @@ def overhead_share(phases_ms: dict[str, float]) -> float:
 
 def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any]:
     """Bytes that a rank sends per step, the time of the bare all-reduce, and the part of it that the step shows."""
-    gradients = torch.zeros(sum(p.numel() for p in trainer.model.parameters()), device=trainer.device)
+    gradients = [torch.zeros_like(p) for p in trainer.model.parameters()]
+    dtypes = {g.dtype for g in gradients}
+    flat = [torch.cat([g.flatten() for g in gradients if g.dtype == dtype]) for dtype in dtypes]
 
     def without() -> None:
         with trainer.ddp_model.no_sync():
             trainer.run_step(*next(trainer.data))
 
-    runs = {"silent": without, "all-reduce": lambda: torch.distributed.all_reduce(gradients)}
+    def exchange() -> None:
+        for values in flat:
+            torch.distributed.all_reduce(values)
+
+    runs = {"silent": without, "all-reduce": exchange}
     sharded = trainer.partition.parts > 1
     if sharded:
         runs["new weights"] = trainer.partition.spread
@@ -150,7 +156,7 @@ def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any
     bare = timings["all-reduce"].median
     return {
         "communication": {
-            "bytes_per_rank": 2 * (world - 1) * gradients.nbytes // world,
+            "bytes_per_rank": 2 * (world - 1) * sum(values.nbytes for values in flat) // world,
             "all_reduce_ms": 1e3 * bare,
             "exposed_ms": 1e3 * exposed,
             "overlap": max(0.0, 1 - exposed / bare),
