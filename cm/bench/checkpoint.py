@@ -4,6 +4,8 @@ from cm.bench.measure import Timing, timed
 from cm.bench.report import Row
 from cm.bench.runs import Options, description, train_cases, train_config, training
 from cm.checkpoint import complete_checkpoints
+from cm.dist_util import get_world_size
+from cm.errors import UserError
 
 ROWS = ("stall", "write", "load", "step_while_writing")
 
@@ -14,6 +16,8 @@ def bench_checkpoint(options: Options) -> list[Row]:
     `steps` is each as a multiple of an undisturbed step: what saving costs the loop is the stall, and what the step
     that runs beside the write takes longer.
     """
+    if get_world_size() > 1:
+        raise UserError("benchmark checkpoint: start it as one process; ranks have no folder in common here")
     case = train_cases(options)[0]
     config = train_config(options, case)
     with training(config) as trainer:
