@@ -7,22 +7,11 @@ The released weights hold queries, keys and values as (three, head, channel); th
 and a conversion of the weights for the other.
 """
 
-from contextlib import AbstractContextManager
-
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm.nn import checkpoint, conv_nd, normalization, zero_module
-
-
-def forward_ad_attention() -> AbstractContextManager:
-    """A context in which attention has forward-mode derivatives (torch.func.jvp).
-
-    The fused kernels have none; inside, softmax attention is made of elementary operations.
-    """
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:

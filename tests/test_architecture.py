@@ -14,7 +14,7 @@ LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
         "errors", "cores", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne",
-        "lpips", "distances", "augment", "attention", "dist_util", "launch", "blob", "memory", "noise_schedules",
+        "lpips", "distances", "augment", "attention", "forward_mode", "dist_util", "launch", "blob", "memory", "noise_schedules",
         "alpha_sigma", "sde",
     },
     # networks

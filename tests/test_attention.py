@@ -6,11 +6,11 @@ from torch.testing import assert_close
 
 from cm.attention import (
     AttentionBlock,
-    forward_ad_attention,
     qkv_attention,
     qkv_legacy_to_new,
     qkv_new_to_legacy,
 )
+from cm.forward_mode import forward_mode
 from tests import golden_data
 from tests.models import golden_model
 
@@ -112,7 +112,7 @@ def test_forward_derivative_equals_finite_differences():
     torch.manual_seed(0)
     block = filled(AttentionBlock(32, num_heads=2)).double()
     x, direction = torch.randn(2, 1, 32, 3, 3, dtype=torch.float64)
-    with forward_ad_attention():
+    with forward_mode():
         _, tangent = torch.func.jvp(block, (x,), (direction,))
     difference = (block(x + 1e-5 * direction) - block(x - 1e-5 * direction)) / 2e-5
     assert_close(tangent, difference, rtol=1e-6, atol=1e-8)

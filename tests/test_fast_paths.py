@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cm.attention import AttentionBlock, channel_mix, forward_ad_attention, pointwise
+from cm.attention import AttentionBlock, channel_mix, pointwise
 from cm.bench.runs import randomized
 from cm.config import SampleConfig
 from cm.factory import create_network
+from cm.forward_mode import forward_mode
 from cm.networks.song_unet import SKIP_SCALE, SongBlock
 from cm.nn import append_dims, conv_nd, modulated_norm, normalization
 
@@ -114,7 +115,7 @@ def test_sums_in_place_of_the_score_sde_block(resample):
     before = x.clone()
     torch.testing.assert_close(block(x, emb), plain(x))
     assert torch.equal(x, before)
-    with forward_ad_attention():
+    with forward_mode():
         found, expected = (
             torch.func.jvp(f, (x,), (torch.ones_like(x),))[1] for f in (lambda v: block(v, emb), plain)
         )
@@ -133,6 +134,6 @@ def test_forward_mode_of_channels_last_networks(network):
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         net, image, slope = (v.to(memory_format=layout) for v in (net, x, direction))
-        with forward_ad_attention():
+        with forward_mode():
             found.append(torch.func.jvp(net, (image, times), (slope, times)))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cm.attention import forward_ad_attention
+from cm.forward_mode import forward_mode
 from cm.networks.layers import (
     DownConv,
     FourierEmbedding,
@@ -257,7 +257,7 @@ def test_forward_mode_derivative_equals_a_finite_difference(variant):
     net = narrow(variant)
     x, c_noise = batch()
     dx, dt = torch.randn_like(x), torch.randn_like(c_noise)
-    with forward_ad_attention():
+    with forward_mode():
         out, tangent = torch.func.jvp(net, (x, c_noise), (dx, dt))
     step = 1e-5
     difference = (net(x + step * dx, c_noise + step * dt) - net(x - step * dx, c_noise - step * dt)) / (

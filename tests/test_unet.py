@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.testing import assert_close
 
-from cm.attention import forward_ad_attention
+from cm.forward_mode import forward_mode
 from cm.networks.build import Architecture, build_network
 from cm.nn import GroupNorm32
 from cm.unet import Downsample, ResBlock, TimestepEmbedSequential, UNetModel, Upsample
@@ -210,7 +210,7 @@ def test_forward_derivative_in_image_and_time_equals_finite_differences(use_chec
     torch.manual_seed(1)
     x, dx = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64)
     t, dt = torch.tensor([[10.0, 700.0], [1.0, -1.0]], dtype=torch.float64)
-    with forward_ad_attention():
+    with forward_mode():
         out, tangent = torch.func.jvp(model, (x, t), (dx, dt))
     assert out.dtype == torch.float64
     step = 1e-5

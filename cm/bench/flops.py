@@ -117,9 +117,13 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     distance = 0
     if isinstance(config, CmTrainConfig) and config.loss_norm.startswith("lpips"):
         distance = 3 * lpips_forward(config.image_size, config.lpips_size)
+    passes, backwards = 1, 1
+    if mode.startswith("continuous"):
+        # Forward mode is two passes, f and its tangent; then a plain one, or the way back through both.
+        passes, backwards = (3, 1) if config.stop_grad else (2, 2)
     return StepCost(
-        student=network.forward,
-        backward=network.backward,
+        student=passes * network.forward,
+        backward=backwards * network.backward,
         target=network.forward if consistency else 0,
         teacher=TEACHER_CALLS.get(solver, 0) * network.forward,
         distance=distance,

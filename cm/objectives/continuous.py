@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cm.attention import forward_ad_attention
 from cm.denoiser import Denoiser
 from cm.errors import UserError
+from cm.forward_mode import forward_mode
 from cm.lpips import Lpips
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
@@ -71,7 +71,7 @@ def total_derivative(
     """
     bare = Denoiser(_bare(denoiser.net), denoiser.precond)
     try:
-        with forward_ad_attention():
+        with forward_mode():
             # Along ln t, where the clock c_noise moves at a constant speed. Along t it runs at up to 125,000, too fast
             # for fp16.
             f, slope = torch.func.jvp(lambda x, s: bare(x, s, **cond), (x_t, t), (t_slope, t))

@@ -140,7 +140,7 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
 def fused_attention() -> Iterator[None]:
     """Attention by a fused kernel, as devices have it; the meta device would choose another. For one thread only.
 
-    Elementary where that is asked for (cm.attention.forward_ad_attention).
+    Elementary where that is asked for (cm.forward_mode).
     """
     original = F.scaled_dot_product_attention
 
