@@ -14,8 +14,8 @@ LAYERS = [
     # mathematics: functions and frozen dataclasses
     {
         "errors", "cores", "parsing", "rules", "nn", "schedules", "precond", "weightings", "random_util", "mersenne",
-        "lpips", "distances", "augment", "attention", "forward_mode", "dist_util", "launch", "blob", "memory", "noise_schedules",
-        "alpha_sigma", "sde",
+        "lpips", "distances", "augment", "attention", "forward_mode", "dist_util", "launch", "blob", "memory",
+        "noise_schedules", "alpha_sigma", "sde",
     },
     # networks
     {"unet", "networks", "denoiser", "classifier_net"},
