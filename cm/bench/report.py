@@ -24,7 +24,7 @@ COLUMNS = {
     "share_of_ceiling": ("of ceiling", "{:.0%}"),
     "peak_memory_mib": ("MiB", "{:.4g}"),
     "state_memory_mib": ("state MiB", "{:.4g}"),
-    "largest_gap": ("largest gap", "{:.2%}"),
+    "largest_gap": ("largest gap", "{:.2g}"),
 }
 
 
