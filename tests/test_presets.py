@@ -296,9 +296,14 @@ def test_digits():
         18,
         0.9,
     )
-    for method, mode in (("cd", "continuous_distillation"), ("ct", "continuous_training")):
+    teacher = train("digits_cont_edm")
+    for method, mode, stop_grad in (
+        ("cd", "continuous_distillation", False),
+        ("ct", "continuous_training", True),
+    ):
         c = train(f"digits_cont_{method}")
-        assert (c.training_mode, c.init, c.stop_grad, c.image_size) == (mode, "teacher", True, 8)
+        assert (c.training_mode, c.init, c.stop_grad, c.image_size) == (mode, "teacher", stop_grad, 8)
+        assert c.time_scale == teacher.time_scale == 4
     for size in ("digits", "digits16"):
         pd = train(f"{size}_pd")
         assert pd.total_training_steps == progdist_steps(pd.start_scales, pd.distill_steps_per_iter)
