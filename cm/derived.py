@@ -23,6 +23,7 @@ from cm.validation import validate
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
 ModelUser = TypeVar("ModelUser", bound=ModelFlags)
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 # Flags of the model that a file with its own configuration does not decide.
 FREE_TO_CHOOSE = ("use_fp16", "use_checkpoint", "use_new_attention_order")
@@ -76,6 +77,11 @@ def channels_last(config: Config, device_type: str) -> bool:
     if device_type == "cuda":
         return precision(config) != "fp32"
     return config.num_channels >= 64
+
+
+def with_counts(config: AnyConfig) -> AnyConfig:
+    """The configuration with the channels and classes that it leaves to the data: 3 and 1000."""
+    return replace(config, in_channels=config.in_channels or 3, num_classes=config.num_classes or 1000)
 
 
 def global_batch(config: TrainConfig, world_size: int) -> int:

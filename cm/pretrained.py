@@ -114,6 +114,13 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     network = create_network(config)
     check_matching(network, file.state, f"--model_path {file.path}")
     network.load_state_dict(file.state)
+    return ready(config, file, network, device)
+
+
+def ready(
+    config: ConfigType, file: ModelFile, network: nn.Module, device: torch.device
+) -> Pretrained[ConfigType]:
+    """A network with its weights, made ready to sample: precision, device and memory format as configured."""
     if (dtype := torso_dtype(precision(config))) != torch.float32:
         network.convert_torso(dtype)
     network = network.to(device).eval().requires_grad_(False)

@@ -17,12 +17,12 @@ from cm.bench.report import Report, Row
 from cm.bench.runs import Options, train_config, training
 from cm.cli import parse_config
 from cm.config import SCRIPTS, CmTrainConfig
-from cm.derived import training_mode
+from cm.derived import training_mode, with_counts
 from cm.errors import UserError
 from cm.plan import devices, report
 from cm.plan.devices import DEVICES, GIB, Cluster, cpu, parse_cluster
 from cm.plan.model import communication, largest_microbatch, plan_step, update_traffic
-from cm.plan.run import evaluations, first_way, plan_images, plan_training, read_measured, with_counts
+from cm.plan.run import evaluations, first_way, plan_images, plan_training, read_measured
 from cm.plan.step import step_trace
 from cm.plan.trace import between, traced
 from tests.mp import ROOT

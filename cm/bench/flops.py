@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cm.config import CmTrainConfig, Config
 from cm.derived import precision, training_mode
 from cm.factory import create_network
+from cm.flags import CONTINUOUS_MODES
 from cm.fp16_util import torso_dtype
 from cm.lpips import NATIVE_SIZE
 from cm.plan.trace import fused_attention
@@ -118,7 +119,7 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     if isinstance(config, CmTrainConfig) and config.loss_norm.startswith("lpips"):
         distance = 3 * lpips_forward(config.image_size, config.lpips_size)
     passes, backwards = 1, 1
-    if mode.startswith("continuous"):
+    if mode in CONTINUOUS_MODES:
         # Forward mode is two passes, f and its tangent; then a plain one, or the way back through both.
         passes, backwards = (3, 1) if config.stop_grad else (2, 2)
     return StepCost(

@@ -16,16 +16,13 @@ from cm import logger, presets, train_run
 from cm.bench.flops import VGG16
 from cm.cli import parse_config
 from cm.config import CmTrainConfig, EdmTrainConfig, SampleConfig, result_flags
-from cm.data import open_dataset
-from cm.denoiser import Denoiser
-from cm.derived import channels_last, is_consistency, precision
+from cm.derived import with_counts
 from cm.dist_util import get_world_size
 from cm.errors import UserError
-from cm.factory import choose_device, create_network, create_precond
-from cm.fp16_util import torso_dtype
+from cm.factory import choose_device, create_network
 from cm.lpips import FEATURES, LINEAR_FILE, VGG_FILE
 from cm.model_files import ModelFile
-from cm.pretrained import Pretrained
+from cm.pretrained import Pretrained, ready
 from cm.trainer import Trainer
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
@@ -83,9 +80,7 @@ def train_config(options: Options, case: str) -> TrainConfig:
         script = presets.get(options.preset).training_script
         cls, own = (EdmTrainConfig if script == "edm_train" else CmTrainConfig), ("--batch_size", str(BATCH))
     chosen = ("--preset", options.preset, "--device", options.device)
-    config = parse_config(cls, [*chosen, *own, *QUIET, *options.flags])
-    channels = config.in_channels or 3
-    return replace(config, in_channels=channels, num_classes=config.num_classes or 1000)
+    return with_counts(parse_config(cls, [*chosen, *own, *QUIET, *options.flags]))
 
 
 @contextmanager
@@ -101,13 +96,7 @@ def training(config: TrainConfig) -> Iterator[Trainer]:
             config = replace(config, lpips_path=write_lpips(folder))
         train_run.set_up_torch(config)
         logger.configure(folder, ["csv"])
-        dataset = open_dataset(
-            config.data_dir,
-            image_size=config.image_size,
-            channels=config.in_channels,
-            class_cond=config.class_cond,
-            random_flip=config.random_flip,
-        )
+        dataset = train_run.open_training_data(config)
         teacher = ModelFile("random", "file", create_network(config).state_dict(), None)
         trainer = train_run.build_trainer(config, dataset, teacher, folder)
         try:
@@ -147,8 +136,7 @@ def write_lpips(folder: str) -> str:
 def sample_config(options: Options, own: Sequence[str] = ()) -> SampleConfig:
     """The configuration of a sampling case."""
     chosen = ("--preset", options.preset, "--device", options.device)
-    config = parse_config(SampleConfig, [*chosen, *own, *options.flags])
-    return replace(config, in_channels=config.in_channels or 3, num_classes=config.num_classes or 1000)
+    return with_counts(parse_config(SampleConfig, [*chosen, *own, *options.flags]))
 
 
 def random_model(config: SampleConfig) -> Pretrained[SampleConfig]:
@@ -156,14 +144,7 @@ def random_model(config: SampleConfig) -> Pretrained[SampleConfig]:
     device = choose_device(config.device)
     torch.manual_seed(0)
     network = randomized(create_network(config))
-    if (dtype := torso_dtype(precision(config))) != torch.float32:
-        network.convert_torso(dtype)
-    network = network.to(device).eval().requires_grad_(False)
-    if channels_last(config, device.type):
-        network = network.to(memory_format=torch.channels_last)
-    precond = create_precond(config, consistency=is_consistency(config.training_mode))
-    file = ModelFile("random", "file", {}, None)
-    return Pretrained(config, file, network, Denoiser(network, precond), device)
+    return ready(config, ModelFile("random", "file", {}, None), network, device)
 
 
 def randomized(network: nn.Module) -> nn.Module:

@@ -134,9 +134,10 @@ def overhead_share(phases_ms: dict[str, float]) -> float:
 
 def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any]:
     """Bytes that a rank sends per step, the time of the bare all-reduce, and the part of it that the step shows."""
-    gradients = [torch.zeros_like(p) for p in trainer.model.parameters()]
-    dtypes = {g.dtype for g in gradients}
-    flat = [torch.cat([g.flatten() for g in gradients if g.dtype == dtype]) for dtype in dtypes]
+    sizes: dict[torch.dtype, int] = {}  # in the order of the parameters, which is the same on all ranks
+    for p in trainer.model.parameters():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+    flat = [torch.zeros(size, dtype=dtype, device=trainer.device) for dtype, size in sizes.items()]
 
     def without() -> None:
         with trainer.ddp_model.no_sync():

@@ -10,11 +10,12 @@ import torch
 from cm import presets
 from cm.bench.report import Report, Row, load_report
 from cm.cli import parse_config
-from cm.config import SCRIPTS, ClassifierConfig, CmTrainConfig, Config, EdmTrainConfig, SampleConfig, flags_of
+from cm.config import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, SampleConfig, flags_of
 from cm.denoiser import Denoiser
-from cm.derived import is_consistency, precision, stop_step
+from cm.derived import is_consistency, precision, stop_step, training_mode, with_counts
 from cm.errors import UserError
 from cm.factory import create_precond
+from cm.flags import CONTINUOUS_MODES
 from cm.model_files import ModelFile
 from cm.plan.devices import Cluster, parse_cluster
 from cm.plan.model import Sampling, Step, largest_microbatch, plan_sampling, plan_step
@@ -159,11 +160,6 @@ def _training_script(name: str) -> str:
     return presets.get(name).training_script
 
 
-def with_counts(config: Config) -> Config:
-    """The configuration with the channels and classes that it leaves to the data: 3 and 1000."""
-    return replace(config, in_channels=config.in_channels or 3, num_classes=config.num_classes or 1000)
-
-
 def power_of_two(n: int) -> int:
     """The largest one up to n; 0 for 0."""
     return 1 << (n.bit_length() - 1) if n else 0
@@ -188,7 +184,7 @@ def _ways(config: TrainConfig, cluster: Cluster, slowdown: float) -> list[Way]:
 
 def needs_whole_graph(config: TrainConfig) -> bool:
     """Whether checkpointing is refused: continuous time without --stop_grad."""
-    return getattr(config, "training_mode", "").startswith("continuous") and not config.stop_grad
+    return training_mode(config) in CONTINUOUS_MODES and not config.stop_grad
 
 
 def first_way(plan: Plan) -> Way | None:
