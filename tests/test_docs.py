@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs without argparse: nothing, or a list of plain names.
-WITHOUT_PARSER = {"cm.presets", "cm.bench.editing"}
+WITHOUT_PARSER = {"cm.presets"}
 
 
 # ---- commands ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ COLUMNS = {
     "median_ms": ("ms", "{:.4g}"),
     "spread_ms": ("quartiles", "{}"),
     "ratio_to_best_peer": ("time / best peer", "{:.2f}"),
+    "share_of_network": ("of network", "{:.3%}"),
     "share_of_ceiling": ("of ceiling", "{:.0%}"),
     "peak_memory_mib": ("MiB", "{:.4g}"),
     "state_memory_mib": ("state MiB", "{:.4g}"),

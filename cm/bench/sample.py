@@ -4,7 +4,7 @@ import torch
 
 from cm.bench.editing import edit_cost
 from cm.bench.flops import network_cost
-from cm.bench.measure import Timing, interleaved, peak_memory, product_ceiling
+from cm.bench.measure import interleaved, peak_memory, product_ceiling
 from cm.bench.noise import noise_rows
 from cm.bench.report import Row
 from cm.bench.runs import Options, description, random_model, sample_config
@@ -82,11 +82,10 @@ def bench_edit(options: Options) -> list[Row]:
             f"edit/{name}",
             description(config),
             {
-                **Timing([time], [time]).summary(),
-                "repeats": 4 * options.repeats,
-                "network_ms": 1e3 * cost.network,
+                **timing.summary(),
+                "network_ms": 1e3 * cost.network.median,
                 "share_of_network": cost.share(name),
             },
         )
-        for name, time in cost.operators.items()
+        for name, timing in cost.operators.items()
     ]
