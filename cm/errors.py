@@ -4,6 +4,6 @@
 class UserError(ValueError):
     """A mistake in a flag, a file or a data set.
 
-    The message is one line and names the flag or the file. `cm.dist_util.run_main` prints it
+    The message is one line and names the flag or the file. `cm.runtime.distributed.run_main` prints it
     without a traceback and exits with code 2.
     """

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from cm import blob, dist_util
 from cm.data import labels
 from cm.data.dataset import ImageData
 from cm.data.decode import Decoder
@@ -16,7 +15,9 @@ from cm.data.sources import FolderSource, image_names
 from cm.data.stream import TrainStream
 from cm.data.transforms import center_crop_arr, random_crop_arr
 from cm.errors import UserError
-from cm.random_util import derive_seed
+from cm.runtime import distributed
+from cm.sampling.noise import derive_seed
+from cm.storage import filesystem
 
 __all__ = ["ImageDataset", "center_crop_arr", "load_data", "random_crop_arr"]
 
@@ -81,7 +82,7 @@ def load_data(
         classes = labels.from_names(
             [labels.name_prefix(path) for path in paths], "file-name prefixes"
         ).indices
-    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     dataset = ImageDataset(
         image_size,
         paths,
@@ -108,7 +109,7 @@ def load_data(
 def _list_images(data_dir: str) -> list[str]:
     if not data_dir:
         raise UserError("--data_dir is missing")
-    if not blob.isdir(data_dir):
+    if not filesystem.isdir(data_dir):
         raise UserError(f"{data_dir}: no such folder")
-    names = image_names(blob.list_recursive(data_dir), data_dir, _LISTED)
+    names = image_names(filesystem.list_recursive(data_dir), data_dir, _LISTED)
     return [f"{data_dir.rstrip('/')}/{name}" for name in names]

@@ -1,7 +1,7 @@
 """The public face of the mathematics: KarrasDenoiser and karras_sample, under the names that outside code imports.
 
-Nothing is computed here that the modules below do not compute: preconditionings in `cm.precond`, losses in
-`cm.objectives`, samplers in `cm.samplers`, editing in `cm.editing`.
+Nothing is computed here that the modules below do not compute: preconditionings in `cm.diffusion.precond`, losses in
+`cm.objectives`, samplers in `cm.sampling.registry`, editing in `cm.sampling.editing`.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,19 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cm.denoiser import Denoiser
-from cm.distances import make_distance
-from cm.editing import iterative_colorization, iterative_inpainting, iterative_superres
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import karras_sigmas
+from cm.diffusion.precond import EDMPrecond, Precond, boundary_precond
+from cm.diffusion.weightings import get_snr, get_weightings
 from cm.nn import append_zero
 from cm.objectives.base import Roles
 from cm.objectives.consistency import Distance, Grid, consistency_losses, pair_at, solver_by_name
+from cm.objectives.distances import make_distance
 from cm.objectives.edm import edm_losses
 from cm.objectives.progressive import interval_at, progressive_losses
-from cm.precond import EDMPrecond, Precond, boundary_precond
-from cm.random_util import get_generator
-from cm.samplers import (
+from cm.sampling.editing import iterative_colorization, iterative_inpainting, iterative_superres
+from cm.sampling.noise import get_generator
+from cm.sampling.registry import (
     clamped,
     get_ancestral_step,
     run_sampler,
@@ -33,8 +35,6 @@ from cm.samplers import (
     stochastic_iterative_sampler,
     to_d,
 )
-from cm.schedules import karras_sigmas
-from cm.weightings import get_snr, get_weightings
 
 __all__ = [
     "KarrasDenoiser",
@@ -257,7 +257,7 @@ def karras_sample(
 ) -> Tensor:
     """Images (shape) in [-1, 1] drawn with a named sampler on Karras's grid.
 
-    generator: an object with randn and randn_like (`cm.random_util.get_generator`), default torch's global one.
+    generator: an object with randn and randn_like (`cm.sampling.noise.get_generator`), default torch's global one.
     ts: grid indices of the multistep sampler, 0 = sigma_max. clip_denoised clamps every prediction to [-1, 1]; the
     result is clamped always.
     """

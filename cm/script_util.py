@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from cm.config import CmTrainConfig, EdmTrainConfig, flags_of
+from cm.config.parsing import str2bool as _str2bool
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig, flags_of
+from cm.diffusion.grid import EmaAndScales
 from cm.karras_diffusion import KarrasDenoiser
-from cm.networks.build import TIME_SCALES, Architecture, build_network
-from cm.parsing import str2bool as _str2bool
-from cm.schedules import EmaAndScales
+from cm.networks.architecture import TIME_SCALES, Architecture, build_network
 
 NUM_CLASSES = 1000
 

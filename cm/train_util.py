@@ -1,4 +1,4 @@
-"""Training loops under the names and keywords that outside code uses; the engine is `cm.trainer.Trainer`.
+"""Training loops under the names and keywords that outside code uses; the engine is `cm.training.trainer.Trainer`.
 
 The loops take a KarrasDenoiser (or a subclass with its own losses) as `diffusion` and call its loss methods with
 every draw made for them, so that an overridden loss takes effect and still sees reproducible noise.
@@ -10,16 +10,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cm import dist_util, logger
+from cm.diffusion.grid import EmaAndScales, LearningRate, Stage, progdist_stage
+from cm.diffusion.noise_levels import LogNormalSampler, NoiseSampler, ScheduleSampler
+from cm.diffusion.precond import EDMPrecond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import draw_pair
 from cm.objectives.progressive import interval_at
-from cm.precond import EDMPrecond
-from cm.random_util import StepRandom
-from cm.resample import LogNormalSampler, NoiseSampler, ScheduleSampler
-from cm.schedules import EmaAndScales, LearningRate, Stage, progdist_stage
-from cm.trainer import Optimization, Reporting, Trainer
+from cm.runtime import distributed, logger
+from cm.sampling.noise import StepRandom
+from cm.training.trainer import Optimization, Reporting, Trainer
 
 
 class DiffusionObjective(Objective):
@@ -134,7 +134,7 @@ class TrainLoop(Trainer):
     """Train a model with `diffusion.training_losses` (an EDM teacher).
 
     batch_size is per rank; data yields (images (batch_size, C, H, W) in [-1, 1], conditions). Checkpoints and logs
-    go to `cm.logger.get_dir()`. Training ends at total_training_steps, else at lr_anneal_steps, else never.
+    go to `cm.runtime.logger.get_dir()`. Training ends at total_training_steps, else at lr_anneal_steps, else never.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class TrainLoop(Trainer):
             student=model,
             objective=objective,
             data=data,
-            global_batch_size=batch_size * dist_util.get_world_size(),
+            global_batch_size=batch_size * distributed.get_world_size(),
             microbatch=microbatch,
             optimization=Optimization(
                 LearningRate(lr, "linear" if lr_anneal_steps else "constant", lr_anneal_steps),

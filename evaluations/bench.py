@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cm.bench.measure import Timing, interleaved
-from cm.bench.report import Row
-from cm.bench.runs import Options
-from cm.factory import choose_device
+from cm.models.factory import choose_device
+from cm.tools.bench.runs import Options
+from cm.tools.profiling.report import Row
+from cm.tools.profiling.timing import Timing, interleaved
 from evaluations.fid import frechet_distance
 from evaluations.inception_v3 import InceptionV3
 from evaluations.precision_recall import precision_recall

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm import dist_util
-from cm.checkpoint import load_weights, save_weights
 from cm.errors import UserError
+from cm.runtime import distributed
+from cm.storage.checkpoint import load_weights, save_weights
 
 FEATURE_DIM = 64
 _BATCH = 128
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run_main(main)
+    distributed.run_main(main)

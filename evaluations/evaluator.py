@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import cm
-from cm import dist_util
+from cm.data.images import save_json
 from cm.errors import UserError
-from cm.image_io import save_json
+from cm.runtime import distributed
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference, bootstrap_distance
@@ -143,12 +143,12 @@ class Evaluator:
             intervals["fid"] = asdict(interval)
         pool = gather_rows(extracted.pool) if keep else None
         error = None
-        if dist_util.is_main() and pool is not None:
+        if distributed.is_main() and pool is not None:
             try:
                 self._measure_features(metrics, pool, samples, values, intervals)
             except ValueError as problem:  # such as too few samples; the other ranks wait for an answer
                 error = f"{samples.path}: {problem}"
-        values, intervals, error = dist_util.broadcast_object((values, intervals, error))
+        values, intervals, error = distributed.broadcast_object((values, intervals, error))
         if error:
             raise UserError(error)
         ordered = {name: values[name] for name in METRICS if name in values}
@@ -223,7 +223,7 @@ def _describe_images(images: ImageSet) -> dict[str, Any]:
 
 
 def _on_main(compute: Callable[[], str]) -> str:
-    return dist_util.broadcast_object(compute() if dist_util.is_main() else "")
+    return distributed.broadcast_object(compute() if distributed.is_main() else "")
 
 
 def _mean(runs: list[dict]) -> dict[str, float]:
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("samples", metavar="SAMPLES", nargs="+")
     add_flags(parser)
     args = parser.parse_args()
-    dist_util.setup_dist()
+    distributed.setup_dist()
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise UserError(f"--bootstrap {args.bootstrap}: give 0 or at least 2 replicates")
     reference = open_reference(str(local_copy(args.reference, flag="REF")))
@@ -308,7 +308,7 @@ def main() -> None:
     metrics = parse_metrics(args.metrics, protocol)
     options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
     result = evaluate(reference, samples, network, options, strict=strict, force=args.force == "True")
-    if dist_util.is_main():
+    if distributed.is_main():
         out = Path(args.out or default_json(args.samples[0], args.reference))
         out.parent.mkdir(parents=True, exist_ok=True)
         save_json(out, result)
@@ -316,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run_main(main)
+    distributed.run_main(main)

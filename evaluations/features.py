@@ -134,12 +134,12 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
 
 def features_from_flags(args: argparse.Namespace, default: str) -> FeatureNetwork:
     """The network that the flags of `add_feature_flags` ask for."""
-    from cm import dist_util
+    from cm.runtime import distributed
 
     if args.batch_size < 1:
         raise UserError(f"--batch_size must be positive, not {args.batch_size}")
     if args.inception_path and args.features:
         raise UserError(f"give {INCEPTION_FLAG} or --features, not both")
     spec = f"inception={args.inception_path}" if args.inception_path else args.features
-    device = dist_util.dev() if args.device == "auto" else torch.device(args.device)
+    device = distributed.dev() if args.device == "auto" else torch.device(args.device)
     return load_features(spec, default, device, sha256=args.weights_sha256)

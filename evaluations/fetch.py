@@ -7,9 +7,10 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from cm import blob, dist_util
-from cm.checkpoint import file_sha256
 from cm.errors import UserError
+from cm.runtime import distributed
+from cm.storage import filesystem
+from cm.storage.checkpoint import file_sha256
 
 _TIMEOUT_S = 30
 
@@ -48,14 +49,14 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
     which file, from where, and where to put it.
     """
     if not re.match(r"https?://", location):
-        if not blob.is_remote(location) and not os.path.exists(location):
+        if not filesystem.is_remote(location) and not os.path.exists(location):
             raise UserError(f"{flag}: no file or folder {location}")
-        with dist_util.node_first():
-            return Path(blob.cache_locally(location))
+        with distributed.node_first():
+            return Path(filesystem.cache_locally(location))
     name = location.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     url_id = hashlib.sha256(location.encode()).hexdigest()[:8]
     target = target or cache_dir() / "downloads" / url_id / name
-    with dist_util.node_first():
+    with distributed.node_first():
         if not target.exists():
             _download(location, target, sha256, flag)
     return target

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm import dist_util
+from cm.runtime import distributed
 
 _ROWS = 4096  # rows converted to float64 at a time
 _NEARLY_SINGULAR = 1e-10  # smallest pivot against the largest variance
@@ -56,16 +56,16 @@ class FeatureStatistics:
 
     def reduce(self) -> None:
         """Replace every rank's part by the whole; collective, a no-op in a single process."""
-        if dist_util.get_world_size() == 1:
+        if distributed.get_world_size() == 1:
             return
-        sums = dist_util.all_reduce_sum(
+        sums = distributed.all_reduce_sum(
             torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
         )
         total = float(sums[-1])
         mean = sums[:-1] / max(total, 1.0)
         delta = self.mean - mean
         self.m2.addr_(delta, delta, alpha=self.count)
-        dist_util.all_reduce_sum(self.m2)
+        distributed.all_reduce_sum(self.m2)
         self.mean, self.count = mean, total
 
     def covariance(self) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cm import blob
-from cm.checkpoint import file_sha256
 from cm.data.dataset import sampled_channels
 from cm.data.decode import Decoder, readable
 from cm.data.sources import Source, open_source
 from cm.data.transforms import center_crop_arr
 from cm.errors import UserError
+from cm.storage import filesystem
+from cm.storage.checkpoint import file_sha256
 
 META = "meta"
 # Which arrays hold the mean and covariance of which features.
@@ -61,7 +61,7 @@ class NpzImages:
 
     def __init__(self, path: str):
         self.path = str(path)
-        self._local = blob.cache_locally(self.path)
+        self._local = filesystem.cache_locally(self.path)
         with readable(self.path), zipfile.ZipFile(self._local) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
@@ -148,14 +148,14 @@ class Reference:
 
     def sha256(self) -> str:
         """Hash of the file, or of the images of a folder or zip."""
-        return self.images.sha256() if self.images else file_sha256(blob.cache_locally(self.path))
+        return self.images.sha256() if self.images else file_sha256(filesystem.cache_locally(self.path))
 
 
 def open_reference(path: str) -> Reference:
     """A statistics npz, with or without `arr_0`, or any set of images."""
     if not str(path).lower().endswith(".npz"):
         return Reference(str(path), {}, open_images(path), None)
-    with readable(str(path)), np.load(blob.cache_locally(path), allow_pickle=False) as arrays:
+    with readable(str(path)), np.load(filesystem.cache_locally(path), allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise UserError("is not an npz archive")
         statistics = {
@@ -181,7 +181,7 @@ def write_reference(
     arrays = {name: a for kind, pair in statistics.items() for name, a in zip(STATISTICS[kind], pair)}
     if images is not None:
         arrays["arr_0"] = images
-    blob.write_atomic(path, lambda file: np.savez(file, **arrays, **{META: np.array(json.dumps(meta))}))
+    filesystem.write_atomic(path, lambda file: np.savez(file, **arrays, **{META: np.array(json.dumps(meta))}))
 
 
 def default_json(samples: str, reference: str) -> Path:
@@ -236,7 +236,7 @@ def _gaussian(
 def _read_side_file(path: str) -> dict | None:
     """The JSON that image_sample writes beside its samples; None when there is none."""
     side_file = Path(path).with_suffix(".json")
-    if blob.is_remote(path) or not side_file.is_file():
+    if filesystem.is_remote(path) or not side_file.is_file():
         return None
     try:
         meta = json.loads(side_file.read_text(encoding="utf-8"))

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cm import dist_util
 from cm.errors import UserError
-from cm.progress import progress
+from cm.runtime import distributed
+from cm.runtime.progress import progress
 from evaluations.features import FeatureNetwork
 from evaluations.fid import FeatureStatistics
 from evaluations.npz_io import ImageSet
@@ -66,7 +66,7 @@ def image_batches(images: ImageSet, batch_size: int, title: str = "") -> Iterato
     With a title, rank 0 shows its progress.
     """
     total = images.shape[0]
-    share = dist_util.local_rows(-(-total // batch_size))
+    share = distributed.local_rows(-(-total // batch_size))
     rows = range(share.start * batch_size, min(share.stop * batch_size, total))
     with progress(total=len(rows), desc=title, unit="image", enabled=bool(title)) as bar:
         start = rows.start
@@ -78,12 +78,12 @@ def image_batches(images: ImageSet, batch_size: int, title: str = "") -> Iterato
 
 def gather_rows(local: Tensor) -> Tensor | None:
     """On rank 0 the rows of all ranks, in rank order; None elsewhere. CPU tensors; collective."""
-    if dist_util.get_world_size() == 1:
+    if distributed.get_world_size() == 1:
         return local
-    counts = dist_util.all_gather_object(len(local))
+    counts = distributed.all_gather_object(len(local))
     padded = local.new_zeros(max(counts), *local.shape[1:])
     padded[: len(local)] = local
-    if not dist_util.is_main():
+    if not distributed.is_main():
         dist.gather(padded, dst=0)
         return None
     parts = [torch.empty_like(padded) for _ in counts]

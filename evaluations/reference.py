@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 import cm
-from cm import blob, dist_util
 from cm.data.decode import readable
 from cm.errors import UserError
+from cm.runtime import distributed
+from cm.storage import filesystem
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.npz_io import ImageSet, open_images, open_reference, write_reference
@@ -65,11 +66,11 @@ def build_reference(
         "source": images.path,
         "version": cm.__version__,
     }
-    if dist_util.is_main():
+    if distributed.is_main():
         meta["source_sha256"] = images.sha256()
         gaussians = {kind: tuple(a.cpu().numpy() for a in extracted.gaussian(kind)) for kind in network.dims}
         write_reference(out, gaussians, meta, subset.numpy())
-    return dist_util.broadcast_object(meta)
+    return distributed.broadcast_object(meta)
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def inspect(path: str) -> dict[str, Any]:
     reference = open_reference(path)
     arrays = {}
     if str(path).lower().endswith(".npz"):
-        with readable(path), np.load(blob.cache_locally(path), allow_pickle=False) as file:
+        with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as file:
             # arr_0 may be large: its shape is known from its header.
             arrays = {n: list(file[n].shape) for n in file.files if n != "arr_0" and file[n].ndim}
     if reference.images:
@@ -120,8 +121,8 @@ def main() -> None:
         raise UserError(f"{args.out}: the name of a reference must end in .npz")
     if os.path.exists(args.out) and args.overwrite != "True":
         raise UserError(f"{args.out} exists; --overwrite True replaces it")
-    dist_util.setup_dist()
-    dist_util.barrier()  # no rank may see the file that another has already written
+    distributed.setup_dist()
+    distributed.barrier()  # no rank may see the file that another has already written
     wanted = args.features.partition("=")[0]
     default = next((p.name for p in PROTOCOLS.values() if p.features == wanted), "adm")
     protocol = PROTOCOLS[args.protocol or default]
@@ -131,7 +132,7 @@ def main() -> None:
     images = open_images(str(local_copy(args.data, flag="DATA")), args.image_size)
     sizes = {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size}
     meta = build_reference(images, network, protocol, args.out, **sizes)
-    if dist_util.is_main():
+    if distributed.is_main():
         print(
             f"{args.out}: {meta['count']:,} images of {meta['source']}, {meta['images']:,} of them stored",
             flush=True,
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run_main(main)
+    distributed.run_main(main)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm import dist_util
-from cm.image_io import to_uint8
+from cm.data.images import to_uint8
+from cm.runtime import distributed
 from evaluations.fid import FeatureStatistics, frechet_distance
 from evaluations.inception_score import inception_score
 from evaluations.inception_v3 import POOL_DIM
@@ -132,7 +132,7 @@ def _share(data: Iterable, num_samples: int, global_batch_size: int) -> Iterator
         if remaining <= 0:
             return
         images = item[0] if isinstance(item, (tuple, list)) else item
-        rows = dist_util.local_rows(min(global_batch_size, remaining))
+        rows = distributed.local_rows(min(global_batch_size, remaining))
         if len(images) < len(rows):
             raise ValueError(f"a batch of {len(images)} images, {len(rows)} are this rank's share")
         yield images[: len(rows)]

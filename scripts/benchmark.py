@@ -18,21 +18,21 @@ WHATS = ("train", "sample", "edit", "eval", "data", "checkpoint", "startup", "ne
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Measure, print the table, write the file."""
-    from cm import dist_util
-    from cm.bench import report
-    from cm.bench.runs import Options
-    from cm.bench.suites import SUITES
-    from cm.factory import choose_device
+    from cm.models.factory import choose_device
+    from cm.runtime import distributed
+    from cm.tools.bench.runs import Options
+    from cm.tools.bench.suites import SUITES
+    from cm.tools.profiling import report
     from evaluations.bench import bench_eval
 
     if args.compare:
         print(report.compare(*args.compare))
         return
-    dist_util.setup_dist()
+    distributed.setup_dist()
     options = Options(args.preset, args.device, tuple(args.case), args.warmup, args.repeats, tuple(flags))
     rows = {**SUITES, "eval": bench_eval}[args.what](options)
     found = report.Report(rows, report.environment(choose_device(args.device)))
-    if dist_util.is_main():
+    if distributed.is_main():
         print(found.table())
         if args.out:
             found.save(args.out)
@@ -64,6 +64,6 @@ if __name__ == "__main__":
     # torch's profiler, which counts memory, is silent: levels above all that it knows
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from cm.dist_util import run_main
+    from cm.runtime.distributed import run_main
 
     run_main(lambda: main(*arguments))

@@ -5,13 +5,13 @@ python scripts/classifier_train.py --preset digits_classifier --data_dir DATA
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import ClassifierConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import ClassifierConfig
 
 
 def train(config: ClassifierConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from cm.train_run import run_train
+    from cm.commands.train import run_train
 
     run_train(config)
 

@@ -5,13 +5,13 @@ python scripts/cm_train.py --preset digits_cd --data_dir DATA --teacher_model_pa
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import CmTrainConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import CmTrainConfig
 
 
 def train(config: CmTrainConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from cm.train_run import run_train
+    from cm.commands.train import run_train
 
     run_train(config)
 

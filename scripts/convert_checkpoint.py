@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(flags: argparse.Namespace) -> None:
     """Convert, and say in one line what was done."""
-    from cm.convert.formats import Source, convert, known_flags
+    from cm.tools.convert.formats import Source, convert, known_flags
 
     known = known_flags(flags.preset, training_mode=flags.training_mode, steps=flags.steps)
     source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
@@ -43,6 +43,6 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = parser().parse_args()
-    from cm.dist_util import run_main
+    from cm.runtime.distributed import run_main
 
     run_main(lambda: main(parsed))

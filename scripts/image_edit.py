@@ -7,13 +7,13 @@ import sys
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import EditConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import EditConfig
 
 
 def edit(config: EditConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from cm.edit_app import run_image_edit
+    from cm.commands.edit import run_image_edit
 
     run_image_edit(config)
 

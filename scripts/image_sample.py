@@ -5,13 +5,13 @@ python scripts/image_sample.py --model_path RUN_OR_FILE --num_samples 64
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import SampleConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import SampleConfig
 
 
 def sample(config: SampleConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from cm.sample_run import run_image_sample
+    from cm.commands.sample import run_image_sample
 
     run_image_sample(config)
 

@@ -5,13 +5,13 @@ python scripts/likelihood.py --model_path RUN_OR_FILE --data_dir DATA --num_imag
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import LikelihoodConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import LikelihoodConfig
 
 
 def score(config: LikelihoodConfig) -> None:
     """torch is imported here, after --help has been answered."""
-    from cm.likelihood_run import run_likelihood
+    from cm.commands.likelihood import run_likelihood
 
     run_likelihood(config)
 

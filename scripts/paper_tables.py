@@ -34,8 +34,8 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Print the tables or the commands; with --out write files too."""
-    from evaluations import figures, paper_tables
-    from evaluations.results import load_results
+    from evaluations.reports import figures, paper_tables
+    from evaluations.reports.results import load_results
 
     if args.commands == "True":
         lines = figures.commands(args.figure, args.size) if args.figure else table_commands(args.preset)
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
 
 def table_commands(preset: str) -> list[str]:
     """The commands of every row of Tables 1 and 2, or of one preset's rows."""
-    from evaluations import paper_tables
+    from evaluations.reports import paper_tables
 
     rows = [row for data, table in TABLES.items() for row in paper_tables.rows_of(table, data)]
     pairs = [(paper_tables.preset_of(row), row["nfe"]) for row in rows]
@@ -73,6 +73,6 @@ def table_commands(preset: str) -> list[str]:
 
 if __name__ == "__main__":
     arguments = parse()
-    from cm.dist_util import run_main
+    from cm.runtime.distributed import run_main
 
     run_main(lambda: main(arguments))

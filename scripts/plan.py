@@ -19,7 +19,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     from pathlib import Path
 
     from cm.errors import UserError
-    from cm.plan import devices, report, run
+    from cm.tools.planning import devices, report, run
 
     if args.measured:
         cluster, measured = run.read_measured(args.measured, args.gpus)
@@ -61,6 +61,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     arguments = parse()
-    from cm.dist_util import run_main
+    from cm.runtime.distributed import run_main
 
     run_main(lambda: main(*arguments))

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import _root  # noqa: F401
 
-from cm.cores import usable_cores
-from cm.parsing import str2bool
+from cm.config.parsing import str2bool
+from cm.runtime.cpu import usable_cores
 
 # flag -> (default, help); the type is the default's
 FLAGS = {
@@ -69,6 +69,6 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = parse_flags()
-    from cm.dist_util import run_main
+    from cm.runtime.distributed import run_main
 
     run_main(lambda: main(parsed))

@@ -79,8 +79,8 @@ edit inpaint
 edit superres --factor 4
 if [ -n "$colour" ]; then edit colorize; fi
 say "numbers and pictures"
-run python -m evaluations.digits_report "$out"
-run python -m evaluations.edit_report "$out"/edits/* --out "$out/editing.md"
-run python -m evaluations.edit_page "$out/cd" "$out/test" "$out/editing.png"
+run python -m evaluations.reports.digits_report "$out"
+run python -m evaluations.reports.edit_report "$out"/edits/* --out "$out/editing.md"
+run python -m evaluations.reports.edit_page "$out/cd" "$out/test" "$out/editing.png"
 cat "$out/report.md" "$out/editing.md"
 say "done; everything is in $out. Pictures: $out/{report,editing}.png, $out/search_cd/search.png, $out/*/previews"

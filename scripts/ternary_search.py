@@ -5,17 +5,17 @@ python scripts/ternary_search.py --model_path RUN_OR_FILE --ref_batch REFERENCE.
 
 import _root  # noqa: F401
 
-from cm.cli import run_script
-from cm.config import SearchConfig
+from cm.commands.cli import run_script
+from cm.config.scripts import SearchConfig
 from cm.errors import UserError
 
 
 def search(config: SearchConfig) -> None:
     """torch is imported here, after --help has been answered."""
     try:
-        from evaluations.search_app import run_search
+        from evaluations.search import run_search
     except ModuleNotFoundError as error:
-        if error.name not in ("evaluations", "evaluations.search_app"):
+        if error.name not in ("evaluations", "evaluations.search"):
             raise
         raise UserError("the search needs the package evaluations, which is not installed") from None
     run_search(config)

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
     options = parser.parse_args()
-    from cm.bench.torture import Torture
+    from cm.tools.torture import Torture
 
     with tempfile.TemporaryDirectory() as folder:
         print(Torture(folder, seed=options.seed).run(options.kills))

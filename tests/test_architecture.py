@@ -96,7 +96,7 @@ def test_importing_the_library_loads_nothing_heavy():
 
 
 def test_flags_and_presets_need_no_torch():
-    code = "import cm.config, cm.cli, cm.presets, cm.derived, sys; print('torch' in sys.modules)"
+    code = "import cm.commands.cli, cm.config.presets, cm.config.derived, sys; print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

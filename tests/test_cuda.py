@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm.bench.precision import losses, overlay
-from cm.bench.runs import Options, random_model, sample_config, train_config, training
-from cm.random_util import get_generator
-from cm.samplers import run_sampler
+from cm.sampling.noise import get_generator
+from cm.sampling.registry import run_sampler
+from cm.tools.bench.precision import losses, overlay
+from cm.tools.bench.runs import Options, random_model, sample_config, train_config, training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 DEVICE = "cuda"

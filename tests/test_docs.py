@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cm import dist_util
-from cm.cli import parse_config
-from cm.config import SCRIPTS, CmTrainConfig, SampleConfig
-from cm.validation import require_inputs
+from cm.commands.cli import parse_config
+from cm.config.scripts import SCRIPTS, CmTrainConfig, SampleConfig
+from cm.config.validation import require_inputs
+from cm.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs without argparse: nothing, or a list of plain names.
-WITHOUT_PARSER = {"cm.presets"}
+WITHOUT_PARSER = {"cm.config.presets"}
 
 
 # ---- commands ----------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def parse_only(program: str, argv: list[str], monkeypatch) -> None:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_before_passing_on)
-    monkeypatch.setattr(dist_util, "run_main", lambda main: main())  # it would report Parsed as a crash
+    monkeypatch.setattr(distributed, "run_main", lambda main: main())  # it would report Parsed as a crash
     monkeypatch.setattr(sys, "argv", [program, *argv])
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     with pytest.raises(Parsed):
@@ -102,7 +102,7 @@ def test_the_commands_are_found_and_bad_ones_refused(monkeypatch):
         "prepare_data",
         "convert_checkpoint",
         "evaluations.evaluator",
-        "cm.doctor",
+        "cm.tools.doctor",
     } <= programs
     assert len(COMMANDS) > 60
     with pytest.raises(SystemExit):

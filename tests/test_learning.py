@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.learning import COUNT, data, distance, gaussian_fit, learn, on_spots
+from tests.helpers.learning import COUNT, data, distance, gaussian_fit, learn, on_spots
 
 # (method, network evaluations) -> (largest sliced Wasserstein distance, smallest share of points on the spots)
 BARS = {

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch.testing import assert_close
 
 from cm import nn as cm_nn
-from tests import golden_data
+from tests.helpers import golden_data
 
 
 def test_timestep_embedding_of_one_is_cosines_then_sines_of_the_frequencies():

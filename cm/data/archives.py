@@ -11,7 +11,6 @@ from typing import IO
 
 import numpy as np
 
-from cm import blob
 from cm.data import cifar
 from cm.data import labels as label_modes
 from cm.data.dataset import sampled_channels
@@ -19,7 +18,8 @@ from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.data.sources import Source, check_member, open_source, stored_labels
 from cm.errors import UserError
-from cm.random_util import derive_seed
+from cm.sampling.noise import derive_seed
+from cm.storage import filesystem
 
 Pixels = bytes | np.ndarray | UserError  # an image file, a uint8 (H, W, C) array, or why it cannot be read
 
@@ -58,11 +58,11 @@ def open_items(
         return _digits(path == "digits_rgb", labels, limit, seed, split)
     if split != "all":
         raise UserError(f"--split {split} is for digits and digits_rgb only, not for {path or 'SOURCE'}")
-    if not path or not blob.exists(path):
+    if not path or not filesystem.exists(path):
         raise UserError(f"{path or 'SOURCE'}: no such folder or file, and not digits or digits_rgb")
-    if not blob.isdir(path) and path.lower().endswith((".tar", ".tar.gz", ".tgz")):
+    if not filesystem.isdir(path) and path.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return _cifar(path, labels, limit) if _is_cifar(path) else _tar(path, labels, limit)
-    if blob.isdir(path) and blob.exists(f"{path.rstrip('/')}/data.mdb"):
+    if filesystem.isdir(path) and filesystem.exists(f"{path.rstrip('/')}/data.mdb"):
         return _lmdb(path, labels, limit)
     return _source(open_source(path), labels, limit)
 
@@ -90,7 +90,7 @@ def _tar(path: str, labels: str, limit: int) -> Items:
     """A tar of images, or of tars that hold one class each (ILSVRC2012_img_train.tar: named by WordNet id)."""
 
     def images() -> Iterator[tuple[str, Pixels]]:
-        with readable(path), blob.open_file(path, "rb") as file:
+        with readable(path), filesystem.open_file(path, "rb") as file:
             yield from _tar_members(file, "")
 
     def kept_labels(_numbers: Sequence[int], names: Sequence[str]) -> Labels:
@@ -122,7 +122,7 @@ def _lmdb(path: str, labels: str, limit: int) -> Items:
         raise UserError(f"{path}: reading lmdb needs the package lmdb (extra `lsun`): {error}") from error
     if labels not in ("auto", "none"):
         raise UserError(f"{path}: --labels {labels}, but an LSUN database has no labels")
-    if blob.is_remote(path):
+    if filesystem.is_remote(path):
         raise UserError(f"{path}: copy an lmdb to a local disk first")
     with readable(path):
         database = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
@@ -142,7 +142,7 @@ def _lmdb(path: str, labels: str, limit: int) -> Items:
 def _is_cifar(path: str) -> bool:
     with (
         readable(path),
-        blob.open_file(path, "rb") as file,
+        filesystem.open_file(path, "rb") as file,
         tarfile.open(fileobj=file, mode="r|*") as archive,
     ):
         first = archive.next()
@@ -150,7 +150,7 @@ def _is_cifar(path: str) -> bool:
 
 
 def _cifar(path: str, labels: str, limit: int) -> Items:
-    with readable(path), blob.open_file(path, "rb") as file:
+    with readable(path), filesystem.open_file(path, "rb") as file:
         images, numbers, classes = cifar.read_training_set(file)
     table = Labels(numbers, classes, "CIFAR-10")
     return _arrays(f"CIFAR-10 {_basename(path)}", path, images, table, labels, limit)

@@ -17,7 +17,7 @@ from cm.data.decode import Decoder, readable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError
-from cm.progress import progress as progress_bar
+from cm.runtime.progress import progress as progress_bar
 
 _CHUNK = 16
 _MAX_NAMES = 100

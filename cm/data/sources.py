@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cm import blob
 from cm.data import labels as label_modes
 from cm.data import store
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.errors import UserError
+from cm.storage import filesystem
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_COMPRESSION = 200
@@ -51,7 +51,7 @@ class FolderSource:
 
     def __init__(self, path: str, names: Sequence[str] | None = None):
         self.path = path
-        listing = blob.list_recursive(path) if names is None else []
+        listing = filesystem.list_recursive(path) if names is None else []
         self.names = image_names(listing, path) if names is None else list(names)
         self._has_json = "dataset.json" in listing
 
@@ -62,21 +62,21 @@ class FolderSource:
         return self._full(self.names[index])
 
     def read(self, index: int) -> bytes:
-        with readable(self.name(index)), blob.open_file(self.name(index), "rb") as file:
+        with readable(self.name(index)), filesystem.open_file(self.name(index), "rb") as file:
             return file.read()
 
     def labels(self, mode: str) -> Labels:
         content = None
         if self._has_json and mode in ("auto", "json"):
-            with blob.open_file(self._full("dataset.json"), "rb") as file:
+            with filesystem.open_file(self._full("dataset.json"), "rb") as file:
                 content = parse_json(file.read(), self._full("dataset.json"))
         return label_modes.resolve(self.names, mode, content, self.path)
 
     def identity(self) -> Iterator[str]:
         """Names and sizes; names only where each size would be a request over the network."""
-        remote = blob.is_remote(self.path)
+        remote = filesystem.is_remote(self.path)
         for name in self.names:
-            yield name if remote else f"{name}:{blob.size(self._full(name))}"
+            yield name if remote else f"{name}:{filesystem.size(self._full(name))}"
 
     def _full(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}" if self.path else name
@@ -89,7 +89,7 @@ class ZipSource:
 
     def __init__(self, path: str):
         self.path = path
-        self._local = blob.cache_locally(path)
+        self._local = filesystem.cache_locally(path)
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         with readable(path):
             members = self._archive().infolist()
@@ -136,7 +136,7 @@ class NpzSource:
     def __init__(self, path: str):
         self.path = path
         with readable(path):
-            arrays = _read_npz(blob.cache_locally(path))
+            arrays = _read_npz(filesystem.cache_locally(path))
         images = arrays["arr_0"]
         self.images = images[..., None] if images.ndim == 3 else images
         if self.images.ndim != 4 or self.images.shape[3] not in (1, 3) or 0 in self.images.shape:
@@ -219,9 +219,9 @@ def open_source(path: str) -> Source:
     """The source that a path is: a prepared store, a folder, a .zip or an .npz."""
     if not path:
         raise UserError("--data_dir is missing: give a folder, a .zip or an .npz of images")
-    if not blob.exists(path):
+    if not filesystem.exists(path):
         raise UserError(f"{path}: no such folder or file")
-    if blob.isdir(path):
+    if filesystem.isdir(path):
         return StoreSource(path) if store.is_store(path) else FolderSource(path)
     if path.lower().endswith(".zip"):
         return ZipSource(path)

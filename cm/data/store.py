@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from cm import blob
 from cm.errors import UserError
+from cm.storage import filesystem
 
 MANIFEST = "manifest.json"
 FORMAT = "cm-image-store"
@@ -77,7 +77,7 @@ class StoreWriter:
     """Writes a store beside its destination and moves it there when complete; the manifest comes last."""
 
     def __init__(self, path: str, *, resolution: int, channels: int, overwrite: bool = False):
-        if blob.is_remote(path):
+        if filesystem.is_remote(path):
             raise UserError(f"{path}: a data set is prepared on a local disk, then copied")
         if os.path.exists(path) and (os.listdir(path) if os.path.isdir(path) else True):
             if not (os.path.isdir(path) and is_store(path)):
@@ -132,7 +132,7 @@ class StoreWriter:
             "sha256": hashlib.sha256("\n".join([*hashes, *classes]).encode()).hexdigest(),
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
-        blob.write_atomic(f"{self._partial}/{MANIFEST}", content)
+        filesystem.write_atomic(f"{self._partial}/{MANIFEST}", content)
         self._replace()
         return manifest
 
@@ -154,7 +154,7 @@ class StoreWriter:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(np.ascontiguousarray(array).data)
 
-        blob.write_atomic(path, write)
+        filesystem.write_atomic(path, write)
         return {"file": name, "sha256": _file_sha256(path)}
 
     def _replace(self) -> None:
@@ -184,9 +184,9 @@ def _is_entry(entry: Any) -> bool:
 
 def _load_manifest(path: str) -> dict[str, Any]:
     name = f"{path.rstrip('/')}/{MANIFEST}"
-    if not blob.exists(name):
+    if not filesystem.exists(name):
         return {}
-    with blob.open_file(name, "rb") as file:
+    with filesystem.open_file(name, "rb") as file:
         data = file.read()
     try:
         content = json.loads(data)
@@ -197,7 +197,7 @@ def _load_manifest(path: str) -> dict[str, Any]:
 
 def _map_array(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
-        array = np.load(blob.cache_locally(name), mmap_mode="r", allow_pickle=False)
+        array = np.load(filesystem.cache_locally(name), mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many types on damaged headers
         raise UserError(f"{name}: missing or damaged ({' '.join(str(error).split())})") from error
     if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
@@ -206,5 +206,5 @@ def _map_array(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 def _file_sha256(name: str) -> str:
-    with open(blob.cache_locally(name), "rb") as file:
+    with open(filesystem.cache_locally(name), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from cm import logger
 from cm.data.dataset import Batch, ImageData
-from cm.dist_util import local_rows
 from cm.errors import UserError
-from cm.random_util import derive_seed
-from cm.stopping import shield_worker
+from cm.runtime import logger
+from cm.runtime.distributed import local_rows
+from cm.runtime.preemption import shield_worker
+from cm.sampling.noise import derive_seed
 
 
 class StepBatches(torch.utils.data.Dataset):

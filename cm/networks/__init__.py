@@ -1,1 +1,1 @@
-"""Networks besides the ADM U-Net of `cm.unet`."""
+"""Networks besides the ADM U-Net of `cm.networks.unet`."""

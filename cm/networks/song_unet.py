@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.attention import channel_mix, pointwise, qkv_attention
+from cm.networks.attention import channel_mix, pointwise, qkv_attention
 from cm.networks.layers import (
     DownConv,
     FourierEmbedding,
@@ -203,7 +203,7 @@ class SongUNet(nn.Module):
     attention_resolutions: sides, in pixels, at which attention follows each block on the way down and the last one
         on the way up. The middle always has it.
     num_classes: number of labels; None for an unconditional network.
-    augment_dim: number of augmentation labels (`cm.augment`), 0 for none.
+    augment_dim: number of augmentation labels (`cm.objectives.augmentation`), 0 for none.
     embedding: "fourier" (of scale `fourier_scale`) or "positional".
     embedding_mult: size of the noise embedding in units of model_channels.
     taps: resampling filter.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from cm.denoiser import Denoiser
-from cm.lpips import Lpips
-from cm.random_util import StepRandom
-from cm.schedules import Stage
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import Stage
+from cm.objectives.lpips import Lpips
+from cm.sampling.noise import StepRandom
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cm.denoiser import Denoiser
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import EmaAndScales, karras_sigma
 from cm.errors import UserError
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
-from cm.random_util import StepRandom
-from cm.schedules import EmaAndScales, karras_sigma
+from cm.sampling.noise import StepRandom
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cm.denoiser import Denoiser
+from cm.config.rules import check_continuous
+from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
-from cm.forward_mode import forward_mode
-from cm.lpips import Lpips
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
 from cm.objectives.consistency import Distance, Grid, Weight
-from cm.random_util import StepRandom
-from cm.rules import check_continuous
+from cm.objectives.forward_mode import forward_mode
+from cm.objectives.lpips import Lpips
+from cm.sampling.noise import StepRandom
 
 # (distance, f, v), images of one shape -> what the registry says
 Form = Callable[[Distance, Tensor, Tensor], Tensor]

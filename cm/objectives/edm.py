@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cm.augment import augment
-from cm.denoiser import Denoiser
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.noise_levels import NoiseSampler, ScheduleSampler
 from cm.nn import append_dims, mean_flat
+from cm.objectives.augmentation import augment
 from cm.objectives.base import Draw, Objective, Roles
-from cm.random_util import StepRandom
-from cm.resample import NoiseSampler, ScheduleSampler
+from cm.sampling.noise import StepRandom
 
 
 def edm_losses(

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from cm.diffusion.grid import EmaAndScales, Stage, progdist_stage
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import Distance, Grid, Weight, euler_step
-from cm.random_util import StepRandom
-from cm.schedules import EmaAndScales, Stage, progdist_stage
+from cm.sampling.noise import StepRandom
 
 
 def progressive_losses(

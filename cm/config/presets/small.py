@@ -1,0 +1,173 @@
+"""Experiments for a laptop: handwritten digits at 8 and 16 pixels, and a network for tests and benchmarks."""
+
+from cm.config.presets.base import Flags, Preset
+
+DIGITS8: Flags = {
+    "image_size": 8,
+    "in_channels": 1,
+    "num_classes": 10,
+    "num_channels": 32,
+    "channel_mult": "1,1",
+    "num_res_blocks": 1,
+    "num_head_channels": 16,
+    "attention_resolutions": "4",
+    "class_cond": True,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+DIGITS16: Flags = {**DIGITS8, "image_size": 16, "channel_mult": "1,1,1"}
+DIGITS_RGB: Flags = {**DIGITS8, "in_channels": 3}
+
+# Digits have a handedness, and fit in memory.
+TRAINING: Flags = {
+    "random_flip": False,
+    "num_workers": 0,
+    "global_batch_size": 64,
+    "lr_schedule": "late_decay",
+    "ema_warmup": True,
+    "log_interval": 50,
+    "save_interval": 500,
+}
+SAMPLING: Flags = {"num_samples": 1000, "batch_size": 250}
+CONSISTENCY_GRID: Flags = {"sampler": "onestep", "steps": 18, "ts": "0,11,17"}
+EDITING: Flags = {"steps": 18, "batch_size": 250}
+SEARCH: Flags = {"begin": "1", "end": "16", "steps": 18, **SAMPLING}
+
+
+def _teacher(model: Flags, steps: int) -> Preset:
+    """EDM: a denoiser."""
+    train = {"schedule_sampler": "lognormal", "lr": 2e-3, "ema_rate": "0.99", "total_training_steps": steps}
+    return Preset(
+        model={**model, "weight_schedule": "karras"},
+        scripts={
+            "edm_train": {**TRAINING, **train},
+            "image_sample": {**SAMPLING, "training_mode": "edm", "sampler": "heun", "steps": 18},
+        },
+    )
+
+
+def _consistency(model: Flags, mode: str, steps: int, train: Flags) -> Preset:
+    """A consistency model, by any way to train one."""
+    return Preset(
+        model={**model, "weight_schedule": "uniform"},
+        scripts={
+            "cm_train": {
+                **TRAINING,
+                "training_mode": mode,
+                "loss_norm": "l2",
+                "total_training_steps": steps,
+                **train,
+            },
+            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": mode},
+            "image_edit": {**EDITING, "training_mode": mode},
+            "ternary_search": SEARCH,
+        },
+    )
+
+
+def _progressive(model: Flags, stage: int) -> Preset:
+    """Progressive distillation from 16 steps to one; stage: steps per halving."""
+    train = {
+        "training_mode": "progdist",
+        "scale_mode": "progdist",
+        "start_scales": 16,
+        "distill_steps_per_iter": stage,
+        "total_training_steps": 7 * stage,  # 16, 8, 4 once; 2, 1 twice as long
+        "loss_norm": "l2",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "ema_rate": "0.95",
+    }
+    return Preset(
+        model={**model, "weight_schedule": "truncated-snr"},
+        scripts={
+            "cm_train": {**TRAINING, **train},
+            "image_sample": {**SAMPLING, "training_mode": "progdist", "sampler": "progdist", "steps": 1},
+        },
+    )
+
+
+CD: Flags = {"start_ema": 0.9, "start_scales": 18, "lr": 1e-3, "ema_rate": "0.98"}
+CT: Flags = {
+    "init": "random",
+    "target_ema_mode": "adaptive",
+    "start_ema": 0.9,
+    "scale_mode": "progressive",
+    "start_scales": 2,
+    "end_scales": 17,
+    "lr": 1e-3,
+    "ema_rate": "0.99",
+}
+# Continuous time: networks whose clock runs 250 times slower, which start from such a teacher. With the usual clock
+# df/dt is so large that only tiny steps are stable, and from random weights this network does not learn so.
+SLOW_CLOCK: Flags = {"time_scale": 4.0}
+CONTINUOUS: Flags = {"init": "teacher", "start_scales": 18, "ema_rate": "0.99"}
+
+
+def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[str, Preset]:
+    """Teacher and the three ways to few steps, all with a budget of minutes on two cores."""
+    return {
+        "edm": _teacher(model, edm_steps),
+        "cd": _consistency(model, "consistency_distillation", cd_steps, CD),
+        "ct": _consistency(model, "consistency_training", ct_steps, CT),
+        "pd": _progressive(model, cd_steps // 5),
+    }
+
+
+def _digits_continuous(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[str, Preset]:
+    """Both consistency models in continuous time, and their teacher."""
+    model = {**model, **SLOW_CLOCK}
+    cd = {**CONTINUOUS, "stop_grad": False, "clock": "grid", "lr": 1e-3}
+    ct = {**CONTINUOUS, "lr": 1e-4}
+    return {
+        "cont_edm": _teacher(model, edm_steps),
+        "cont_cd": _consistency(model, "continuous_distillation", cd_steps, cd),
+        "cont_ct": _consistency(model, "continuous_training", ct_steps, ct),
+    }
+
+
+# A run of a few seconds: what is trained is of no use.
+TINY = Preset(
+    model={
+        "image_size": 16,
+        "num_channels": 32,
+        "channel_mult": "1,2",
+        "num_res_blocks": 1,
+        "num_head_channels": 16,
+        "attention_resolutions": "8",
+        "resblock_updown": True,
+    },
+    scripts={
+        "edm_train": {
+            "schedule_sampler": "lognormal",
+            "global_batch_size": 8,
+            "num_workers": 0,
+            "log_interval": 1,
+            "save_interval": 4,
+            "total_training_steps": 4,
+        },
+        "cm_train": {
+            "training_mode": "consistency_distillation",
+            "start_ema": 0.9,
+            "start_scales": 4,
+            "loss_norm": "l2",
+            "weight_schedule": "uniform",
+            "global_batch_size": 8,
+            "num_workers": 0,
+            "log_interval": 1,
+            "save_interval": 4,
+            "total_training_steps": 4,
+        },
+        "image_sample": {"num_samples": 8, "batch_size": 4, "steps": 4},
+        "image_edit": {"training_mode": "consistency_distillation", "steps": 4, "batch_size": 4},
+        "ternary_search": {"begin": "0", "end": "3", "steps": 4, "num_samples": 8, "batch_size": 4},
+    },
+)
+
+PRESETS: dict[str, Preset] = {
+    **{f"digits_{method}": preset for method, preset in _digits(DIGITS8, 1500, 500, 1500).items()},
+    **{f"digits16_{method}": preset for method, preset in _digits(DIGITS16, 900, 300, 900).items()},
+    **{f"digits_{method}": preset for method, preset in _digits_continuous(DIGITS8, 1500, 500, 1500).items()},
+    **{f"digits_rgb_{method}": preset for method, preset in _digits(DIGITS_RGB, 1500, 500, 1500).items()},
+    "tiny": TINY,
+}

@@ -1,4 +1,0 @@
-"""Checkpoints of other code, to and from ours: EDM pickles, JAX msgpack files, diffusers folders, safetensors.
-
-`cm.convert.formats` finds out what a file is and does the whole conversion; each other module knows one layout.
-"""

@@ -1,0 +1,58 @@
+"""Diffusion as Salimans & Ho 2022 write it: z_t = alpha_t x + sigma_t e with t in [0, 1].
+
+Dividing by alpha_t gives x + level_t e with level = sigma / alpha, the state of the rest of this library.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cm.diffusion.noise_schedules import CosineSchedule, VPSchedule
+from cm.errors import UserError
+from cm.nn import append_zero
+
+# Variance preserving: alpha^2 + sigma^2 = 1
+VARIANCE_PRESERVING = {
+    "cosine": CosineSchedule(),
+    "vp": VPSchedule(),
+}
+
+
+@dataclass(frozen=True)
+class AlphaSigma:
+    """A schedule by name, between the noise levels sigma_min at t = 0 and sigma_max at t = 1.
+
+    cosine: level = tan(a t + b) (Salimans & Ho 2022, App. B with truncated log-SNR); vp: linear beta; both keep
+    alpha^2 + sigma^2 = 1. ve: alpha = 1 and ln sigma linear in t.
+    """
+
+    name: str
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self):
+        if self.name != "ve" and self.name not in VARIANCE_PRESERVING:
+            known = ", ".join((*VARIANCE_PRESERVING, "ve"))
+            raise UserError(f"--diffusion_schedule must be one of {known}, got {self.name}")
+
+    def level(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t, increasing in t, float64."""
+        t = t.double()
+        if self.name == "ve":
+            return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+        schedule = VARIANCE_PRESERVING[self.name]
+        low, high = schedule.time(t.new_tensor([self.sigma_min, self.sigma_max]))
+        return schedule.sigma(low + t * (high - low))
+
+    def alpha(self, level: Tensor) -> Tensor:
+        """alpha where sigma / alpha is `level`; sigma is alpha times level."""
+        return torch.ones_like(level) if self.name == "ve" else (1 + level**2).rsqrt()
+
+    def sigma(self, position: Tensor, intervals: int) -> Tensor:
+        """fp32 levels at t = 1 - position / intervals: the grid of progressive distillation, 0 = sigma_max."""
+        return self.level(1 - position / intervals).float()
+
+    def steps(self, intervals: int) -> Tensor:
+        """The levels at t = 1, 1 - 1/N, ..., 0 and a final 0: what the sampler `progdist` expects."""
+        return append_zero(self.sigma(torch.arange(intervals + 1), intervals))

@@ -1,0 +1,115 @@
+"""Files without a configuration: what the shapes of a state dict say about its network.
+
+Shapes tell the architecture of an ADM U-Net except the width of attention heads and the image size; those are taken
+from the released networks, which have heads of 64 channels and one image size for each list of level widths. Shapes
+say nothing about preconditioning, noise grid or dropout.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cm.config.parsing import CHANNEL_MULT
+from cm.errors import UserError
+
+HEAD_CHANNELS = 64
+# Image size of the networks that were released, by their default widths
+IMAGE_SIZES = {mult: size for size, mult in CHANNEL_MULT.items() if size >= 64}
+
+
+class Encoder(NamedTuple):
+    """A U-Net's way down: width and attention of each level, finest first."""
+
+    widths: list[int]
+    num_res_blocks: int
+    attention: list[bool]
+    resblock_updown: bool
+
+
+def identify(
+    state_dict: Mapping[str, Any], source: str = "the model file", image_size: int = 0
+) -> dict[str, Any]:
+    """Model flags of a bare state dict, from the shapes of its tensors.
+
+    image_size: where the list of widths does not tell it. UserError names what shapes cannot tell and which flags do.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    required = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight", "middle_block.1.qkv.weight")
+    if not all(name in shapes for name in required):
+        raise UserError(f"{source} is not the state dict of an ADM U-Net")
+    if len(shapes["middle_block.1.qkv.weight"]) != 4:
+        raise UserError(
+            f"{source} is a guided-diffusion U-Net, whose attention is laid out in another way: convert it"
+        )
+    num_channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
+    encoder = _encoder(shapes, source)
+    mult = tuple(_ratio(width, num_channels) for width in encoder.widths)
+    size = image_size or IMAGE_SIZES.get(mult, 0)
+    if not size:
+        raise UserError(
+            f"{source}: tensor shapes do not tell the image size of a network with --channel_mult "
+            f"{','.join(map(str, mult))}: give --image_size"
+        )
+    attended = [width for width, attention in zip(encoder.widths, encoder.attention) if attention]
+    if any(width % HEAD_CHANNELS for width in (*attended, encoder.widths[-1])):
+        raise UserError(
+            f"{source}: tensor shapes do not tell the number of attention heads: give all flags of the model"
+        )
+    return {
+        "network": "adm",
+        "image_size": size,
+        "in_channels": in_channels,
+        "num_channels": num_channels,
+        "num_res_blocks": encoder.num_res_blocks,
+        "channel_mult": ",".join(map(str, mult)),
+        "attention_resolutions": ",".join(str(size >> i) for i, has in enumerate(encoder.attention) if has),
+        "num_head_channels": HEAD_CHANNELS,
+        "class_cond": "label_emb.weight" in shapes,
+        "num_classes": shapes.get("label_emb.weight", (0,))[0],
+        "use_scale_shift_norm": _uses_scale_shift(shapes),
+        "resblock_updown": encoder.resblock_updown,
+        "learn_sigma": shapes["out.2.weight"][0] == 2 * in_channels,
+    }
+
+
+def _ratio(width: int, base: int) -> int | float:
+    return width // base if width % base == 0 else width / base
+
+
+def _uses_scale_shift(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """The embedding gives a scale and a shift per channel instead of one summand."""
+    return (
+        shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * shapes["middle_block.0.out_layers.0.weight"][0]
+    )
+
+
+def _encoder(shapes: Mapping[str, tuple[int, ...]], source: str) -> Encoder:
+    """Read the levels off the blocks.
+
+    There are levels * (blocks + 1) blocks on either way: per level one residual block less on the way down, where the
+    last place holds the step to the next level. On the way up such steps sit behind the blocks, which counts levels.
+    """
+    total = _count_blocks(shapes, "input_blocks")
+    ups = [
+        name
+        for name in shapes
+        if re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight", name)
+    ]
+    levels = len(ups) + 1
+    if total % levels or _count_blocks(shapes, "output_blocks") != total:
+        raise UserError(f"{source} is not an ADM U-Net with equally many residual blocks on each level")
+    stride = total // levels
+    firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
+    widths = [shapes.get(f"{first}.0.in_layers.2.weight", (0,))[0] for first in firsts]
+    if stride < 2 or not all(widths):
+        raise UserError(f"{source} is not an ADM U-Net with equally many residual blocks on each level")
+    return Encoder(
+        widths,
+        num_res_blocks=stride - 1,
+        attention=[f"{first}.1.qkv.weight" in shapes for first in firsts],
+        resblock_updown=any("in_layers" in name for name in ups),
+    )
+
+
+def _count_blocks(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{stack}.")})

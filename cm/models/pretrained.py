@@ -1,0 +1,130 @@
+"""A trained model ready for use: found, identified, loaded strictly, and put under its preconditioning."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from cm.config.derived import channels_last, inherit, is_consistency, precision
+from cm.config.flags import GuidanceFlags
+from cm.config.scripts import ClassifierConfig, ModelFlags, flags_of
+from cm.diffusion.denoiser import Denoiser
+from cm.errors import UserError
+from cm.models.factory import choose_device, create_network, create_precond
+from cm.models.files import ModelFile, load_model_file
+from cm.models.guided_diffusion import is_classifier, released_classifier
+from cm.models.identify import identify
+from cm.sampling.guidance import NoisyClassifier
+from cm.storage.checkpoint import check_matching
+from cm.training.mixed_precision import torso_dtype
+
+ConfigType = TypeVar("ConfigType", bound=ModelFlags)
+
+
+@dataclass(frozen=True)
+class Pretrained(Generic[ConfigType]):
+    """A network with its denoiser, and the configuration completed by what the file says."""
+
+    config: ConfigType
+    file: ModelFile
+    network: nn.Module
+    denoiser: Denoiser
+    device: torch.device
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights came from, for metadata of results."""
+        return {"model_path": self.file.path, "weights": self.file.kind, "model_sha256": self.file.sha256}
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier of noisy images with its file."""
+
+    model: NoisyClassifier
+    file: ModelFile
+    num_classes: int
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights came from, for metadata of results."""
+        return {
+            "classifier_path": self.file.path,
+            "classifier_weights": self.file.kind,
+            "classifier_sha256": self.file.sha256,
+        }
+
+
+def load_classifier(
+    flags: GuidanceFlags, *, image_size: int, channels: int, num_classes: int, device: torch.device
+) -> TrainedClassifier:
+    """The classifier of --classifier_path, in eval mode; UserError where it does not fit the images or the classes.
+
+    num_classes: those of the model that is guided; 0 for an unconditional one, which takes any.
+    """
+    path = flags.classifier_path
+    file = load_model_file(path, flag="classifier_path")
+    if file.config is None and is_classifier(file.state):
+        model, classes = released_classifier(file.state, flags, image_size=image_size, source=path)
+        found = {"image_size": image_size, "in_channels": 3, "num_classes": classes}
+    else:
+        model, found = _own_classifier(file, flags)
+    for name, wanted in (("image_size", image_size), ("in_channels", channels), ("num_classes", num_classes)):
+        if wanted and found[name] != wanted:
+            raise UserError(f"--classifier_path {path} has --{name} {found[name]}, the model {wanted}")
+    network = model.net.to(device).eval().requires_grad_(False)
+    return TrainedClassifier(replace(model, net=network), file, found["num_classes"])
+
+
+def _own_classifier(file: ModelFile, flags: GuidanceFlags) -> tuple[NoisyClassifier, dict[str, Any]]:
+    """A classifier of classifier_train and its stored configuration."""
+    path, stored = flags.classifier_path, file.config or {}
+    if stored.get("training_mode") != "classifier":
+        trained = f"was trained by {stored['training_mode']}" if "training_mode" in stored else "does not say"
+        raise UserError(f"--classifier_path {path} is no classifier of classifier_train: it {trained}")
+    for name, field in flags_of(GuidanceFlags).items():
+        if name not in ("classifier_path", "classifier_scale") and getattr(flags, name) != field.default:
+            raise UserError(
+                f"--{name} is for classifiers of guided-diffusion; --classifier_path {path} describes itself"
+            )
+    known = flags_of(ClassifierConfig)
+    config = ClassifierConfig(**{name: value for name, value in stored.items() if name in known})
+    network = create_network(config)
+    check_matching(network, file.state, f"--classifier_path {file.path}")
+    network.load_state_dict(file.state)
+    return NoisyClassifier(network, create_precond(config, consistency=False)), stored
+
+
+def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
+    """The model of --model_path, in eval mode on --device.
+
+    Our own checkpoints carry their configuration; of a bare state dict the shapes give the architecture, and
+    --training_mode or --preset what shapes cannot tell.
+    """
+    file = load_model_file(config.model_path, config.weights)
+    size = config.image_size if "image_size" in config.explicit else 0
+    fully_given = {"num_channels", "num_res_blocks", "image_size"} <= config.explicit
+    stored = file.config
+    if stored is None:
+        # Flags of the published command lines describe the network; without them its shapes must.
+        stored = {} if fully_given else identify(file.state, config.model_path, size)
+        if config.class_cond and "label_emb.weight" in file.state:
+            stored["num_classes"] = len(file.state["label_emb.weight"])
+    config = inherit(config, stored, config.model_path)
+    device = choose_device(config.device)
+    network = create_network(config)
+    check_matching(network, file.state, f"--model_path {file.path}")
+    network.load_state_dict(file.state)
+    return ready(config, file, network, device)
+
+
+def ready(
+    config: ConfigType, file: ModelFile, network: nn.Module, device: torch.device
+) -> Pretrained[ConfigType]:
+    """A network with its weights, made ready to sample: precision, device and memory format as configured."""
+    if (dtype := torso_dtype(precision(config))) != torch.float32:
+        network.convert_torso(dtype)
+    network = network.to(device).eval().requires_grad_(False)
+    if channels_last(config, device.type):
+        network = network.to(memory_format=torch.channels_last)
+    precond = create_precond(config, consistency=is_consistency(config.training_mode))
+    return Pretrained(config, file, network, Denoiser(network, precond), device)

@@ -1,0 +1,166 @@
+"""Networks by name: the arguments that flags give, turned into a module."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from cm.config.parsing import parse_attention, parse_channel_mult
+from cm.config.rules import check_architecture
+from cm.errors import UserError
+from cm.networks.classifier import EncoderUNetModel
+from cm.networks.song_unet import SongUNet
+from cm.networks.unet import UNetModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A network as flags describe it (`cm.config.scripts.ModelFlags`); num_classes None is a network without labels."""
+
+    network: str = "adm"
+    image_size: int
+    num_channels: int
+    num_res_blocks: int
+    channel_mult: str = ""
+    attention_resolutions: str = "16"
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    dropout: float = 0.0
+    use_checkpoint: bool = False
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_fp16: bool = False
+    use_new_attention_order: bool = False
+    learn_sigma: bool = False
+    in_channels: int = 3
+    num_classes: int | None = None
+    augment_dim: int = 0
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Width of each level in units of num_channels."""
+        return parse_channel_mult(self.channel_mult, self.image_size)
+
+    @property
+    def attention_factors(self) -> tuple[int, ...]:
+        """Down-sampling factors with attention."""
+        return parse_attention(self.attention_resolutions, self.image_size, len(self.widths))
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def adm(a: Architecture) -> UNetModel:
+    """The U-Net of ADM and of the released consistency models."""
+    return UNetModel(
+        image_size=a.image_size,
+        in_channels=a.in_channels,
+        model_channels=a.num_channels,
+        out_channels=a.out_channels,
+        num_res_blocks=a.num_res_blocks,
+        attention_resolutions=a.attention_factors,
+        dropout=a.dropout,
+        channel_mult=a.widths,
+        num_classes=a.num_classes,
+        use_checkpoint=a.use_checkpoint,
+        use_fp16=a.use_fp16,
+        num_heads=a.num_heads,
+        num_head_channels=a.num_head_channels,
+        num_heads_upsample=a.num_heads_upsample,
+        use_scale_shift_norm=a.use_scale_shift_norm,
+        resblock_updown=a.resblock_updown,
+        use_new_attention_order=a.use_new_attention_order,
+    )
+
+
+def adm_classifier(a: Architecture) -> EncoderUNetModel:
+    """The classifier of ADM's guidance: the U-Net's way down and attention pooling; logits of num_classes."""
+    return EncoderUNetModel(
+        image_size=a.image_size,
+        in_channels=a.in_channels,
+        model_channels=a.num_channels,
+        out_channels=a.num_classes,
+        num_res_blocks=a.num_res_blocks,
+        attention_resolutions=a.attention_factors,
+        dropout=a.dropout,
+        channel_mult=a.widths,
+        use_checkpoint=a.use_checkpoint,
+        num_head_channels=a.num_head_channels,
+        use_scale_shift_norm=a.use_scale_shift_norm,
+        resblock_updown=a.resblock_updown,
+    )
+
+
+def ncsnpp(a: Architecture) -> SongUNet:
+    """NCSN++ as the CIFAR-10 models use it: Fourier embedding, FIR resampling, input pyramid."""
+    return _song_unet(a, embedding="fourier", embedding_mult=2, taps=(1, 3, 3, 1), input_pyramid=True)
+
+
+def ddpmpp(a: Architecture) -> SongUNet:
+    """DDPM++: positional embedding, box resampling."""
+    return _song_unet(a, embedding="positional", embedding_mult=1, taps=(1, 1), input_pyramid=False)
+
+
+def _song_unet(
+    a: Architecture, *, embedding: str, embedding_mult: int, taps: tuple[float, ...], input_pyramid: bool
+) -> SongUNet:
+    return SongUNet(
+        image_size=a.image_size,
+        in_channels=a.in_channels,
+        out_channels=a.out_channels,
+        model_channels=a.num_channels,
+        channel_mult=a.widths,
+        num_res_blocks=a.num_res_blocks,
+        attention_resolutions=tuple(a.image_size // factor for factor in a.attention_factors),
+        dropout=a.dropout,
+        num_classes=a.num_classes,
+        augment_dim=a.augment_dim,
+        embedding=embedding,
+        embedding_mult=embedding_mult,
+        taps=taps,
+        input_pyramid=input_pyramid,
+        use_checkpoint=a.use_checkpoint,
+    )
+
+
+# --network
+NETWORKS: dict[str, Callable[[Architecture], nn.Module]] = {
+    "adm": adm,
+    "ncsnpp": ncsnpp,
+    "ddpmpp": ddpmpp,
+}
+# The clock of each network: c_noise = time_scale * ln(sigma) / 4
+TIME_SCALES: dict[str, float] = {
+    "adm": 1000.0,
+    "ncsnpp": 1.0,
+    "ddpmpp": 1.0,
+}
+
+
+def build_network(architecture: Architecture, *, classifier: bool = False) -> nn.Module:
+    """The network with fresh weights, on torch's default device; UserError names a flag that does not fit.
+
+    classifier: the classifier that goes with an ADM U-Net, not the U-Net.
+    """
+    a = architecture
+    if a.network not in NETWORKS:
+        raise UserError(f"--network must be one of {', '.join(NETWORKS)}, got {a.network}")
+    check_architecture(
+        network=a.network,
+        image_size=a.image_size,
+        num_channels=a.num_channels,
+        channel_mult=a.channel_mult,
+        attention_resolutions=a.attention_resolutions,
+        num_heads=a.num_heads,
+        num_heads_upsample=a.num_heads_upsample,
+        num_head_channels=a.num_head_channels,
+        augment_dim=a.augment_dim,
+    )
+    if not classifier:
+        return NETWORKS[a.network](a)
+    if a.network != "adm":
+        raise UserError(f"--network {a.network} has no classifier; adm has")
+    return adm_classifier(a)

@@ -1,0 +1,56 @@
+"""The directory of a run: made when training starts, and taken away again when the start is refused."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cm.errors import UserError
+from cm.runtime import distributed, logger
+
+
+class RunDirectory:
+    """A run directory for the length of a with block, which all ranks enter; its path is the block's variable.
+
+    A UserError before `started` removes what this start made: the directory, if it was not there before, and the
+    folders above it. One that has got checkpoints meanwhile stays.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._made: list[Path] = []  # folders that were not there, the innermost first; on rank 0
+
+    def __enter__(self) -> "RunDirectory":
+        distributed.on_main(self._prepare)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, UserError):
+            self._remove()
+
+    def started(self) -> None:
+        """Training begins: from here on the directory stays."""
+        self._made = []
+
+    def _prepare(self) -> None:
+        """Make the directory; UserError when it cannot be written."""
+        path = Path(self.path).absolute()
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            os.makedirs(path, exist_ok=True)
+            self._made = missing
+            if not os.access(path, os.W_OK):
+                raise PermissionError(f"[Errno 13] Permission denied: '{self.path}'")
+        except OSError as error:
+            raise UserError(f"--out_dir {self.path} cannot be written: {error.strerror or error}") from None
+
+    def _remove(self) -> None:
+        if not self._made or (self._made[0] / "checkpoints").exists():
+            return
+        logger.reset()  # its files lie in there
+        shutil.rmtree(self._made[0], ignore_errors=True)
+        for folder in self._made[1:]:
+            try:
+                folder.rmdir()
+            except OSError:  # something else lies in it now
+                return

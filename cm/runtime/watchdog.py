@@ -1,0 +1,142 @@
+"""A sign of life of every rank: who it is, which step and phase it is in. Ends the job when a rank dies or is stuck.
+
+Each rank keeps a small file in <run>/heartbeats, rewritten in place by a thread. The same thread watches the ranks of
+its own node, whose deaths the system reports at once, and the time that the main thread spends in a phase. What it
+finds goes to status.json and to the screen; the files stay for the next start and for the doctor.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cm.runtime import distributed, liveness, status
+
+INTERVAL = 0.2
+RECORD_BYTES = 1024
+
+
+class Heartbeat:
+    """Signs of life of this rank in a with block; every rank of the job enters it.
+
+    limits: seconds that a phase may take, by the name of its time-out (`cm.runtime.liveness.PHASES`).
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, limits: dict[str, float], interval: float = INTERVAL):
+        self.run_dir = Path(run_dir)
+        self.limits = limits
+        self.interval = interval
+        self._now = ("start", 0, time.time(), time.monotonic())
+        self._main = threading.main_thread().ident
+
+    def phase(self, name: str, step: int) -> None:
+        """The main thread enters a phase (a key of `cm.runtime.liveness.PHASES`)."""
+        self._now = (name, step, time.time(), time.monotonic())
+
+    def __enter__(self) -> "Heartbeat":
+        rank, host, pid = distributed.get_rank(), socket.gethostname(), os.getpid()
+        self._self = liveness.Beat(rank, distributed.get_world_size(), host, pid, liveness.process_birth(pid))
+        folder = liveness.folder(self.run_dir)
+        if distributed.is_main():
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("rank_*.json"):
+                old.unlink()
+        peers = distributed.all_gather_object(self._self)  # after it, the folder is there for all
+        self._file = os.open(folder / f"rank_{rank:04d}.json", os.O_WRONLY | os.O_CREAT)
+        self._write(self._beat())
+        distributed.barrier()  # the watch reads all files
+        self._peers = liveness.watch_ends(peer for peer in peers if peer.rank != rank)
+        self._node_watch = _start_node_watch(self.run_dir, [p for p in peers if p.host == host])
+        self._stopped, self._stop = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
+        os.write(self._stop, b".")
+        self._thread.join()
+        ended = "finished" if error is None else f"{kind.__name__}: {error}".splitlines()[0][:300]
+        self._write(dataclasses.replace(self._beat(), ended=ended))
+        if self._node_watch is not None:
+            self._node_watch.kill()
+            self._node_watch.wait()
+        for descriptor in (self._file, self._stop, self._stopped, *self._peers):
+            os.close(descriptor)
+
+    def _beat(self) -> liveness.Beat:
+        phase, step, since, began = self._now
+        where, waiting = "", False
+        if time.monotonic() - began > 0.5 * self._limit(phase):
+            where, waiting = _where(self._main)
+        return dataclasses.replace(
+            self._self, step=step, phase=phase, since=since, time=time.time(), where=where, waiting=waiting
+        )
+
+    def _limit(self, phase: str) -> float:
+        return self.limits[liveness.PHASES[phase][1]]
+
+    def _write(self, beat: liveness.Beat) -> None:
+        record = json.dumps(dataclasses.asdict(beat)).encode()
+        with contextlib.suppress(OSError):  # a full disk or a lost mount is the saver's to report
+            os.pwrite(self._file, record[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n", 0)
+
+    def _run(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._stopped, *self._peers], [], [], self.interval)
+            if self._stopped in ready:
+                return
+            for descriptor in ready:
+                if lost := liveness.record_death(self.run_dir, self._peers.pop(descriptor)):
+                    distributed.end_job(1, f"error: {lost}\n")
+                os.close(descriptor)
+            self._write(self._beat())
+            self._check_time()
+
+    def _check_time(self) -> None:
+        phase, step, _, began = self._now
+        limit = self._limit(phase)
+        if time.monotonic() - began > limit:
+            culprit = liveness.furthest_behind(liveness.read_beats(self.run_dir)) or self._beat()
+            flag = liveness.PHASES[phase][1]
+            text = f"no progress for {limit:g} s (--{flag}) at step {step}; furthest behind is {culprit}"
+            liveness.record(self.run_dir, status.STUCK, text, culprit)
+            distributed.end_job(1, f"error: {text}\n")
+
+
+def _start_node_watch(run_dir: Path, ranks: list[liveness.Beat]) -> subprocess.Popen | None:
+    """On the first of several ranks of a node: a process that sees which of them dies first.
+
+    Launchers kill the other ranks so fast that none of them is left to say it. The process is out of their reach, in a
+    session of its own, and ends with the last rank.
+    """
+    if len(ranks) == 1 or ranks[0].pid != os.getpid():
+        return None
+    package = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    names = [str(rank.rank) for rank in ranks]
+    command = [sys.executable, "-m", "cm.runtime.node_watch", str(run_dir.resolve()), *names]
+    return subprocess.Popen(
+        command, start_new_session=True, env={**os.environ, "PYTHONPATH": path}, **nowhere
+    )
+
+
+def _where(thread: int) -> tuple[str, bool]:
+    """(innermost line of our code or of the user's, whether it waits for other ranks) of a running thread."""
+    frame, waiting = sys._current_frames().get(thread), False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        installed = "site-packages" in name or name.startswith((sys.base_prefix, "<"))
+        if not installed or name.startswith(str(Path(__file__).parents[1])):
+            return f"{os.path.basename(name)}:{frame.f_lineno} {frame.f_code.co_name}", waiting
+        waiting = waiting or "torch/distributed/" in name or "torch/autograd/" in name
+        frame = frame.f_back
+    return "", waiting

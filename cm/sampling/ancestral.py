@@ -1,0 +1,47 @@
+"""Ancestral sampling: part of each step is deterministic, the rest is fresh noise (Song et al. 2021, App. F)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cm.sampling.common import Callback, DenoiseFn, evaluate, intervals, report, start, to_d
+
+
+def get_ancestral_step(
+    sigma_from: Tensor | float, sigma_to: Tensor | float
+) -> tuple[Tensor | float, Tensor | float]:
+    """(sigma_down, sigma_up): go down to sigma_down, then add noise of standard deviation sigma_up.
+
+    sigma_up^2 = sigma_to^2 (sigma_from^2 - sigma_to^2) / sigma_from^2 and sigma_down^2 = sigma_to^2 - sigma_up^2, which
+    is sigma_to^4 / sigma_from^2: written so, no rounding can make it negative.
+    """
+    sigma_down = sigma_to**2 / sigma_from
+    sigma_up = sigma_to * (1 - (sigma_to / sigma_from) ** 2) ** 0.5
+    return sigma_down, sigma_up
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    denoiser: DenoiseFn,
+    x: Tensor,
+    sigmas: Tensor,
+    generator,
+    progress: bool = False,
+    callback: Callback | None = None,
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Euler step to sigma_down, then noise up to the next level. One evaluation and one draw per step.
+
+    gradient: (x, sigma) -> s grad log p(y | x; sigma) of a classifier; the step's mean moves by sigma_up^2 times it
+    (Dhariwal & Nichol 2021, Algorithm 1, with the gradient at x).
+    """
+    x = start(x)
+    for i, sigma, sigma_next in intervals(sigmas, progress):
+        denoised = evaluate(denoiser, x, sigma)
+        report(callback, i, x, sigma, denoised)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next)
+        shift = sigma_up**2 * evaluate(gradient, x, sigma) if gradient else 0
+        x = x + (sigma_down - sigma) * to_d(x, sigma, denoised) + shift
+        x = x + sigma_up * generator.randn_like(x)
+    return x

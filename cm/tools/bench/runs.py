@@ -1,0 +1,165 @@
+"""What the benchmarks run: real training loops and samplers on synthetic images and random weights."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cm.commands import train
+from cm.commands.cli import parse_config
+from cm.config import presets
+from cm.config.derived import with_counts
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, result_flags
+from cm.errors import UserError
+from cm.models.factory import choose_device, create_network
+from cm.models.files import ModelFile
+from cm.models.pretrained import Pretrained, ready
+from cm.objectives.lpips import FEATURES, LINEAR_FILE, VGG_FILE
+from cm.runtime import logger
+from cm.runtime.distributed import get_world_size
+from cm.tools.profiling.flops import VGG16
+from cm.training.trainer import Trainer
+
+TrainConfig = EdmTrainConfig | CmTrainConfig
+
+CONTINUOUS = ("--loss_norm", "l2", "--stop_grad", "True")
+# Objectives of the preset "tiny": case -> (configuration, its flags)
+TINY_CASES: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {
+    "edm": (EdmTrainConfig, ()),
+    "cd": (CmTrainConfig, ()),
+    "ct": (CmTrainConfig, ("--training_mode", "consistency_training")),
+    "pd": (CmTrainConfig, ("--training_mode", "progdist", "--scale_mode", "progdist")),
+    "cd_euler": (CmTrainConfig, ("--ode_solver", "euler")),
+    "cont_cd": (CmTrainConfig, ("--training_mode", "continuous_distillation", *CONTINUOUS)),
+    "cont_ct": (CmTrainConfig, ("--training_mode", "continuous_training", *CONTINUOUS)),
+    "cd_lpips": (CmTrainConfig, ("--loss_norm", "lpips", "--lpips_size", "32")),
+}
+# A benchmark neither saves nor draws, and logs when it is asked to.
+QUIET = (
+    *("--save_interval", "1000000000", "--preview_count", "0"),
+    *("--total_training_steps", "1000000", "--max_bad_steps", "1000000"),
+)
+# Images per step where no flag says so; the published global batch is for many GPUs.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of the benchmark says; flags are passed on to the configuration that is measured."""
+
+    preset: str = "tiny"
+    device: str = "auto"
+    cases: tuple[str, ...] = ()
+    warmup: int = 2
+    repeats: int = 7
+    flags: tuple[str, ...] = ()
+
+    def chosen(self, known: Iterable[str]) -> list[str]:
+        """The cases to measure, all known ones if none was named; UserError for an unknown one."""
+        known = list(known)
+        if unknown := [case for case in self.cases if case not in known]:
+            raise UserError(f"--case {' '.join(unknown)}: choose from {', '.join(known)}")
+        return list(self.cases) or known
+
+
+def train_cases(options: Options) -> list[str]:
+    """The objectives to measure: all for "tiny", a preset's own otherwise."""
+    return options.chosen(TINY_CASES if options.preset == "tiny" else [options.preset])
+
+
+def train_config(options: Options, case: str) -> TrainConfig:
+    """The configuration of a training case."""
+    if options.preset == "tiny":
+        cls, own = TINY_CASES[case]
+    else:
+        script = presets.get(options.preset).training_script
+        cls, own = (EdmTrainConfig if script == "edm_train" else CmTrainConfig), ("--batch_size", str(BATCH))
+    chosen = ("--preset", options.preset, "--device", options.device)
+    return with_counts(parse_config(cls, [*chosen, *own, *QUIET, *options.flags]))
+
+
+@contextmanager
+def training(config: TrainConfig) -> Iterator[Trainer]:
+    """The loop that scripts/edm_train.py or cm_train.py would run, on random images, with random teacher and LPIPS."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, data_dir=write_images(folder, config), out_dir=folder)
+        if (
+            isinstance(config, CmTrainConfig)
+            and config.loss_norm.startswith("lpips")
+            and not config.lpips_path
+        ):
+            config = replace(config, lpips_path=write_lpips(folder))
+        train.set_up_torch(config)
+        logger.configure(folder, ["csv"])
+        dataset = train.open_training_data(config)
+        teacher = ModelFile("random", "file", create_network(config).state_dict(), None)
+        trainer = train.build_trainer(config, dataset, teacher, folder)
+        try:
+            yield trainer
+        finally:
+            trainer.saver.join()
+            logger.reset()
+
+
+def write_images(folder: str, config: TrainConfig) -> str:
+    """An npz of as many random images as a global batch has."""
+    count = max(
+        config.batch_size * get_world_size(), config.global_batch_size if config.batch_size < 0 else 0, 16
+    )
+    random = np.random.RandomState(0)
+    side, channels = config.image_size, config.in_channels
+    images = random.randint(0, 256, (count, side, side, channels), dtype=np.uint8)
+    path = str(Path(folder, "images.npz"))
+    np.savez(path, arr_0=images, arr_1=random.randint(0, config.num_classes, count))
+    return path
+
+
+def write_lpips(folder: str) -> str:
+    """Weights files of LPIPS with random values, in the layout of the real ones."""
+    state, number = {}, 0
+    for widths in VGG16:
+        for inputs, outputs in pairwise(widths):
+            state[f"features.{number}.weight"] = torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5
+            state[f"features.{number}.bias"] = torch.zeros(outputs)
+            number += 2  # a ReLU follows
+        number += 1  # a pooling follows
+    torch.save(state, Path(folder, VGG_FILE))
+    torch.save([torch.rand(1, width, 1, 1) for width in FEATURES.values()], Path(folder, LINEAR_FILE))
+    return folder
+
+
+def sample_config(options: Options, own: Sequence[str] = ()) -> SampleConfig:
+    """The configuration of a sampling case."""
+    chosen = ("--preset", options.preset, "--device", options.device)
+    return with_counts(parse_config(SampleConfig, [*chosen, *own, *options.flags]))
+
+
+def random_model(config: SampleConfig) -> Pretrained[SampleConfig]:
+    """What scripts/image_sample.py would load, with random weights."""
+    device = choose_device(config.device)
+    torch.manual_seed(0)
+    network = randomized(create_network(config))
+    return ready(config, ModelFile("random", "file", {}, None), network, device)
+
+
+def randomized(network: nn.Module) -> nn.Module:
+    """The network with its zero-initialised layers filled, so that no arithmetic is trivial."""
+    torch.manual_seed(0)
+    for p in network.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return network
+
+
+def description(config: Any) -> dict[str, Any]:
+    """The flags of a configuration that matter to a reader of the row."""
+    keys = ("preset", "precision", "compile", "channels_last", "use_checkpoint", "batch_size", "microbatch")
+    keys += ("shard_optimizer", "ema_device")
+    return {**{k: getattr(config, k) for k in keys if hasattr(config, k)}, **result_flags(config)}

@@ -1,0 +1,166 @@
+"""Training steps of the real loop: time, time by phase, peak memory, share of the arithmetic ceiling."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm.config.derived import precision
+from cm.objectives import Roles
+from cm.runtime.distributed import get_world_size
+from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
+from cm.tools.profiling.flops import network_cost, step_cost
+from cm.tools.profiling.report import Row
+from cm.tools.profiling.timing import PhaseClock, Timing, interleaved, peak_memory, product_ceiling
+from cm.training.mixed_precision import torso_dtype
+from cm.training.trainer import Trainer
+
+
+def bench_train(options: Options) -> list[Row]:
+    """A row per objective of --preset tiny, or one for another preset."""
+    rows = []
+    for case in train_cases(options):
+        config = train_config(options, case)
+        with training(config) as trainer:
+            rows.append(Row(f"train/{case}", description(config), train_figures(trainer, config, options)))
+    return rows
+
+
+def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> dict[str, Any]:
+    """Figures of a training loop; with several ranks also what their communication costs."""
+
+    def step() -> None:
+        trainer.run_step(*next(trainer.data))
+
+    device, world = trainer.device, get_world_size()
+    timing = interleaved({"step": step}, device, warmup=options.warmup, repeats=options.repeats)["step"]
+    peak = peak_memory(step, device)
+    images = trainer.global_batch_size
+    rate = step_cost(config, network_cost(config)).total * images / world / timing.undisturbed(device)
+    ceiling = product_ceiling(device, torso_dtype(precision(config)))
+    phases = phase_times(trainer, config, options.repeats)
+    figures = {
+        **timing.summary(),
+        "images_per_second": images / timing.median,
+        "phases_ms": phases,
+        "overhead_share": overhead_share(phases),
+        "peak_memory_mib": peak / 2**20,
+        **state_memory(trainer),
+        "flops_per_second": rate,
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": rate / ceiling,
+    }
+    return figures | (communication(trainer, timing, options.repeats) if world > 1 else {})
+
+
+def state_memory(trainer: Trainer) -> dict[str, Any]:
+    """MiB that this rank keeps from step to step on the device that trains, and by kind (on any device)."""
+    held = trainer.state.held()
+    on_device = sum(
+        t.nbytes for tensors in held.values() for t in tensors if t.device.type == trainer.device.type
+    )
+    return {
+        "state_memory_mib": on_device / 2**20,
+        "state_memory_by_kind_mib": {k: sum(t.nbytes for t in held[k]) / 2**20 for k in held},
+    }
+
+
+def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, float]:
+    """Median milliseconds per step of each phase. `other` is what remains: conversions, meters, the loop itself."""
+    clock = PhaseClock(trainer.device)
+    state, objective = trainer.state, trainer.objective
+    undo = [(trainer, "roles", trainer.roles)]
+    trainer.roles = timed_roles(trainer.roles, clock)
+    wrapped = [
+        (trainer, "update_ema", "ema"),
+        (trainer, "update_target_ema", "target ema"),
+        (objective, "draw", "draw"),
+        (objective, "distance", "distance"),
+        (state.student, "backward", "backward"),
+        (state.student, "optimize", "optimizer"),
+    ]
+    for owner, attribute, phase in wrapped:
+        if hasattr(owner, attribute):
+            original = getattr(owner, attribute)
+            undo.append((owner, attribute, original))
+            setattr(owner, attribute, clock.wrap(phase, original))
+    rows = []
+    try:
+        for _ in range(steps):
+            with clock.phase("step"):
+                with clock.phase("data wait"):
+                    batch = next(trainer.data)
+                trainer.run_step(*batch)
+            times = clock.read()
+            rows.append({**times, "other": 2 * times["step"] - sum(times.values())})
+    finally:
+        for owner, attribute, original in undo:
+            setattr(owner, attribute, original)
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    log = interleaved({"log": trainer.log_step}, trainer.device, warmup=0, repeats=1)["log"]
+    medians["log"] = log.median / max(config.log_interval, 1)
+    return {name: round(1e3 * value, 4) for name, value in medians.items()}
+
+
+class TimedNetwork(nn.Module):
+    """A network whose calls are timed as a phase."""
+
+    def __init__(self, net: nn.Module, phase: str, clock: PhaseClock):
+        super().__init__()
+        self.net = net
+        self.timed = clock.wrap(phase, net)
+
+    def forward(self, *inputs: Tensor, **cond: Tensor) -> Tensor:
+        return self.timed(*inputs, **cond)
+
+
+def timed_roles(roles: Roles, clock: PhaseClock) -> Roles:
+    """The roles with their networks on the clock."""
+    denoisers = {name: getattr(roles, name) for name in ("student", "target", "teacher")}
+    return replace(
+        roles,
+        **{n: d and replace(d, net=TimedNetwork(d.net, n, clock)) for n, d in denoisers.items()},
+    )
+
+
+def overhead_share(phases_ms: dict[str, float]) -> float:
+    """Part of the step that is neither a network's nor a distance's forward or backward."""
+    arithmetic = ("student", "target", "teacher", "distance", "backward")
+    own = sum(time for name, time in phases_ms.items() if name not in ("step", *arithmetic))
+    return own / (own + sum(phases_ms.get(name, 0.0) for name in arithmetic))
+
+
+def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any]:
+    """Bytes that a rank sends per step, the time of the bare all-reduce, and the part of it that the step shows."""
+    sizes: dict[torch.dtype, int] = {}  # in the order of the parameters, which is the same on all ranks
+    for p in trainer.model.parameters():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+    flat = [torch.zeros(size, dtype=dtype, device=trainer.device) for dtype, size in sizes.items()]
+
+    def without() -> None:
+        with trainer.ddp_model.no_sync():
+            trainer.run_step(*next(trainer.data))
+
+    def exchange() -> None:
+        for values in flat:
+            torch.distributed.all_reduce(values)
+
+    runs = {"silent": without, "all-reduce": exchange}
+    sharded = trainer.partition.parts > 1
+    if sharded:
+        runs["new weights"] = trainer.partition.spread
+    timings = interleaved(runs, trainer.device, warmup=1, repeats=repeats)
+    world = get_world_size()
+    exposed = max(step.median - timings["silent"].median, 0.0)
+    bare = timings["all-reduce"].median
+    return {
+        "communication": {
+            "bytes_per_rank": 2 * (world - 1) * sum(values.nbytes for values in flat) // world,
+            "all_reduce_ms": 1e3 * bare,
+            "exposed_ms": 1e3 * exposed,
+            "overlap": max(0.0, 1 - exposed / bare),
+            **({"new_weights_ms": 1e3 * timings["new weights"].median} if sharded else {}),
+        }
+    }

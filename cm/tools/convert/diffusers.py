@@ -1,0 +1,297 @@
+"""Folders of diffusers' ConsistencyModelPipeline: UNet2DModel and CMStochasticIterativeScheduler, both ways.
+
+Only files are read and written; diffusers itself is not needed. Their qkv projections are three matrices; their rows
+are those of ours, ({q, k, v}, head, channel), cut in three.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cm.config.derived import is_consistency
+from cm.errors import UserError
+from cm.tools.convert.layout import (
+    AdmShape,
+    Config,
+    Layer,
+    State,
+    architecture,
+    check_fits,
+    rename,
+    require_resblock_updown,
+    with_leaves,
+)
+from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
+
+WEIGHTS = "diffusion_pytorch_model"
+FORMAT_VERSION = "0.20.0"  # of diffusers, the first whose scheduler and U-Net have all these fields
+
+RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+ATTENTION = {
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+    "qkv": "qkv",  # cut into to_q, to_k, to_v afterwards
+}
+OUTER = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+# Fields of a U-Net's configuration that have one value in every network of ours
+FIXED = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "add_attention": True,
+    "attn_norm_num_groups": 32,
+    "center_input_sample": False,
+    "downsample_type": "resnet",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "time_embedding_type": "positional",
+    "upsample_type": "resnet",
+}
+# What diffusers takes for those of them that a file leaves out
+DEFAULTS = {"attn_norm_num_groups": None, "downsample_type": "conv", "upsample_type": "conv"}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a pipeline's folder."""
+    return (path / "model_index.json").is_file() and (path / "unet" / "config.json").is_file()
+
+
+def prefixes(shape: AdmShape) -> dict[str, str]:
+    """Our layer -> diffusers', for every layer with tensors; `qkv` is not cut yet."""
+    names = dict(OUTER)
+    for layer in shape.layers():
+        parts = ATTENTION if layer.attention else RESIDUAL
+        names |= {f"{layer.name}.{ours}": f"{_name(layer, shape)}.{theirs}" for ours, theirs in parts.items()}
+    return names
+
+
+def _name(layer: Layer, shape: AdmShape) -> str:
+    kind = "attentions" if layer.attention else "resnets"
+    if layer.place == "mid":
+        return f"mid_block.{kind}.{layer.index}"
+    if layer.place == "enc":
+        # The step to a level belongs to the block of the finer one.
+        if layer.resample:
+            return f"down_blocks.{layer.level - 1}.downsamplers.0"
+        return f"down_blocks.{layer.level}.{kind}.{layer.index}"
+    up = shape.levels - 1 - layer.level
+    return f"up_blocks.{up - 1}.upsamplers.0" if layer.resample else f"up_blocks.{up}.{kind}.{layer.index}"
+
+
+def to_diffusers(state: State, config: Config, source: str = "the model") -> State:
+    """Our ADM U-Net's tensors under diffusers' names."""
+    require_resblock_updown(config, "diffusers' UNet2DModel")
+    names = with_leaves(prefixes(AdmShape.of(config)), state)
+    converted: State = {}
+    for name, tensor in rename(state, names, source).items():
+        layer, _, leaf = name.rpartition(".")
+        if layer.endswith(".qkv"):
+            for part, rows in zip("qkv", tensor.chunk(3)):
+                converted[f"{layer[: -len('qkv')]}to_{part}.{leaf}"] = _squeeze(rows)
+        else:
+            converted[name] = _squeeze(tensor) if ".to_out.0" in name else tensor
+    return converted
+
+
+def _squeeze(kernel: torch.Tensor) -> torch.Tensor:
+    return kernel.flatten(1).contiguous() if kernel.ndim > 1 else kernel.contiguous()
+
+
+def from_diffusers(state: State, config: Config, source: str = "the folder") -> State:
+    """Our state dict from a UNet2DModel's tensors and the flags of its configuration."""
+    merged: State = {}
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer.endswith(".to_q"):
+            parts = [state.get(f"{layer[:-1]}{part}.{leaf}") for part in "qkv"]
+            if any(part is None for part in parts):
+                raise UserError(f"{source} has {name}, but not the keys and values that belong to it")
+            merged[f"{layer[: -len('to_q')]}qkv.{leaf}"] = _kernel(torch.cat(parts))
+        elif not layer.endswith((".to_k", ".to_v")):
+            merged[name] = _kernel(tensor) if ".to_out.0" in name else tensor
+    theirs_to_ours = {theirs: ours for ours, theirs in prefixes(AdmShape.of(config)).items()}
+    names = with_leaves(theirs_to_ours, merged)
+    converted = rename(merged, names, source)
+    check_fits(converted, config, source)
+    return converted
+
+
+def _kernel(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix[..., None, None] if matrix.ndim == 2 else matrix
+
+
+def unet_config(config: Config) -> dict[str, Any]:
+    """The configuration of the UNet2DModel that equals our network."""
+    a = architecture(config)
+    attention = AdmShape.of(config).attention
+    down = ["AttnDownBlock2D" if i in attention else "ResnetDownsampleBlock2D" for i in range(len(a.widths))]
+    up = ["AttnUpBlock2D" if i in attention else "ResnetUpsampleBlock2D" for i in range(len(a.widths))]
+    return {
+        **FIXED,
+        "_diffusers_version": FORMAT_VERSION,
+        "attention_head_dim": _head_dim(config, a.widths),
+        "block_out_channels": [int(width * a.num_channels) for width in a.widths],
+        "class_embed_type": None,
+        "down_block_types": down,
+        "dropout": 0.0,
+        "in_channels": a.in_channels,
+        "layers_per_block": a.num_res_blocks,
+        "num_class_embeds": a.num_classes,
+        "out_channels": a.out_channels,
+        "resnet_time_scale_shift": "scale_shift" if a.use_scale_shift_norm else "default",
+        "sample_size": a.image_size,
+        "up_block_types": up[::-1],
+    }
+
+
+def _head_dim(config: Config, widths: tuple[float, ...]) -> int:
+    if config["num_head_channels"] > 0:
+        return config["num_head_channels"]
+    attended = {
+        int(widths[i] * config["num_channels"]) for i in (*AdmShape.of(config).attention, len(widths) - 1)
+    }
+    heads = {
+        config["num_heads"],
+        config["num_heads"] if config["num_heads_upsample"] == -1 else config["num_heads_upsample"],
+    }
+    if len(attended) > 1 or len(heads) > 1:
+        raise UserError(
+            "diffusers' UNet2DModel has attention heads of one width: --num_head_channels is not set"
+        )
+    return attended.pop() // heads.pop()
+
+
+def model_flags(unet: dict[str, Any], source: str) -> Config:
+    """Model flags from a UNet2DModel's configuration; UserError where it is not a network of ours."""
+    for name, value in FIXED.items():
+        given = unet.get(name, DEFAULTS.get(name, value))
+        if given != value:
+            raise UserError(f"{source}: {name} is {given!r}; only {value!r} is an ADM U-Net of ours")
+    widths, size = unet["block_out_channels"], unet["sample_size"]
+    attention = [i for i, kind in enumerate(unet["down_block_types"]) if kind == "AttnDownBlock2D"]
+    base = widths[0]
+    config = {
+        "network": "adm",
+        "image_size": size,
+        "in_channels": unet["in_channels"],
+        "num_channels": base,
+        "channel_mult": ",".join(f"{width / base:g}" for width in widths),
+        "num_res_blocks": unet["layers_per_block"],
+        "attention_resolutions": ",".join(str(size >> i) for i in attention),
+        "num_heads": 1,
+        "num_heads_upsample": -1,
+        "num_head_channels": unet["attention_head_dim"] or -1,
+        "class_cond": unet.get("num_class_embeds") is not None,
+        "num_classes": unet.get("num_class_embeds") or 0,
+        "use_scale_shift_norm": unet.get("resnet_time_scale_shift", "default") == "scale_shift",
+        "resblock_updown": True,
+        "learn_sigma": unet["out_channels"] == 2 * unet["in_channels"],
+    }
+    ours = unet_config(config)
+    for name in ("down_block_types", "up_block_types"):
+        if list(unet[name]) != ours[name]:
+            raise UserError(f"{source}: {name} {list(unet[name])} is not an ADM U-Net of ours")
+    return config
+
+
+def read_folder(path: str) -> tuple[State, Config]:
+    """(state dict, flags of model, objective and grid) of a pipeline's folder."""
+    folder = Path(path)
+    unet = _read_json(folder / "unet" / "config.json")
+    try:
+        config = model_flags(unet, f"{path}/unet/config.json")
+        config |= _scheduler_flags(_read_json(folder / "scheduler" / "scheduler_config.json"), path)
+    except KeyError as error:
+        raise UserError(f"{path} has no field {error.args[0]} in its configuration") from None
+    return from_diffusers(_read_weights(folder / "unet"), config, path), config
+
+
+def _scheduler_flags(scheduler: dict[str, Any], path: str) -> Config:
+    if scheduler["_class_name"] != "CMStochasticIterativeScheduler":
+        raise UserError(
+            f"{path} has the scheduler {scheduler['_class_name']}, not that of a consistency model"
+        )
+    names = ("sigma_min", "sigma_max", "sigma_data", "rho")
+    return {
+        **{name: float(scheduler[name]) for name in names},
+        # Distillation and training give the same kind of model; the folder does not tell which it was.
+        "training_mode": "consistency_training",
+        "steps": scheduler["num_train_timesteps"],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a configuration")
+    return content
+
+
+def _read_weights(folder: Path) -> State:
+    from cm.storage.checkpoint import load_weights
+
+    if (folder / f"{WEIGHTS}.safetensors").is_file():
+        return read_safetensors(folder / f"{WEIGHTS}.safetensors")[0]
+    if (folder / f"{WEIGHTS}.bin").is_file():
+        return load_weights(folder / f"{WEIGHTS}.bin")[0]
+    raise UserError(f"{folder} has neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin")
+
+
+def write_folder(path: str, state: State, config: Config) -> None:
+    """Write a folder that ConsistencyModelPipeline.from_pretrained loads; UserError for other models."""
+    if not is_consistency(config["training_mode"]):
+        raise UserError(
+            f"diffusers has a pipeline for consistency models; this one is of {config['training_mode']}"
+        )
+    if config.get("time_scale") not in (None, 0, 1000):
+        raise UserError("diffusers' scheduler feeds 1000 ln(sigma) / 4; this network's --time_scale differs")
+    converted = to_diffusers(state, config)
+    scheduler = {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "_diffusers_version": FORMAT_VERSION,
+        "clip_denoised": True,
+        "num_train_timesteps": config["steps"],
+        "rho": config["rho"],
+        "s_noise": 1.0,
+        "sigma_data": config["sigma_data"],
+        "sigma_max": config["sigma_max"],
+        "sigma_min": config["sigma_min"],
+    }
+    index = {
+        "_class_name": "ConsistencyModelPipeline",
+        "_diffusers_version": FORMAT_VERSION,
+        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    folder = Path(path)
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_safetensors(folder / "unet" / f"{WEIGHTS}.safetensors", converted)
+    for name, content in {
+        "unet/config.json": unet_config(config),
+        "scheduler/scheduler_config.json": scheduler,
+        "model_index.json": index,
+    }.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")

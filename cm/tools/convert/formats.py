@@ -1,0 +1,191 @@
+"""Conversion of checkpoints: what a file is, how it is read, how it is written.
+
+Every reader returns our state dict and the model flags that the file tells; every writer takes both. What a file does
+not tell (how the model was trained, above all) the caller adds.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cm.config import presets
+from cm.config.derived import is_consistency
+from cm.config.scripts import MODES, ModelFlags, flags_of
+from cm.errors import UserError
+from cm.models.files import load_model_file
+from cm.models.guided_diffusion import guided_to_ours
+from cm.models.identify import identify
+from cm.storage.checkpoint import load_weights, save_weights
+from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
+from cm.tools.convert.layout import Config, State, check_fits
+from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
+
+OBJECTIVES = ("edm", *MODES)
+TORCH_LEGACY = b"\x80\x02\x8a\x0a"  # how files of torch.save began before they were zips
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to read, and what the caller knows of it.
+
+    weights: which of several networks in it, ema, raw or target; empty takes the average. image_size: where tensor
+    shapes do not tell it. qkv_order: of guided-diffusion's files, legacy or new (--use_new_attention_order).
+    """
+
+    path: str
+    weights: str = ""
+    image_size: int = 0
+    qkv_order: str = "legacy"
+
+
+def detect(path: str) -> str:
+    """The kind of a checkpoint, by its content: a key of READERS."""
+    if os.path.isdir(path):
+        return "diffusers" if diffusers.is_folder(Path(path)) else "torch"
+    if not os.path.isfile(path):
+        raise UserError(f"no such checkpoint: {path}")
+    if is_safetensors(path):
+        return "safetensors"
+    if zipfile.is_zipfile(path):
+        return "edm" if _mentions_edm(path) else "torch"
+    with open(path, "rb") as file:
+        head = file.read(len(TORCH_LEGACY))
+    if head == TORCH_LEGACY:
+        return "torch"
+    if jax_cifar.is_flax(path):
+        return "jax"
+    if edm_pickle.is_pickle(path):
+        return "edm"
+    raise UserError(f"{path} is no checkpoint of a kind known here ({', '.join(READERS)})")
+
+
+def _mentions_edm(path: str) -> bool:
+    """Whether a torch zip holds objects of EDM's code instead of plain tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+            return bool(names) and b"torch_utils.persistence" in archive.read(names[0])
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _read_torch(source: Source) -> tuple[State, Config]:
+    """A checkpoint of ours or a bare state dict: original, guided-diffusion's, or in EDM's layout."""
+    if os.path.isdir(source.path):
+        weights = "" if source.weights == "ema" else source.weights
+        file = load_model_file(source.path, weights)
+        state, config = file.state, file.config
+    else:
+        state, meta = load_weights(source.path)
+        config = (meta or {}).get("config")
+    return _identified(state, config, source)
+
+
+def _read_safetensors(source: Source) -> tuple[State, Config]:
+    state, meta = read_safetensors(source.path)
+    return _identified(state, (meta or {}).get("config"), source)
+
+
+def _identified(state: State, config: Config | None, source: Source) -> tuple[State, Config]:
+    if config is not None:
+        return state, config
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    if edm_layout.is_edm(bare):
+        return edm_layout.from_edm(bare, source.path)
+    state = guided_to_ours(state, source.qkv_order)
+    return state, identify(state, source.path, source.image_size)
+
+
+def _read_edm(source: Source) -> tuple[State, Config]:
+    state, facts = edm_pickle.read_edm_pickle(source.path)
+    state, config = edm_layout.from_edm(state, source.path)
+    return state, {**config, **facts, "training_mode": "edm"}
+
+
+def _read_jax(source: Source) -> tuple[State, Config]:
+    return jax_cifar.from_flax(source.path, source.weights or "ema")
+
+
+def _read_diffusers(source: Source) -> tuple[State, Config]:
+    return diffusers.read_folder(source.path)
+
+
+READERS: dict[str, Callable[[Source], tuple[State, Config]]] = {
+    "torch": _read_torch,
+    "safetensors": _read_safetensors,
+    "edm": _read_edm,
+    "jax": _read_jax,
+    "diffusers": _read_diffusers,
+}
+
+
+def _write_cm(target: str, state: State, config: Config) -> None:
+    save_weights(target, state, {"config": config})
+
+
+def _write_legacy(target: str, state: State, config: Config) -> None:
+    save_weights(target, state)
+
+
+def _write_safetensors(target: str, state: State, config: Config) -> None:
+    write_safetensors(target, state, {"config": config})
+
+
+WRITERS: dict[str, Callable[[str, State, Config], None]] = {
+    "cm": _write_cm,
+    "legacy": _write_legacy,
+    "safetensors": _write_safetensors,
+    "diffusers": diffusers.write_folder,
+}
+
+
+def known_flags(preset: str, **given: Any) -> Config:
+    """What the caller says of a model: a preset's flags of model, objective and grid, then those given (not empty)."""
+    config: Config = {}
+    if preset:
+        names = {*flags_of(ModelFlags), "training_mode", "steps"}
+        values = presets.values(preset, "release", "image_sample")
+        config = {name: value for name, value in values.items() if name in names}
+    return config | {name: value for name, value in given.items() if value}
+
+
+def convert(source: Source, target: str, to: str, known: Config) -> str:
+    """Read a checkpoint of any kind and write it as `to`; returns one line that says what was done.
+
+    known: flags that the file does not tell, or may not contradict. UserError where the file and they leave open what
+    the target needs.
+    """
+    kind = detect(source.path)
+    state, told = READERS[kind](source)
+    for name in ("network", "training_mode"):
+        if (
+            name in told
+            and name in known
+            and told[name] != known[name]
+            and not _interchangeable(name, told, known)
+        ):
+            raise UserError(f"{source.path} has --{name} {told[name]}, not {known[name]}")
+    defaults = {name: field.default for name, field in flags_of(ModelFlags).items()}
+    config = {**defaults, **known, **told} | {k: known[k] for k in ("training_mode", "steps") if k in known}
+    if to != "legacy":
+        _require_objective(config, source.path, to)
+    check_fits(state, config, source.path)
+    WRITERS[to](target, state, config)
+    parameters = sum(t.numel() for t in state.values())
+    return f"{source.path} ({kind}): {config['network']}, {parameters:,} values -> {target} ({to})"
+
+
+def _interchangeable(name: str, told: Config, known: Config) -> bool:
+    """Distillation and training give the same kind of model, and a diffusers folder does not tell which it was."""
+    return name == "training_mode" and all(is_consistency(c[name]) for c in (told, known))
+
+
+def _require_objective(config: Config, path: str, to: str) -> None:
+    if config.get("training_mode") not in OBJECTIVES:
+        raise UserError(f"{path} does not say how it was trained: give --training_mode or --preset")
+    consistency = is_consistency(config["training_mode"])
+    if "steps" not in config and (consistency or to == "diffusers"):
+        raise UserError(f"{path} does not say how many noise levels its grid has: give --steps or --preset")

@@ -1,0 +1,196 @@
+"""A training step and a sampler's network call, traced on the meta device."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from cm.config.derived import is_consistency, precision
+from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of
+from cm.diffusion.denoiser import Denoiser
+from cm.models.factory import (
+    DEFAULT_CHANNELS,
+    create_network,
+    create_objective,
+    create_precond,
+    trains_consistency,
+)
+from cm.objectives.base import Draw, Objective, Roles
+from cm.objectives.lpips import FEATURES, PRECISIONS, Lpips, _compare, assemble, meta_vgg
+from cm.sampling.noise import StepRandom
+from cm.tools.profiling.trace import Trace, between, traced
+from cm.training.mixed_precision import torso_dtype
+
+TrainConfig = EdmTrainConfig | CmTrainConfig
+META = torch.device("meta")
+# Batches that are traced; what others need is linear in their size.
+SIZES = (4, 16)
+# Flags that a trace depends on, beside the model's
+TRACED = (
+    *("precision", "training_mode", "loss_norm", "stop_grad", "ode_solver", "lpips_size", "lpips_precision"),
+    *("scale_mode", "schedule_sampler", "teacher_dropout"),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one network: parameters, their bytes in the network's precision, and how many are not fp32 there."""
+
+    parameters: int
+    nbytes: int
+    halved: int
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Forward and backward pass of a step. weights: of one network. distance: bytes of LPIPS's weights.
+
+    target, teacher: whether there is one; teacher_follows: whether it takes over the student's weights at some time.
+    """
+
+    trace: Trace
+    weights: Weights
+    distance: int
+    target: bool
+    teacher: bool
+    teacher_follows: bool
+
+
+class MetaLpips(Lpips):
+    """LPIPS without weights and without autocast, which the meta device does not know."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        dtype = PRECISIONS[self.options.precision]
+        prepared = (self._prepare(x).to(dtype) for x in (a, b))
+        return _compare(self._network, *prepared)
+
+    def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        with META:
+            linear = [torch.empty(1, width, 1, 1) for width in FEATURES.values()]
+            self._network = assemble(meta_vgg(), linear, self.average_pool)
+        self._network.to(PRECISIONS[self.options.precision])
+        self._network.mean, self._network.std = (torch.empty(1, 3, 1, 1, device=META) for _ in range(2))
+        self._device = META
+
+
+def make_network(config: Config, *, train: bool = True) -> nn.Module:
+    """The configured network on the meta device, in its precision."""
+    with META:
+        network = create_network(config).train(train)
+    if precision(config) != "fp32":
+        network.convert_torso(torso_dtype(precision(config)))
+    return network.requires_grad_(train)
+
+
+def weigh(network: nn.Module) -> Weights:
+    """Parameters and bytes of a network."""
+    params = list(network.parameters())
+    halved = sum(p.numel() for p in params if p.element_size() < 4)
+    return Weights(sum(p.numel() for p in params), sum(p.nbytes for p in params), halved)
+
+
+def step_trace(config: TrainConfig, images: int, *, keep_gradients: bool) -> StepTrace:
+    """The losses of a (micro-)batch and their backward pass.
+
+    keep_gradients: gradients are made in the trace and count there; False: they are added to some that exist.
+    """
+    kept = _relevant(config)
+    if keep_gradients:  # which of tensors and gradients make the peak depends on the batch
+        return _traced_step(kept, images, True)
+    a, b = (_traced_step(kept, n, False) for n in SIZES)
+    return replace(a, trace=between(a.trace, b.trace, (images - SIZES[0]) / (SIZES[1] - SIZES[0])))
+
+
+def _relevant(config: Config) -> Config:
+    """The configuration with nothing set that a trace does not depend on, so that traces are made once."""
+    names = [name for name in (*flags_of(ModelFlags), *TRACED) if hasattr(config, name)]
+    kept = type(config)(**{name: getattr(config, name) for name in names})
+    # One stage costs as much as another, and the default number of scales does not halve evenly.
+    return replace(kept, start_scales=2) if getattr(kept, "scale_mode", "") == "progdist" else kept
+
+
+@cache
+def _traced_step(config: TrainConfig, images: int, keep_gradients: bool) -> StepTrace:
+    objective = _objective(config)
+    student = make_network(config)
+    with contextlib.ExitStack() as stack:
+        if not keep_gradients:
+            for p in student.parameters():
+                stack.callback(p.register_post_accumulate_grad_hook(_forget).remove)
+        roles = _roles(config, objective, student)
+        draw = _draw(config, objective, images)
+        tracer = stack.enter_context(traced())
+        channels, side = config.in_channels or DEFAULT_CHANNELS, config.image_size
+        x0, noise = (torch.empty(images, channels, side, side, device=META) for _ in range(2))
+        cond = {"y": torch.zeros(images, dtype=torch.int64, device=META)} if config.class_cond else {}
+        terms = objective.forward(roles, x0, replace(draw, noise=noise), 0, **cond)
+        tracer.backward_begins()
+        terms["loss"].sum().backward()
+        trace = tracer.trace()
+    return StepTrace(
+        trace,
+        weigh(student),
+        _distance_bytes(objective),
+        objective.needs_target,
+        objective.needs_teacher,
+        objective.stage(0) is not None,
+    )
+
+
+@cache
+def _traced_call(config: Config, images: int) -> tuple[Trace, Weights]:
+    network = make_network(config, train=False)
+    denoiser = Denoiser(network, create_precond(config, consistency=is_consistency(config.training_mode)))
+    with torch.no_grad(), traced() as tracer:
+        side = config.image_size
+        x = torch.empty(images, config.in_channels or DEFAULT_CHANNELS, side, side, device=META)
+        cond = {"y": torch.zeros(images, dtype=torch.int64, device=META)} if config.class_cond else {}
+        denoiser(x, torch.empty(images, device=META), **cond)
+    return tracer.trace(), weigh(network)
+
+
+def call_trace(config: Config, images: int) -> tuple[Trace, Weights]:
+    """One evaluation of the network for `images` images, without gradients."""
+    kept = _relevant(config)
+    (a, weights), (b, _) = (_traced_call(kept, n) for n in SIZES)
+    return between(a, b, (images - SIZES[0]) / (SIZES[1] - SIZES[0])), weights
+
+
+def _forget(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def _objective(config: TrainConfig) -> Objective:
+    objective = create_objective(config)
+    if isinstance(objective.distance, Lpips):
+        objective.distance = MetaLpips(objective.distance.options, objective.distance.average_pool)
+        objective.distance.load(META)
+    return objective
+
+
+def _roles(config: TrainConfig, objective: Objective, student: nn.Module) -> Roles:
+    """Networks that share no weights, because bytes are told apart by their storage."""
+    precond = create_precond(config, consistency=trains_consistency(config))
+    target = Denoiser(make_network(config).requires_grad_(False), precond) if objective.needs_target else None
+    teacher = None
+    if objective.needs_teacher:
+        network = make_network(config, train=False)
+        teacher = Denoiser(network, create_precond(config, consistency=False))
+    return Roles(Denoiser(student, precond), target, teacher)
+
+
+def _draw(config: TrainConfig, objective: Objective, images: int) -> Draw:
+    """A draw for `images` images, its noise apart."""
+    x0 = torch.zeros(images, config.in_channels or DEFAULT_CHANNELS, 1, 1)
+    draw = objective.draw(x0, 0, StepRandom(0, 0, 0, images, images))
+    moved = {f: getattr(draw, f) for f in ("t", "r", "weight", "index")}
+    return replace(draw, **{f: v.to(META) for f, v in moved.items() if v is not None})
+
+
+def _distance_bytes(objective: Objective) -> int:
+    lpips = objective.distance
+    if not isinstance(lpips, MetaLpips):
+        return 0
+    return sum(p.nbytes for p in lpips._network.parameters())

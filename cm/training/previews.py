@@ -1,0 +1,106 @@
+"""Sample grids during training: always the same noise and labels, from the slowest average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cm.config.derived import training_mode
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig
+from cm.data.images import save_grid, to_uint8
+from cm.diffusion.denoiser import Denoiser
+from cm.models.factory import create_alpha_sigma, create_precond, trains_consistency
+from cm.runtime import distributed, logger
+from cm.sampling.noise import get_generator
+from cm.sampling.registry import clamped, run_sampler
+from cm.training.trainer import Trainer
+
+HEUN_STEPS = 18
+MAX_PROGDIST_STEPS = 32
+
+
+class Preview:
+    """Draws `preview_count` images into <run>/previews/step_<n>_<sampler>.png; rank 0 draws, the others wait."""
+
+    def __init__(self, config: EdmTrainConfig | CmTrainConfig, directory: str):
+        self.config = config
+        self.folder = Path(directory, "previews")
+        self.precond = create_precond(config, consistency=trains_consistency(config))
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Draw and save the grids of the current step; every rank must call it."""
+        ema = trainer.state.ema
+        average = ema.whole(ema.rates.index(ema.slowest))
+        if distributed.is_main():
+            self.folder.mkdir(exist_ok=True)
+            with weights_replaced(trainer, average):
+                for name, images in self.samples(trainer):
+                    path = self.folder / f"step_{trainer.state.step:06d}_{name}.png"
+                    save_grid(path, to_uint8(images))
+            logger.log(f"preview: {self.folder}/step_{trainer.state.step:06d}_*.png")
+        distributed.barrier()
+
+    def samples(self, trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+        """(name, images in [-1, 1]) of each way to sample that suits the objective."""
+        c = self.config
+        mode = training_mode(c)
+        if mode == "edm":
+            yield f"heun{HEUN_STEPS}", self._draw(trainer, "heun", steps=HEUN_STEPS)
+        elif mode == "progdist":
+            steps = min(trainer.objective.num_scales(max(trainer.state.step - 1, 0)), MAX_PROGDIST_STEPS)
+            sigmas = create_alpha_sigma(c).steps(steps) if c.diffusion_schedule else None
+            yield f"progdist{steps}", self._draw(trainer, "progdist", steps=steps, sigmas=sigmas)
+        else:
+            # Continuous-time objectives have no grid of their own.
+            scales = trainer.objective.num_scales(trainer.state.step) or c.start_scales
+            middle = max(round(0.6 * (scales - 1)), min(1, scales - 1))
+            yield "onestep", self._draw(trainer, "onestep", steps=scales)
+            yield "twostep", self._draw(trainer, "multistep", steps=scales, ts=[0, middle, scales - 1])
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        trainer: Trainer,
+        sampler: str,
+        *,
+        steps: int,
+        ts: list[int] | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Tensor:
+        c, count = self.config, self.config.preview_count
+        device = trainer.device
+        generator = get_generator("indexed", num_samples=count, seed=0)
+        generator.set_rows(range(count))
+        cond = {"y": torch.arange(count, device=device) % c.num_classes} if c.class_cond else {}
+        denoiser = Denoiser(trainer.model, self.precond)
+        x = generator.randn(count, c.in_channels, c.image_size, c.image_size, device=device) * c.sigma_max
+        return run_sampler(
+            sampler,
+            clamped(lambda x, sigma: denoiser(x, sigma, **cond)),
+            x,
+            generator,
+            steps=steps,
+            sigma_min=c.sigma_min,
+            sigma_max=c.sigma_max,
+            rho=c.rho,
+            ts=ts,
+            sigmas=sigmas,
+        ).clamp(-1, 1)
+
+
+@contextmanager
+def weights_replaced(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
+    """The student carries other weights within the body, in eval mode."""
+    params = trainer.state.student.model_params
+    own = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(params, weights)
+        trainer.model.eval()
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, own)
+        trainer.model.train()

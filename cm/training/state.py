@@ -1,0 +1,220 @@
+"""Everything of a training run that changes from step to step, as data; to files and back."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm.errors import UserError
+from cm.objectives.base import Objective
+from cm.runtime import distributed, logger
+from cm.storage.checkpoint import STATE, check_matching, load_weights, read_state
+from cm.storage.saver import Snapshot
+from cm.training.ema import EmaBank
+from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
+from cm.training.optimizers import state_per_parameter
+from cm.training.sharding import ShardedOptimizer, load_moments, optimizer_state, shared_items
+
+COUNTS = ("step", "bad_steps", "skipped")
+_MODEL_FILE = re.compile(r"model(\d+)\.pt$")
+
+
+@dataclass
+class TrainState:
+    """Step counter, weights of all roles, optimizer, averages, loss scale, and what the objective has learned.
+
+    Draws and data order are functions of (seed, step), so no generator state is needed to go on.
+    """
+
+    student: MixedPrecisionTrainer
+    optimizer: torch.optim.Optimizer | ShardedOptimizer
+    ema: EmaBank
+    objective: Objective
+    target: MasterWeights | None = None
+    teacher: MasterWeights | None = None
+    step: int = 0
+    bad_steps: int = 0  # skipped steps in a row
+    skipped: int = 0  # skipped steps in all
+    new_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer | ShardedOptimizer] = field(kw_only=True)
+
+    def count(self, took_step: bool) -> None:
+        """Count a step that was taken or skipped."""
+        self.bad_steps = 0 if took_step else self.bad_steps + 1
+        self.skipped += not took_step
+
+    def promote_student(self) -> None:
+        """A new stage of progressive distillation: the student is the teacher, optimizer and averages restart."""
+        self.teacher.copy_from(self.student.master_params)
+        self.optimizer = self.new_optimizer(self.student.master_params)
+        self.ema.reset(self.student.master_params)
+
+    def files(self) -> dict[str, dict]:
+        """Weights and tensors by file name; the names are those of the original repository.
+
+        All ranks must call it. What is sharded is gathered on rank 0; those files are empty elsewhere.
+        """
+        roles = {name: weights.state_dict() for name, weights in self._roles(self.step).items()}
+        tag = f"{self.step:06d}"
+        files = {f"model{tag}.pt": roles.pop("model")}
+        for number, rate in enumerate(self.ema.rates):
+            average = self.ema.whole(number)
+            content = {} if average is None else self.student.weights.state_dict(average)
+            files[f"ema_{rate}_{tag}.pt"] = self._snapshot(content)
+        files |= {f"{name}{tag}.pt": content for name, content in roles.items()}
+        files[f"opt{tag}.pt"] = self._snapshot(optimizer_state(self.optimizer))
+        if self.objective.state_dict():
+            files[f"objective{tag}.pt"] = self.objective.state_dict()
+        return files
+
+    def _roles(self, step: int) -> dict[str, MasterWeights]:
+        """Weights that belong in a checkpoint, by the stem of the file name."""
+        keeps_teacher = self.teacher is not None and self.objective.stage(step) is not None
+        roles = {
+            "model": self.student.weights,
+            "target_model": self.target,
+            "teacher_model": self.teacher if keeps_teacher else None,
+        }
+        return {name: weights for name, weights in roles.items() if weights is not None}
+
+    def _snapshot(self, content: dict) -> dict:
+        """What was gathered is a copy already."""
+        return Snapshot(content) if self.ema.partition.parts > 1 else content
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """The tensors that this rank keeps from step to step, by kind; gradients are as large as what is listed."""
+        student = self.student.weights
+        masters = [] if student.shared else student.master_params
+        found = {
+            "parameters": [*student.module.parameters(), *student.module.buffers()],
+            "fp32 parameters": masters,
+            "gradients": [*student.model_params, *masters],
+            "optimizer": [
+                t
+                for moments in self.optimizer.state.values()
+                for t in moments.values()
+                if isinstance(t, Tensor)
+            ],
+            "averages": [p for copy in self.ema.copies for p in copy],
+        }
+        for role, weights in (("target", self.target), ("teacher", self.teacher)):
+            if weights is not None:
+                kept = [*weights.module.parameters(), *weights.module.buffers()]
+                found[role] = kept + ([] if weights.shared else weights.master_params)
+        return {kind: tensors for kind, tensors in found.items() if tensors}
+
+    def scalars(self) -> dict:
+        """The part of the state that is JSON."""
+        return {
+            "step": self.step,
+            "lg_loss_scale": self.student.lg_loss_scale if self.student.use_fp16 else None,
+            "bad_steps": self.bad_steps,
+            "skipped": self.skipped,
+        }
+
+    def load(self, path: Path) -> None:
+        """Restore from a checkpoint directory; every file that `files` names must be there.
+
+        Rank 0 reads, one file at a time; all ranks must call it.
+        """
+        scalars = distributed.on_main(lambda: self._read_scalars(path))
+        for name in COUNTS:
+            setattr(self, name, scalars[name])
+        if self.student.use_fp16 and scalars.get("lg_loss_scale") is not None:
+            self.student.lg_loss_scale = scalars["lg_loss_scale"]
+        self._load_files(lambda name: path / name)
+
+    def _read_scalars(self, path: Path) -> dict:
+        """The JSON part of a checkpoint directory, checked, as is the presence of the other files."""
+        scalars = read_state(path)
+        for name in COUNTS:
+            if type(scalars.get(name)) is not int or scalars[name] < 0:
+                raise UserError(f"{path / STATE}: {name} should be a count, not {scalars.get(name)!r}")
+        scale = scalars.get("lg_loss_scale")
+        is_number = isinstance(scale, (int, float)) and math.isfinite(scale)
+        if self.student.use_fp16 and scale is not None and not is_number:
+            raise UserError(f"{path / STATE}: lg_loss_scale should be a number, not {scale!r}")
+        for name in self._file_names(scalars["step"]):
+            if not (path / name).is_file():
+                raise UserError(
+                    f"{path} has no {name}; it belongs to a run with other --ema_rate or --training_mode"
+                )
+        return scalars
+
+    def _file_names(self, step: int) -> list[str]:
+        stems = [*self._roles(step), *(f"ema_{rate}_" for rate in self.ema.rates), "opt"]
+        return [f"{stem}{step:06d}.pt" for stem in stems + ["objective"] * bool(self.objective.state_dict())]
+
+    def load_original(self, model_path: str) -> None:
+        """Go on from a run of the original repository, given its model%06d.pt; siblings are found beside it."""
+        name = Path(model_path).name
+        match = _MODEL_FILE.search(name)
+        if not match:
+            raise UserError(f"--resume_checkpoint {model_path}: the name does not end in model<step>.pt")
+        self.step = int(match[1])
+        folder, tag = Path(model_path).parent, f"{self.step:06d}"
+
+        def find(wanted: str) -> Path | None:
+            # The file's own spelling of the step number, and what stands before "model" in its name.
+            path = folder / (name[: match.start()] + wanted.replace(f"{tag}.pt", f"{match[1]}.pt"))
+            if path.is_file():
+                return path
+            if wanted.startswith("model"):
+                raise UserError(f"--resume_checkpoint {model_path}: no such file")
+            logger.warn(f"--resume_checkpoint: no {path}; this part starts anew from the model's weights")
+            return None
+
+        self._load_files(find)
+
+    def _load_files(self, find: Callable[[str], Path | None]) -> None:
+        """Restore from the files that find(name) names on rank 0; None: from the model's weights, or not at all."""
+        names = self._file_names(self.step)
+        paths = distributed.on_main(lambda: {name: find(name) for name in names})
+        tag = f"{self.step:06d}"
+        for stem, weights in self._roles(self.step).items():
+            if path := paths[f"{stem}{tag}.pt"]:
+                weights.load(self._read_weights(weights.module, path))
+            else:
+                weights.copy_from(self.student.master_params)
+        numbers = {name: i for i, name in enumerate(self.student.weights.names)}
+        for number, rate in enumerate(self.ema.rates):
+            if path := paths[f"ema_{rate}_{tag}.pt"]:
+                items = self._read_weights(self.student.model, path)
+                self.ema.load(number, ((numbers[n], tensor) for n, tensor in items if n in numbers))
+            else:
+                self.ema.load(number, enumerate(self.student.master_params))
+        if path := paths[f"opt{tag}.pt"]:
+            self._load_optimizer(path)
+        if path := paths.get(f"objective{tag}.pt"):
+            self.objective.load_state_dict(distributed.on_main(lambda: load_weights(path)[0]))
+
+    def _read_weights(self, module: torch.nn.Module, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of a file that rank 0 reads and checks against the module."""
+
+        def read() -> dict[str, Tensor]:
+            state, _ = load_weights(path)
+            check_matching(module, state, str(path))
+            return state
+
+        return shared_items(read, self.ema.partition.device)
+
+    def _load_optimizer(self, path: Path) -> None:
+        shapes = [p.shape for p in self.student.master_params]
+
+        def read() -> dict[tuple[int, str], Any]:
+            state, _ = load_weights(path)
+            try:
+                moments = state_per_parameter(state["state"], shapes)
+                return {(i, key): value for i, own in moments.items() for key, value in own.items()}
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{path} does not fit the optimizer: {error}") from None
+
+        items = shared_items(read, self.ema.partition.device)
+        try:
+            load_moments(self.optimizer, items)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} does not fit the optimizer: {error}") from None

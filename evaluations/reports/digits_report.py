@@ -1,0 +1,116 @@
+"""Table and picture of a digits run: class accuracy and Fréchet distance of its sample sets, by network evaluations.
+
+    python -m evaluations.reports.digits_report RUN
+
+RUN is the folder of scripts/quickstart.sh or evaluations.reports.learning_proof: data/, classifier.pt,
+samples/<name>/samples_*.npz with their metadata.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cm.data.images import make_grid, save_json, save_png
+from cm.errors import UserError
+from cm.runtime import distributed
+from evaluations.evaluator import Evaluator, Options
+from evaluations.features import load_features
+from evaluations.npz_io import open_images, open_reference
+from evaluations.protocols import PROTOCOLS
+
+# Sample set -> what it is called in the table; sets that are absent are left out
+TITLES = {
+    "edm_heun18": "EDM teacher, Heun, 18 steps",
+    "edm_heun2": "EDM teacher, Heun, 2 steps",
+    "edm_onestep": "EDM teacher, one step",
+    "cd_onestep": "CD, one step",
+    "cd_twostep": "CD, two steps",
+    "ct_onestep": "CT, one step",
+    "ct_twostep": "CT, two steps",
+    "pd_onestep": "PD, one step",
+    "cont_edm_heun18": "EDM teacher with a slow clock, Heun, 18 steps",
+    "cont_edm_onestep": "EDM teacher with a slow clock, one step",
+    "cont_cd_onestep": "continuous CD, one step",
+    "cont_cd_twostep": "continuous CD, two steps",
+    "cont_ct_onestep": "continuous CT, one step",
+    "cont_ct_twostep": "continuous CT, two steps",
+}
+PICTURE_ROWS, PICTURE_COLUMNS, TITLE_HEIGHT = 2, 20, 26
+METRICS = ("accuracy", "fid")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample set: title, network evaluations, images, metrics."""
+
+    title: str
+    nfe: int
+    images: int
+    metrics: dict[str, float]
+
+
+def measure(run: Path) -> list[Row]:
+    """Metrics of every sample set of a digits run."""
+    protocol = PROTOCOLS["digits"]
+    features = load_features(f"digits={run / 'classifier.pt'}", protocol.features, torch.device("cpu"))
+    reference = open_reference(str(run / "data"))
+    evaluator = Evaluator(reference, features, Options(protocol=protocol, metrics=METRICS))
+    rows = []
+    for name, title in TITLES.items():
+        found = sorted((run / "samples" / name).glob("samples_*.npz"))
+        if found:
+            metadata = json.loads(found[-1].with_suffix(".json").read_text())
+            images = open_images(str(found[-1]))
+            rows.append(Row(title, metadata["nfe"], images.shape[0], evaluator.measure(images)["metrics"]))
+    if not rows:
+        raise UserError(f"{run}/samples holds none of {', '.join(TITLES)}")
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| samples | network evaluations | read as their class | Fréchet distance |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {r.title} | {r.nfe} | {r.metrics['accuracy']:.1%} | {r.metrics['fid']:.3f} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def picture(run: Path):
+    """The first samples of every set under their titles, all from the same noise and labels."""
+    from PIL import Image, ImageDraw
+
+    blocks = []
+    for name, title in TITLES.items():
+        for path in sorted((run / "samples" / name).glob("samples_*.npz"))[-1:]:
+            with np.load(path, allow_pickle=False) as arrays:
+                images = arrays["arr_0"][: PICTURE_COLUMNS * PICTURE_ROWS]
+            blocks.append((title, make_grid(images, PICTURE_COLUMNS, scale=max(1, 48 // images.shape[1]))))
+    width, height = blocks[0][1].size
+    page = Image.new("RGB", (width, (height + TITLE_HEIGHT) * len(blocks)), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (title, grid) in enumerate(blocks):
+        top = k * (height + TITLE_HEIGHT)
+        draw.text((4, top + 6), title, fill="black", font_size=14)
+        page.paste(grid, (0, top + TITLE_HEIGHT))
+    return page
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the quick start")
+    run = parser.parse_args().run
+    rows = measure(run)
+    (run / "report.md").write_text(table(rows))
+    save_json(run / "report.json", {r.title: {"nfe": r.nfe, "images": r.images, **r.metrics} for r in rows})
+    save_png(run / "report.png", picture(run))
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

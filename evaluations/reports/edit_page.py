@@ -1,0 +1,132 @@
+"""One page of pictures: what a consistency model can do to images although it was not trained to edit them.
+
+    python -m evaluations.reports.edit_page MODEL IMAGES PAGE.png
+
+IMAGES: the truth, of the model's size, with labels if the model is class-conditional; best those it was not trained on.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+from cm.commands.cli import parse_config
+from cm.commands.edit import OPERATORS, edit_all, noise_levels
+from cm.commands.edit_inputs import Input, InputFiles
+from cm.commands.interpolate import corner_noise, decode, path_between
+from cm.config.scripts import EditConfig
+from cm.data.images import from_uint8, make_grid, save_png, to_pil, to_uint8
+from cm.models.pretrained import Pretrained, load_pretrained
+from cm.runtime import distributed
+
+TILE, GAP, GROUP_GAP, TITLE_HEIGHT = 48, 2, 10, 24  # pixels
+COLUMNS = 18  # tiles from side to side
+RESULTS = 4
+IMAGES = 25  # taken evenly from the set
+
+
+@dataclass(frozen=True)
+class Block:
+    """A titled strip of the page. groups: images (n, H, W, C) uint8 that are shown side by side."""
+
+    title: str
+    groups: list[np.ndarray]
+
+
+def blocks(model: Pretrained[EditConfig], inputs: list[Input]) -> Iterator[Block]:
+    """Every task with images of its own, colourisation for colour models only."""
+    size, pool = model.config.image_size, cycle(inputs)
+    few, many = COLUMNS // (RESULTS + 2), COLUMNS // 3
+    factor = 8 if size >= 64 else 4
+
+    def block(title: str, images: int = few, results: int = RESULTS, **flags) -> Block:
+        return edit_block(model, title, list(islice(pool, images)), results, **flags)
+
+    if model.config.in_channels == 3:
+        yield block("colourisation: input | results | truth", task="colorize")
+    yield block("in-painting, the grey square is generated: input | results | truth", mask="center:0.5")
+    yield block("in-painting, the left half is generated: input | results | truth", mask="left")
+    sides = f"{size // factor} x {size // factor} to {size} x {size} pixels"
+    yield block(f"super-resolution, {sides}: input | results | truth", task="superres", factor=factor)
+    yield block("denoising, noise level 0.5: input | result | truth", many, 1, task="denoise", sigma=0.5)
+    paintings = [as_strokes(item) for item in islice(pool, few)]
+    title = "stroke-guided, noise levels 1 and 0.3: input | results"
+    yield edit_block(model, title, paintings, RESULTS + 1, task="stroke", sigmas="1.0,0.3")
+    yield interpolation_block(model, next(pool).label)
+
+
+def edit_block(
+    model: Pretrained[EditConfig], title: str, inputs: list[Input], results: int, **flags
+) -> Block:
+    """One group per image: input | results | truth."""
+    c = replace(model.config, num_results=results, **flags)
+    edited = edit_all(replace(model, config=c), iter(inputs), OPERATORS[c.task](c), noise_levels(c))
+    return Block(title, [np.concatenate([e.picture, e.results, e.truth]) for e in edited])
+
+
+def as_strokes(item: Input) -> Input:
+    """A crude painting of an image (Meng et al. 2022): a median filter, then few colours."""
+    from PIL import ImageFilter
+
+    image = to_pil(to_uint8(item.image[None])[0])
+    width = max(3, item.image.shape[-1] // 12 | 1)
+    few = image.filter(ImageFilter.MedianFilter(width)).quantize(6).convert(image.mode)
+    pixels = np.asarray(few).reshape(*few.size, -1)
+    key = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return replace(item, image=from_uint8(pixels[None])[0], key=key, truth=False)
+
+
+def interpolation_block(model: Pretrained[EditConfig], label: int) -> Block:
+    """Frames on the spherical path through the noises of three seeds, all of one class."""
+    c = replace(model.config, task="interpolate")
+    shape = (c.in_channels or 3, c.image_size, c.image_size)
+    noise = path_between([corner_noise(str(seed), shape) for seed in range(3)], COLUMNS // 2 + 1)
+    images = decode(replace(model, config=c), noise, noise_levels(c), label)
+    return Block("interpolation between three noises", [to_uint8(images).numpy()])
+
+
+def draw_page(page: list[Block]):
+    """A Pillow image: per block its title and its groups, which are spread over the width."""
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for block in page:
+        size = block.groups[0].shape[1]
+        scale = max(1, TILE // size)
+        strips.append([make_grid(group, len(group), scale=scale, gap=GAP) for group in block.groups])
+    width = max(sum(grid.width for grid in grids) + (len(grids) - 1) * GROUP_GAP for grids in strips)
+    height = sum(TITLE_HEIGHT + grids[0].height for grids in strips)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for block, grids in zip(page, strips):
+        draw.text((GAP, top + 6), block.title, fill="black", font_size=13)
+        top += TITLE_HEIGHT
+        step = (width - grids[-1].width) / max(1, len(grids) - 1)
+        for k, grid in enumerate(grids):
+            canvas.paste(grid, (round(k * step), top))
+        top += grids[0].height
+    return canvas
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="consistency model: file or run directory")
+    parser.add_argument("images", help="images to edit: npz, folder, zip or prepared set")
+    parser.add_argument("page", type=Path, help="PNG to write")
+    args = parser.parse_args()
+    flags = ["--model_path", args.model, "--input", args.images, "--batch_size", "64"]
+    model = load_pretrained(parse_config(EditConfig, flags))
+    source = InputFiles(model.config)
+    count = len(source.names)
+    inputs = list(source.load(range(0, count, max(1, count // IMAGES))))
+    save_png(args.page, draw_page(list(blocks(model, inputs))))
+
+
+if __name__ == "__main__":
+    distributed.run_main(main)

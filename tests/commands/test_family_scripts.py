@@ -1,0 +1,355 @@
+"""The family's systems from flags to results, in one process: columns as teachers, samplers, guidance, likelihood."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cm.commands.cli import parse, parse_config
+from cm.commands.likelihood import run_likelihood
+from cm.commands.sample import run_image_sample
+from cm.commands.train import run_train
+from cm.config.derived import adopt_teacher, stored_config
+from cm.config.scripts import ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
+from cm.diffusion.noise_schedules import iddpm_levels
+from cm.diffusion.precond import BoundaryPrecond
+from cm.errors import UserError
+from cm.models.factory import create_objective
+from cm.models.pretrained import load_classifier, load_pretrained
+from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive
+from cm.runtime import logger
+from cm.storage.checkpoint import complete_checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+MODEL = [
+    "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1", "--num_heads", "2",
+    "--num_head_channels", "16", "--attention_resolutions", "8",
+]  # fmt: skip
+TRAIN = [
+    "--global_batch_size", "6", "--num_workers", "0", "--log_interval", "1", "--ema_rate", "0.9", "--lr", "1e-3",
+    "--total_training_steps", "2", "--save_interval", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    yield
+    logger.reset()
+
+
+def train(cls, data_dir, out, *extra):
+    run_train(parse(cls, [*MODEL, *TRAIN, "--data_dir", data_dir, "--out_dir", str(out), *extra]))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def teachers(data_dir, tmp_path_factory):
+    """One run per column, made when it is asked for."""
+    made = {}
+
+    def teacher(column):
+        if column not in made:
+            out = tmp_path_factory.mktemp(column)
+            extra = ["--precond", column, "--class_cond", "False", "--preview_count", "0"]
+            made[column] = train(EdmTrainConfig, data_dir, out, *extra)
+        return made[column]
+
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def classifier(data_dir, tmp_path_factory):
+    return train(ClassifierConfig, data_dir, tmp_path_factory.mktemp("classifier"))
+
+
+def sample(model, out, *extra, steps=4):
+    argv = ["--model_path", model, "--num_samples", "3", "--steps", str(steps), "--out_dir", str(out), *extra]
+    run_image_sample(parse(SampleConfig, argv))
+    with np.load(next(Path(out).glob("*.npz"))) as arrays:
+        images, labels = arrays["arr_0"], arrays.get("arr_1")
+    return images, labels, json.loads(next(Path(out).glob("*.json")).read_text())
+
+
+def refuses(match, run):
+    with pytest.raises(UserError, match=match) as error:
+        run()
+    assert "\n" not in str(error.value)
+
+
+# ---- columns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["vp", "ve", "iddpm"])
+def test_a_column_trains_samples_and_teaches(column, teachers, data_dir, tmp_path):
+    """The student learns the preconditioning from the teacher's file; the sampler from the model's."""
+    teacher = teachers(column)
+    model = load_pretrained(parse_config(SampleConfig, ["--model_path", teacher]))
+    assert model.config.precond == column
+    sigma_range = {"vp": [], "ve": ["--sigma_min", "0.02"], "iddpm": ["--sigma_min", "0.0065"]}[column]
+    flags = ["--loss_norm", "l2", "--start_scales", "4", "--class_cond", "False", *sigma_range]
+    cd = train(
+        CmTrainConfig,
+        data_dir,
+        tmp_path / "cd",
+        *flags,
+        "--teacher_model_path",
+        teacher,
+        "--start_ema",
+        "0.9",
+    )
+    student = load_pretrained(parse_config(SampleConfig, ["--model_path", cd]))
+    assert isinstance(student.denoiser.precond, BoundaryPrecond) and student.config.precond == column
+    images, _, meta = sample(cd, tmp_path / "one")
+    assert images.shape == (3, 8, 8, 1) and meta["nfe"] == 1
+    pd = [*flags, "--training_mode", "progdist", "--scale_mode", "progdist", "--distill_steps_per_iter", "1"]
+    pd = train(CmTrainConfig, data_dir, tmp_path / "pd", *pd, "--teacher_model_path", teacher)
+    assert load_pretrained(parse_config(SampleConfig, ["--model_path", pd])).config.precond == column
+
+
+def test_a_teacher_that_does_not_fit(teachers, data_dir, tmp_path):
+    flags = ["--loss_norm", "l2", "--start_scales", "4", "--class_cond", "False", "--start_ema", "0.9"]
+
+    def distill(column, *extra):
+        return lambda: train(
+            CmTrainConfig, data_dir, tmp_path / "x", *flags, "--teacher_model_path", teachers(column), *extra
+        )
+
+    refuses(
+        "--precond edm contradicts --teacher_model_path .* trained with vp", distill("vp", "--precond", "edm")
+    )
+    refuses("leave the noise levels that the teacher .* 0.02 to 100.0", distill("ve", "--sigma_max", "80"))
+    refuses("leave the noise levels of --precond iddpm", distill("iddpm"))
+    # What is known of the teacher decides; a bare state dict leaves it to the flags.
+    config = CmTrainConfig(precond="vp", explicit=frozenset({"precond"}))
+    assert adopt_teacher(config, None, "x.pt") is config
+    stored = stored_config(EdmTrainConfig())
+    del stored["precond"]
+    assert adopt_teacher(CmTrainConfig(), stored, "old").precond == "edm"
+
+
+def test_levels_are_rounded_to_those_the_network_knows(teachers, tmp_path):
+    _, _, meta = sample(teachers("iddpm"), tmp_path, "--sampler", "heun", steps=6)
+    known = iddpm_levels()
+    assert meta["sigmas"][-1] == 0 and meta["nfe"] == 11
+    for level in meta["sigmas"][:-1]:
+        assert ((known - level).abs() / level).min() < 1e-6
+    assert meta["sigmas"][0] == pytest.approx(80.2, rel=0.01) and meta["sigmas"][1] < 60
+
+
+# ---- samplers by flag --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "nfe"),
+    [
+        (
+            [
+                "general",
+                "--time_steps",
+                "vp",
+                "--noise_schedule",
+                "vp",
+                "--state_scale",
+                "vp",
+                "--solver_order",
+                "1",
+            ],
+            4,
+        ),
+        (
+            [
+                "general",
+                "--time_steps",
+                "ve",
+                "--noise_schedule",
+                "ve",
+                "--solver_alpha",
+                "0.5",
+                "--s_churn",
+                "1",
+            ],
+            7,
+        ),
+        (["euler", "--time_steps", "iddpm"], 4),
+        (["pc", "--sde", "ve"], 8),
+        (["pc", "--sde", "vp", "--predictor", "ancestral", "--corrector", "none"], 4),
+        (["pc", "--sde", "subvp", "--predictor", "euler_maruyama", "--corrector", "annealed_langevin"], 8),
+        (["pc", "--sde", "edm", "--corrector_steps", "2", "--snr", "0.1"], 12),
+        (["rk45", "--sde", "vp", "--tolerance", "0.1"], None),
+    ],
+)
+def test_samplers_of_the_family(flags, nfe, teachers, tmp_path):
+    images, labels, meta = sample(teachers("vp"), tmp_path, "--sampler", *flags)
+    assert images.shape == (3, 8, 8, 1) and labels is None
+    assert meta["nfe"] == nfe or (nfe is None and meta["nfe"] > 6)
+
+
+# ---- guidance --------------------------------------------------------------------------------------
+
+
+def test_a_classifier_trains_and_guides(classifier, teachers, data_dir, tmp_path):
+    rows = [json.loads(line) for line in Path(classifier, "progress.jsonl").read_text().splitlines()]
+    assert {"loss", "accuracy"} <= rows[0].keys() and not Path(classifier, "previews").exists()
+    stored = json.loads(Path(classifier, "config.json").read_text())
+    assert (stored["training_mode"], stored["num_classes"], stored["script"]) == (
+        "classifier",
+        2,
+        "classifier_train",
+    )
+    options = ["--classes", "1,0", "--classifier_path", classifier]
+    for sampler in ("ancestral", "euler", "heun"):
+        runs = [
+            sample(
+                teachers("edm"),
+                tmp_path / f"{sampler}{scale}",
+                "--sampler",
+                sampler,
+                *options,
+                "--classifier_scale",
+                scale,
+            )
+            for scale in ("0", "10000")
+        ]
+        (free, labels, _), (pulled, _, meta) = runs
+        assert labels.tolist() == [1, 0, 1] and meta["classifier_path"].endswith(".pt")
+        assert np.abs(free.astype(int) - pulled).max() > 2, sampler
+
+
+def test_classifiers_that_do_not_fit(classifier, teachers, data_dir, tmp_path):
+    def load(**changes):
+        wanted = {"image_size": 8, "channels": 1, "num_classes": 0, "device": torch.device("cpu"), **changes}
+        return lambda: load_classifier(SampleConfig(classifier_path=classifier), **wanted)
+
+    assert load(num_classes=2)().num_classes == 2
+    refuses("--classifier_path .* has --image_size 8, the model 16", load(image_size=16))
+    refuses("--classifier_path .* has --in_channels 1, the model 3", load(channels=3))
+    refuses("--classifier_path .* has --num_classes 2, the model 10", load(num_classes=10))
+    refuses(
+        "--classifier_path .* is no classifier",
+        lambda: load_classifier(
+            SampleConfig(classifier_path=teachers("edm")),
+            image_size=8,
+            channels=1,
+            num_classes=0,
+            device=torch.device("cpu"),
+        ),
+    )
+    refuses("is a classifier, which draws no images", lambda: sample(classifier, tmp_path / "s"))
+    options = ["--classes", "5", "--classifier_path", classifier]
+    refuses("--classes", lambda: sample(teachers("edm"), tmp_path / "t", *options))
+    refuses(
+        "--class_cond False: a classifier learns",
+        lambda: parse_config(ClassifierConfig, ["--class_cond", "False"]),
+    )
+    for flags in (
+        ["--precond", "vp"],
+        ["--network", "ncsnpp"],
+        ["--preview_count", "4"],
+        ["--diffusion_schedule", "vp"],
+    ):
+        refuses(flags[0], lambda flags=flags: parse_config(ClassifierConfig, flags))
+    refuses(
+        "a teacher is a denoiser",
+        lambda: train(
+            CmTrainConfig, data_dir, tmp_path / "cd", "--teacher_model_path", classifier, "--loss_norm", "l2"
+        ),
+    )
+
+
+# ---- (alpha, sigma) ----------------------------------------------------------------------------------
+
+
+def test_diffusion_schedules_train_and_halve(teachers, data_dir, tmp_path):
+    config = parse_config(
+        EdmTrainConfig, ["--diffusion_schedule", "cosine", "--weight_schedule", "truncated-snr"]
+    )
+    assert isinstance(create_objective(config), AlphaSigmaObjective)
+    run = train(
+        EdmTrainConfig,
+        data_dir,
+        tmp_path / "cosine",
+        "--diffusion_schedule",
+        "cosine",
+        "--preview_count",
+        "0",
+    )
+    flags = [
+        "--training_mode",
+        "progdist",
+        "--scale_mode",
+        "progdist",
+        "--start_scales",
+        "2",
+        "--loss_norm",
+        "l2",
+    ]
+    flags = [
+        *flags,
+        "--distill_steps_per_iter",
+        "1",
+        "--diffusion_schedule",
+        "cosine",
+        "--preview_count",
+        "2",
+    ]
+    assert isinstance(create_objective(parse_config(CmTrainConfig, flags)), AlphaSigmaProgressive)
+    student = train(CmTrainConfig, data_dir, tmp_path / "pd", *flags, "--teacher_model_path", run)
+    assert (complete_checkpoints(student)[-1] / "teacher_model000002.pt").exists()
+    _, _, meta = sample(student, tmp_path / "s", steps=2)
+    assert meta["nfe"] == 2
+    assert meta["sigmas"][0] == pytest.approx(80, rel=1e-4) and len(meta["sigmas"]) == 4
+    # t = 1/2 of the truncated schedule.
+    low, high = (math.atan(s) for s in (0.002, 80))
+    assert meta["sigmas"][1] == pytest.approx(math.tan((low + high) / 2), rel=1e-4)
+
+
+# ---- likelihood ------------------------------------------------------------------------------------
+
+
+def test_bits_per_dim_of_a_run(teachers, data_dir, tmp_path):
+    def score(*extra):
+        argv = [
+            "--model_path",
+            teachers("edm"),
+            "--data_dir",
+            data_dir,
+            "--num_images",
+            "3",
+            "--tolerance",
+            "1e-2",
+        ]
+        return run_likelihood(parse(LikelihoodConfig, [*argv, "--out_dir", str(tmp_path), *extra]))
+
+    result = score("--batch_size", "3")
+    assert result["images"] == 3 and result["nfe"] > 10
+    # An untrained network predicts little more than its input's share: a Gaussian of sigma_data has 8.0 bits here.
+    assert 5 < result["bits_per_dim"] < 11 and 0 < result["standard_error"] < 1
+    stored = json.loads((tmp_path / "likelihood.json").read_text())
+    assert stored["bits_per_dim"] == result["bits_per_dim"] and stored["weights"] == "ema:0.9"
+    # Other batches share other steps of the solver, to its tolerance.
+    assert score("--batch_size", "2")["bits_per_dim"] == pytest.approx(result["bits_per_dim"], abs=0.05)
+
+
+def test_only_denoisers_have_a_likelihood(teachers, data_dir, tmp_path):
+    flags = ["--loss_norm", "l2", "--start_scales", "4", "--class_cond", "False", "--start_ema", "0.9"]
+    cd = train(CmTrainConfig, data_dir, tmp_path / "cd", *flags, "--teacher_model_path", teachers("edm"))
+    argv = ["--model_path", cd, "--data_dir", data_dir, "--out_dir", str(tmp_path)]
+    refuses("a likelihood needs a denoiser", lambda: run_likelihood(parse(LikelihoodConfig, argv)))
+    refuses("--model_path", lambda: parse(LikelihoodConfig, ["--data_dir", data_dir]))
+    refuses("--probe must be one of", lambda: parse(LikelihoodConfig, [*argv, "--probe", "sobol"]))

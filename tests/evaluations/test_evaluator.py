@@ -1,0 +1,318 @@
+"""The evaluator from files to numbers: against the metrics' own functions, over ranks, and its refusals."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cm.errors import UserError
+from cm.storage.checkpoint import load_weights, save_weights
+from evaluations import evaluator, reference
+from evaluations.evaluator import METRICS, Options, evaluate, parse_metrics, table
+from evaluations.features import load_features
+from evaluations.fid import frechet_distance
+from evaluations.inception_score import inception_score
+from evaluations.kid import kernel_distance
+from evaluations.npz_io import open_images, open_reference
+from evaluations.pipeline import extract, image_batches
+from evaluations.precision_recall import precision_recall
+from evaluations.protocols import PROTOCOLS, choose_protocol, mismatches
+from evaluations.reference import build_reference, inspect
+from tests.helpers import golden_data
+from tests.helpers.eval_files import stripes, write_classifier, write_npz
+from tests.helpers.inception_files import rule_network, write_openai
+from tests.helpers.mp import launch, run_ranks
+
+CPU = torch.device("cpu")
+DIGITS = PROTOCOLS["digits"]
+ALL = Options(DIGITS, tuple(METRICS), batch_size=16, bootstrap=4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A reference of 70 images, samples of 50, and the classifier, as paths."""
+    folder = tmp_path_factory.mktemp("eval")
+    return {
+        "ref": str(write_npz(folder / "ref.npz", 70)),
+        "samples": str(write_npz(folder / "samples.npz", 50, seed=1)),
+        "weights": str(write_classifier(folder / "classifier.pt")),
+    }
+
+
+@pytest.fixture(scope="module")
+def network(files):
+    return load_features(f"digits={files['weights']}", "", CPU)
+
+
+def measure(files, network, options=ALL, **kwargs) -> dict:
+    return evaluate(open_reference(files["ref"]), [open_images(files["samples"])], network, options, **kwargs)
+
+
+def pooled(network, path: str) -> torch.Tensor:
+    images = open_images(path)
+    return torch.cat([network(torch.tensor(b))["pool"] for b in images.batches(range(images.shape[0]), 32)])
+
+
+def gaussian(features: torch.Tensor) -> tuple:
+    return features.double().mean(0), features.double().T.cov()
+
+
+def test_values_are_those_of_the_metrics(files, network):
+    result = measure(files, network)
+    ref, sam = pooled(network, files["ref"]), pooled(network, files["samples"])
+    precision, recall = precision_recall(ref, sam, 3)
+    expected = {
+        "fid": frechet_distance(*gaussian(ref), *gaussian(sam)),
+        "inception_score": inception_score(sam, network.classifier),
+        "precision": precision,
+        "recall": recall,
+        "kid": kernel_distance(ref, sam)[0],
+    }
+    labels = stripes(50, seed=1)[1]
+    expected["accuracy"] = float(np.mean((sam @ network.classifier.T).argmax(1).numpy() == labels))
+    assert result["metrics"] == pytest.approx(expected, rel=1e-6)
+    assert expected["accuracy"] > 0.9
+    assert result["not_measured"] == {"sfid": "digits has no spatial features"}
+    assert result["intervals"]["fid"]["replicates"] == 4 and result["comparable"]
+
+
+def test_a_set_against_itself(files, network):
+    images = open_images(files["ref"])
+    result = evaluate(open_reference(files["ref"]), [images], network, replace(ALL, bootstrap=0))["metrics"]
+    assert result["fid"] == pytest.approx(0, abs=1e-6)
+    assert (result["precision"], result["recall"]) == (1, 1)
+
+
+def test_provenance_and_table(files, network):
+    result = measure(files, network)
+    assert json.loads(json.dumps(result)) == result
+    assert result["samples"]["count"] == 50 and result["samples"]["shape"] == [8, 8, 1]
+    for part in (result["samples"], result["reference"], result["features"]):
+        assert len(part["sha256"]) == 64
+    assert result["protocol"]["name"] == "digits" and {"cm", "torch", "numpy", "python"} <= set(
+        result["versions"]
+    )
+    text = table(result)
+    for line in ("FID  ", "Inception Score", "Accuracy", "95 %", "sFID", "50 images"):
+        assert line in text
+
+
+def test_several_sets_of_samples_give_a_range(files, network, tmp_path):
+    more = [files["samples"], str(write_npz(tmp_path / "b.npz", 40, seed=2)), files["ref"]]
+    options = replace(ALL, bootstrap=0, metrics=("fid", "accuracy"))
+    result = evaluate(open_reference(files["ref"]), [open_images(p) for p in more], network, options)
+    values = [run["metrics"]["fid"] for run in result["runs"]]
+    summary = result["summary"]["fid"]
+    assert summary == pytest.approx(
+        {"mean": np.mean(values), "min": min(values), "max": max(values), "std": np.std(values, ddof=1)}
+    )
+    assert result["metrics"]["fid"] == summary["mean"]
+    assert "mean" in table(result)
+
+
+def test_a_built_reference_gives_the_numbers_of_its_images(files, network, tmp_path):
+    out = str(tmp_path / "built.npz")
+    meta = build_reference(open_images(files["ref"]), network, DIGITS, out, num_images=20, batch_size=9)
+    assert (meta["count"], meta["images"], meta["shape"]) == (70, 20, [8, 8, 1])
+    whole = measure(files, network)["metrics"]["fid"]
+    built = measure({**files, "ref": out}, network)
+    assert built["metrics"]["fid"] == pytest.approx(whole, rel=1e-6)
+    found = inspect(out)
+    assert found["images_for_precision_and_recall"] == 20 and found["meta"]["source_sha256"]
+    assert found["arrays"] == {"mu": [64], "sigma": [64, 64], "arr_0": [20, 8, 8, 1]}
+    stored = open_reference(out).images
+    pixels = np.concatenate(list(stored.batches(range(20), 20)))
+    known = {image.tobytes() for image in stripes(70)[0]}
+    assert {image.tobytes() for image in pixels} <= known
+
+
+def test_statistics_alone_leave_out_what_needs_images(files, network, tmp_path):
+    mu, sigma = gaussian(pooled(network, files["ref"]))
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma)
+    result = measure({**files, "ref": str(tmp_path / "stats.npz")}, network)
+    assert set(result["metrics"]) == {"fid", "inception_score", "accuracy"}
+    assert "no images" in result["not_measured"]["precision"]
+    assert result["metrics"]["fid"] == pytest.approx(measure(files, network)["metrics"]["fid"], rel=1e-6)
+
+
+def test_inception_metrics_from_golden_features(tmp_path):
+    g = golden_data.load("evaluation")
+    images = g["inception/r32/images_nhwc"]
+    np.savez(tmp_path / "ref.npz", arr_0=images)
+    np.savez(tmp_path / "samples.npz", arr_0=images[:, :, ::-1].copy())
+    network = load_features(f"inception={write_openai(tmp_path / 'i.pt')}", "", CPU)
+    ref, samples = open_reference(str(tmp_path / "ref.npz")), open_images(str(tmp_path / "samples.npz"))
+    options = Options(
+        PROTOCOLS["adm"], ("inception_score",)
+    )  # a Fréchet distance in 2048 dimensions takes seconds
+    result = evaluate(ref, [samples], network, options, strict=False)
+    pool, _ = rule_network()(g.tensor("inception/r32/images_nhwc").flip(2).permute(0, 3, 1, 2).float())
+    score = inception_score(pool, rule_network().output.weight)
+    assert result["metrics"]["inception_score"] == pytest.approx(score, rel=1e-6)
+    assert not result["comparable"] and "50,000 samples" in result["notes"][0]
+    extracted = extract(image_batches(ref.images, 2), network, kinds=network.dims, keep=False, source="ref")
+    for kind, key in (("pool", "pool_3"), ("spatial", "spatial")):
+        mean, covariance = extracted.gaussian(kind)
+        golden = g[f"inception/r32/{key}"]
+        np.testing.assert_allclose(mean, golden.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(covariance.diag(), golden.var(0, ddof=1), rtol=1e-3, atol=1e-5)
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+def measure_on_rank(files: dict) -> dict:
+    network = load_features(f"digits={files['weights']}", "", CPU)
+    result = measure(files, network)
+    batches = [rows for rows, _ in image_batches(open_images(files["samples"]), 16)]
+    out = files["samples"] + ".ref.npz"
+    meta = build_reference(open_images(files["ref"]), network, DIGITS, out, num_images=20, batch_size=9)
+    return {"result": result, "batches": batches, "meta": meta}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_give_the_same_numbers(files, network, world_size, tmp_path):
+    alone = measure(files, network)
+    ranks = run_ranks("tests.evaluations.test_evaluator:measure_on_rank", world_size, files)
+    covered = sorted(row for r in ranks for rows in r["batches"] for row in rows)
+    assert covered == list(range(50))
+    for rank in ranks:
+        assert rank["result"]["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+        assert rank["result"]["intervals"]["fid"] == pytest.approx(alone["intervals"]["fid"], rel=1e-5)
+    together = open_reference(files["samples"] + ".ref.npz")
+    build_reference(open_images(files["ref"]), network, DIGITS, str(tmp_path / "r.npz"), num_images=20)
+    single = open_reference(str(tmp_path / "r.npz"))
+    np.testing.assert_allclose(together.statistics["pool"][1], single.statistics["pool"][1], atol=1e-12)
+    pixels = [next(iter(r.images.batches(range(20), 20))) for r in (together, single)]
+    assert np.array_equal(*pixels)
+
+
+# --- protocols -----------------------------------------------------------------------------------
+
+
+def test_the_protocol_follows_name_reference_or_network(files, network, tmp_path):
+    plain = open_reference(files["ref"])
+    assert choose_protocol("cifar10", "", plain) == (PROTOCOLS["cifar10"], True)
+    assert choose_protocol("", "", plain) == (PROTOCOLS["adm"], False)
+    assert choose_protocol("", "digits=x.pt", plain) == (DIGITS, False)
+    assert choose_protocol("", "", replace(plain, meta={"protocol": "cifar10"})) == (
+        PROTOCOLS["cifar10"],
+        False,
+    )
+    with pytest.raises(UserError, match="--protocol tf"):
+        choose_protocol("tf", "", plain)
+
+
+MISMATCHES = {
+    "made for protocol adm.*measured by digits": {"protocol": "adm"},
+    "features of inception.*measured by digits": {"features": "inception"},
+    "digits weights 000000000000.*measured with": {"features_sha256": "0" * 64},
+    r"used transform 'bicubic'.*get 'none": {"transform": "bicubic"},
+    r"is 16x16.*are 8x8": {"shape": [16, 16, 1]},
+}
+
+
+@pytest.mark.parametrize("message", MISMATCHES)
+def test_a_mismatch_names_both_sides(files, network, message):
+    ref = replace(open_reference(files["ref"]), meta=MISMATCHES[message])
+    samples = open_images(files["samples"])
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(ref, [samples], network, ALL)
+    assert files["ref"] in str(error.value) and files["samples"] in str(error.value)
+    forced = evaluate(ref, [samples], network, replace(ALL, bootstrap=0), force=True)
+    assert not forced["comparable"] and len(forced["notes"]) == 1 and "fid" in forced["metrics"]
+
+
+def test_a_strict_protocol_counts_samples(files, network):
+    counted = replace(DIGITS, num_samples=60)
+    ref, samples = open_reference(files["ref"]), open_images(files["samples"])
+    errors, notes = mismatches(counted, ref, samples, network, strict=True)
+    assert len(errors) == 1 and "60 samples" in errors[0] and "50" in errors[0] and not notes
+    errors, notes = mismatches(counted, ref, samples, network, strict=False)
+    assert not errors and "not comparable" in notes[0]
+
+
+def test_other_quantisation_and_other_network_are_errors(files, network):
+    ref, samples = open_reference(files["ref"]), open_images(files["samples"])
+    samples.meta = {"quantisation": "round"}
+    assert "truncate" in mismatches(DIGITS, ref, samples, network, True)[0][0]
+    samples.meta = None
+    assert "adm uses inception" in mismatches(PROTOCOLS["adm"], ref, samples, network, False)[0][0]
+
+
+# --- bad input and the command line ----------------------------------------------------------------
+
+
+def test_statistics_of_another_dimension(files, network, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(63), sigma=np.eye(63))
+    with pytest.raises(UserError, match=r"s\.npz: pool statistics have 63 dimensions, digits gives 64"):
+        measure({**files, "ref": str(tmp_path / "s.npz")}, network)
+
+
+def test_images_of_another_size(files, network, tmp_path):
+    other = str(write_npz(tmp_path / "o.npz", 8, size=16))
+    with pytest.raises(UserError, match=r"16x16x1.*trained on 8x8x1"):
+        measure({"ref": other, "samples": other}, network)
+
+
+def test_too_few_samples_for_neighbours(files, network, tmp_path):
+    few = str(write_npz(tmp_path / "few.npz", 3))
+    with pytest.raises(UserError, match=r"few\.npz: k = 3 needs more than 3"):
+        measure({**files, "samples": few}, network, replace(ALL, bootstrap=0))
+
+
+def test_features_that_are_not_finite(files, tmp_path):
+    state, meta = load_weights(files["weights"])
+    state["hidden.bias"] = state["hidden.bias"] * float("nan")
+    save_weights(tmp_path / "nan.pt", state, meta)
+    broken = load_features(f"digits={tmp_path / 'nan.pt'}", "", CPU)
+    with pytest.raises(UserError, match=r"ref\.npz: digits gives features that are NaN"):
+        measure(files, broken)
+
+
+def test_unknown_metric():
+    assert parse_metrics("", DIGITS) == DIGITS.metrics and parse_metrics("all", DIGITS) == tuple(METRICS)
+    assert parse_metrics("kid, fid", DIGITS) == ("kid", "fid")
+    with pytest.raises(UserError, match="--metrics clip"):
+        parse_metrics("fid,clip", DIGITS)
+
+
+def call(monkeypatch, main, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    main()
+
+
+def test_command_lines(files, tmp_path, monkeypatch, capsys):
+    out, spec = tmp_path / "ref.npz", f"digits={files['weights']}"
+    call(monkeypatch, reference.main, files["ref"], out, "--features", spec, "--num_images", "30")
+    assert "70 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists; --overwrite True"):
+        call(monkeypatch, reference.main, files["ref"], out, "--features", spec)
+    call(monkeypatch, reference.main, "--inspect", out)
+    assert json.loads(capsys.readouterr().out)["meta"]["protocol"] == "digits"
+    result = tmp_path / "result.json"
+    argv = [out, files["samples"], "--features", spec, "--protocol", "digits", "--out", result]
+    call(monkeypatch, evaluator.main, *argv)
+    assert "Accuracy" in capsys.readouterr().out
+    assert json.loads(result.read_text())["protocol"]["name"] == "digits"
+    with pytest.raises(UserError, match="--bootstrap 1"):
+        call(monkeypatch, evaluator.main, *argv, "--bootstrap", "1")
+    with pytest.raises(UserError, match="no file or folder"):
+        call(monkeypatch, evaluator.main, "nowhere.npz", files["samples"])
+    with pytest.raises(UserError, match="not both"):
+        call(monkeypatch, evaluator.main, *argv, "--inception_path", "x.pt")
+    with pytest.raises(UserError, match=r"must end in \.npz"):
+        call(monkeypatch, reference.main, files["ref"], tmp_path / "ref.npy", "--features", spec)
+
+
+@pytest.mark.mpi
+def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, arr_0=np.zeros((4, 8, 8, 3), np.float32))
+    argv = ["-m", "evaluations.evaluator", files["ref"], bad, "--features", f"digits={files['weights']}"]
+    done = launch(argv, n=2)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1
+    assert "bad.npz: arr_0 is float32" in done.stderr and "Traceback" not in done.stderr

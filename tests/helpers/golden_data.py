@@ -1,0 +1,61 @@
+"""Access to the golden numbers: tests/golden/ in a clone, or the fuller copy that CM_GOLDEN_DIR names.
+
+tests/golden/README.md says what each file holds and with which tolerance it must be met.
+"""
+
+import functools
+import json as json_module
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parents[1] / "golden"
+
+
+def find(name: str) -> Path:
+    """Path of a golden file; skips the calling test when neither folder has it."""
+    folders = [Path(os.environ["CM_GOLDEN_DIR"])] if os.environ.get("CM_GOLDEN_DIR") else []
+    for folder in [*folders, HERE]:
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f"golden file {name} is not in this clone; set CM_GOLDEN_DIR to the full set")
+
+
+class GoldenFile:
+    """One .npz of golden numbers: `g["key"]`, `g.config`, `g.state_dict("sd/")`."""
+
+    def __init__(self, path: Path):
+        self._arrays = np.load(path, allow_pickle=False)
+        self.config = json_module.loads(str(self._arrays["config"]))
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays.files
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Array names that begin with `prefix`."""
+        return [k for k in self._arrays.files if k.startswith(prefix)]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One array as a tensor."""
+        return torch.from_numpy(np.array(self._arrays[key]))
+
+    def state_dict(self, prefix: str = "sd/") -> dict[str, torch.Tensor]:
+        """All arrays under `prefix`, with the prefix removed."""
+        return {k[len(prefix) :]: self.tensor(k) for k in self.keys(prefix)}
+
+
+@functools.cache
+def load(name: str) -> GoldenFile:
+    """Golden arrays by name, with or without `.npz`."""
+    return GoldenFile(find(name if name.endswith(".npz") else name + ".npz"))
+
+
+def json(name: str):
+    """A golden JSON file by name, with or without `.json`."""
+    return json_module.loads(find(name if name.endswith(".json") else name + ".json").read_text())

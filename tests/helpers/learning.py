@@ -1,0 +1,240 @@
+"""Every objective learns a mixture in the plane: a small network, the real training loop, distances to the data.
+
+python -m tests.helpers.learning [--length 3]     a table; length 1 is what the test suite runs
+"""
+
+import argparse
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import EmaAndScales, LearningRate, progdist_steps
+from cm.diffusion.noise_levels import LogNormalSampler
+from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
+from cm.diffusion.weightings import get_snr, get_weightings
+from cm.objectives import (
+    ConsistencyObjective,
+    ContinuousObjective,
+    EDMObjective,
+    Grid,
+    Objective,
+    ProgressiveObjective,
+)
+from cm.objectives.distances import make_distance
+from cm.runtime import logger
+from cm.sampling.noise import get_generator
+from cm.sampling.registry import run_sampler
+from cm.training.trainer import Optimization, Reporting, Trainer
+from tests.helpers.models import PointNet
+
+GRID = Grid(sigma_max=10.0)
+BATCH = 256
+COUNT = 4096  # points that are compared
+STD = 0.15
+ANGLES = torch.arange(4) * math.pi / 2
+CENTRES = 0.6 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+PRECONDS = {
+    False: EDMPrecond(time_scale=1.0),
+    True: ConsistencyPrecond(time_scale=1.0),
+}
+
+
+def data(count: int, seed: int) -> Tensor:
+    """Points (count, 2) of the mixture: four spots on a circle."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(0, len(CENTRES), (count,), generator=generator)
+    return CENTRES[which] + STD * torch.randn(count, 2, generator=generator)
+
+
+def gaussian_fit(count: int) -> Tensor:
+    """Points of the Gaussian with the data's mean and covariance: what learning nothing but these would give."""
+    factor = torch.linalg.cholesky(torch.cov(data(COUNT, seed=-1).T))
+    return torch.randn(count, 2, generator=torch.Generator().manual_seed(2)) @ factor.T
+
+
+def distance(points: Tensor, directions: int = 64) -> float:
+    """Sliced Wasserstein distance to the data: mean |difference of quantiles|, in units of the data."""
+    angles = torch.arange(directions) * math.pi / directions
+    axes = torch.stack([angles.cos(), angles.sin()])
+    quantiles = [(p @ axes).sort(0).values for p in (points, data(len(points), seed=-1))]
+    return (quantiles[0] - quantiles[1]).abs().mean().item()
+
+
+def on_spots(points: Tensor) -> float:
+    """Share of points within three standard deviations of a spot; 1 - exp(-4.5) = .989 for the data."""
+    return (torch.cdist(points, CENTRES).min(1).values < 3 * STD).float().mean().item()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one objective is trained. boundary: it makes a consistency function, not a denoiser."""
+
+    objective: Callable[[], Objective]
+    steps: int
+    lr: float
+    from_teacher: bool = True
+    boundary: bool = True
+
+
+def _weight(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda sigma: get_weightings(name, get_snr(sigma), 0.5)
+
+
+L2, UNIFORM = make_distance("l2"), _weight("uniform")
+STAGE = 100  # steps of a stage of progressive distillation
+
+
+def _edm() -> Objective:
+    return EDMObjective(LogNormalSampler(), _weight("karras"))
+
+
+def _consistency(points: int, mu: float, distillation: bool) -> Objective:
+    schedule = EmaAndScales("fixed", mu, "fixed", points, points, 1, 1)
+    return ConsistencyObjective(schedule, L2, UNIFORM, grid=GRID, distillation=distillation)
+
+
+def _progressive(length: float) -> Objective:
+    schedule = EmaAndScales("fixed", 0.0, "progdist", 16, 16, 1, round(STAGE * length))
+    return ProgressiveObjective(schedule, L2, _weight("truncated-snr"), grid=GRID)
+
+
+def _continuous(distillation: bool, stop_grad: bool = True) -> Objective:
+    return ContinuousObjective("l2", L2, UNIFORM, grid=GRID, distillation=distillation, stop_grad=stop_grad)
+
+
+def recipes(length: float = 1.0) -> dict[str, Recipe]:
+    """Method -> recipe."""
+    return {
+        "EDM": Recipe(_edm, 1000, 1e-2, from_teacher=False, boundary=False),
+        "CD": Recipe(partial(_consistency, 18, 0.0, distillation=True), 800, 6e-3),
+        "CT": Recipe(partial(_consistency, 80, 0.5, distillation=False), 1500, 1e-2, from_teacher=False),
+        "PD": Recipe(partial(_progressive, length), progdist_steps(16, STAGE), 5e-3, boundary=False),
+        "continuous CD": Recipe(partial(_continuous, distillation=True), 400, 3e-3),
+        "continuous CD, no stop-gradient": Recipe(
+            partial(_continuous, distillation=True, stop_grad=False), 400, 3e-3
+        ),
+        "continuous CT": Recipe(partial(_continuous, distillation=False), 500, 3e-3),
+    }
+
+
+# Method -> (number of network evaluations, sampler, steps, ts) of its samples
+SAMPLINGS: dict[str, tuple[tuple[int, str, int, list[int] | None], ...]] = {
+    "EDM": ((35, "heun", 18, None), (9, "heun", 5, None)),
+    "PD": ((1, "progdist", 1, None),),
+}
+ONE_AND_TWO = ((1, "onestep", 18, None), (2, "multistep", 18, [0, 11, 17]))
+
+
+def batches() -> Iterator[tuple[Tensor, dict]]:
+    """Fresh data for every step."""
+    step = 0
+    while True:
+        yield data(BATCH, step), {}
+        step += 1
+
+
+def train(recipe: Recipe, teacher: nn.Module | None, length: float = 1.0) -> Denoiser:
+    """The averaged model after `length` times a recipe's steps."""
+    steps = round(recipe.steps * length)
+    objective = recipe.objective()
+    torch.manual_seed(0)
+    student = copy.deepcopy(teacher) if recipe.from_teacher else PointNet()
+    precond = PRECONDS[recipe.boundary]
+    with tempfile.TemporaryDirectory() as folder:
+        logger.configure(folder, ["json"])
+        trainer = Trainer(
+            student=student,
+            objective=objective,
+            data=batches(),
+            global_batch_size=BATCH,
+            optimization=Optimization(
+                LearningRate(recipe.lr, "late_decay", steps),
+                optimizer="adam",
+                ema_rate="0.98",
+                ema_warmup=True,
+            ),
+            reporting=Reporting(folder, log_interval=100, save_interval=-1),
+            student_precond=precond,
+            target=copy.deepcopy(student) if objective.needs_target else None,
+            teacher=copy.deepcopy(teacher) if objective.needs_teacher else None,
+            teacher_precond=PRECONDS[False],
+            total_steps=steps,
+        )
+        trainer.run_loop()
+    with torch.no_grad():
+        for p, average in zip(student.parameters(), trainer.state.ema.copies[0]):
+            p.copy_(average)
+    return Denoiser(student, precond)
+
+
+def sample(model: Denoiser, sampler: str, steps: int, ts: Sequence[int] | None = None) -> Tensor:
+    """COUNT points, always from the same noise."""
+    x = GRID.sigma_max * torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(1))
+    generator = get_generator("indexed", num_samples=COUNT, seed=0)
+    return run_sampler(
+        sampler,
+        model,
+        x,
+        generator,
+        steps=steps,
+        sigma_min=GRID.sigma_min,
+        sigma_max=GRID.sigma_max,
+        ts=ts,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way of sampling one model reached."""
+
+    method: str
+    evaluations: int
+    steps: int
+    seconds: float
+    distance: float
+    on_spots: float
+
+
+def learn(length: float = 1.0) -> Iterator[Row]:
+    """Train every recipe, the teacher first, and measure its samples."""
+    teacher = None
+    for method, recipe in recipes(length).items():
+        start = time.perf_counter()
+        model = train(recipe, teacher, length)
+        if teacher is None:
+            teacher = model.net
+        seconds = time.perf_counter() - start
+        for evaluations, *sampling in SAMPLINGS.get(method, ONE_AND_TWO):
+            points = sample(model, *sampling)
+            steps = round(recipe.steps * length)
+            yield Row(method, evaluations, steps, seconds, distance(points), on_spots(points))
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--length", type=float, default=3.0, help="training steps, in those of the test suite"
+    )
+    length = parser.parse_args().length
+    print("| samples | network evaluations | training | distance to the data | on the spots |")
+    print("|---|---|---|---|---|")
+    for name, points in (("fresh data", data(COUNT, -2)), ("a Gaussian fit", gaussian_fit(COUNT))):
+        print(f"| {name} | | | {distance(points):.3f} | {on_spots(points):.1%} |")
+    for r in learn(length):
+        training = f"{r.steps} steps, {r.seconds:.0f} s"
+        print(
+            f"| {r.method} | {r.evaluations} | {training} | {r.distance:.3f} | {r.on_spots:.1%} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

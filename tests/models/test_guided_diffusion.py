@@ -1,0 +1,184 @@
+"""Classifiers of guided-diffusion: layout, times, flags, guidance of a model by one."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cm.commands.cli import parse, parse_config
+from cm.commands.sample import run_image_sample
+from cm.commands.train import run_train
+from cm.config.scripts import EdmTrainConfig, SampleConfig
+from cm.errors import UserError
+from cm.models.guided_diffusion import SCHEDULES, is_classifier
+from cm.models.pretrained import load_classifier
+from cm.networks.classifier import EncoderUNetModel
+from cm.runtime import logger
+from cm.storage.checkpoint import save_weights
+
+PLACE = {"image_size": 8, "channels": 3, "num_classes": 0, "device": torch.device("cpu")}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    yield
+    logger.reset()
+
+
+def network(**changes) -> EncoderUNetModel:
+    """As the flags of `flags()` describe it, with random weights throughout."""
+    torch.manual_seed(0)
+    options = dict(
+        image_size=8, in_channels=3, model_channels=64, out_channels=4, num_res_blocks=1, attention_resolutions=(1,),
+        channel_mult=(1, 2), num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
+    )  # fmt: skip
+    model = EncoderUNetModel(**{**options, **changes})
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def as_released(model: EncoderUNetModel) -> dict[str, torch.Tensor]:
+    """Its weights as guided-diffusion has them: kernels of one dimension, rows of qkv by (head, three, channel)."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".qkv." in name:
+            heads = len(tensor) // (3 * 64)
+            tensor = torch.cat(
+                [
+                    tensor.unflatten(0, (3, heads, 64))[part, head]
+                    for head in range(heads)
+                    for part in range(3)
+                ]
+            )
+        if name.endswith(("qkv.weight", "proj_out.weight")):
+            tensor = tensor[..., 0]
+        state[name] = tensor
+    return state
+
+
+def flags(path, *more) -> SampleConfig:
+    argv = ["--classifier_path", str(path), "--classifier_width", "64", "--classifier_depth", "1", *more]
+    return parse_config(SampleConfig, argv)
+
+
+@pytest.fixture
+def released(tmp_path):
+    save_weights(tmp_path / "8x8_classifier.pt", as_released(network()))
+    return tmp_path / "8x8_classifier.pt"
+
+
+def sigma_at(schedule: str, t: int) -> float:
+    """sqrt((1 - abar_t) / abar_t) from the betas as the papers print them."""
+    if schedule == "linear":
+        betas = [1e-4 + (0.02 - 1e-4) * k / 999 for k in range(1000)]
+    else:
+        bar = [math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(1001)]
+        betas = [min(1 - bar[k + 1] / bar[k], 0.999) for k in range(1000)]
+    abar = math.prod(1 - beta for beta in betas[: t + 1])
+    return math.sqrt((1 - abar) / abar)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_times_are_the_steps_of_the_schedule(schedule):
+    for t in (0, 1, 10, 500, 998, 999):
+        sigma = sigma_at(schedule, t)
+        c = SCHEDULES[schedule](torch.tensor([sigma], dtype=torch.float64))
+        assert c.c_noise.item() == t
+        assert c.c_in.item() == pytest.approx(1 / math.sqrt(1 + sigma**2), rel=1e-12)
+    # Levels beyond either end take the nearest step.
+    assert SCHEDULES[schedule](torch.tensor([1e-4, 1e6])).c_noise.tolist() == [0, 999]
+
+
+@pytest.mark.parametrize(("given", "schedule"), [("", "linear"), ("linear", "linear"), ("cosine", "cosine")])
+def test_a_released_file_gives_the_logits_of_its_network(released, given, schedule):
+    more = ["--classifier_noise_schedule", given] if given else []
+    loaded = load_classifier(flags(released, *more), **PLACE)
+    assert loaded.num_classes == 4 and loaded.provenance()["classifier_path"] == str(released)
+    x, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)), [0, 300, 700]
+    sigma = torch.tensor([sigma_at(schedule, k) for k in t])
+    expected = network()(x / (1 + sigma**2).sqrt()[:, None, None, None], torch.tensor(t, dtype=torch.float32))
+    torch.testing.assert_close(loaded.model.logits(x, sigma), expected, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in loaded.model.net.parameters())
+
+
+def test_the_published_classifier_of_64_pixels_is_described_by_its_flags(tmp_path):
+    """--classifier_depth 4, all else by default: 1000 classes, cosine noise."""
+    options = dict(
+        model_channels=128, num_res_blocks=4, attention_resolutions=(2, 4, 8), channel_mult=(1, 2, 3, 4)
+    )
+    with torch.device("meta"):
+        model = EncoderUNetModel(
+            image_size=64, in_channels=3, out_channels=1000, num_head_channels=64, use_scale_shift_norm=True,
+            resblock_updown=True, **options,
+        )  # fmt: skip
+    state = as_released(model)
+    assert is_classifier(state)
+    save_weights(tmp_path / "c.pt", {name: torch.zeros(t.shape) for name, t in state.items()})
+    config = parse_config(
+        SampleConfig, ["--classifier_path", str(tmp_path / "c.pt"), "--classifier_depth", "4"]
+    )
+    loaded = load_classifier(config, **{**PLACE, "image_size": 64, "num_classes": 1000})
+    assert loaded.model.precond == SCHEDULES["cosine"] and loaded.num_classes == 1000
+
+
+def test_flags_that_do_not_fit_are_named(released, tmp_path):
+    for more, words in {
+        ("--classifier_depth", "2"): r"8x8_classifier.pt \(see the other --classifier_\.\.\. flags\)",
+        ("--classifier_width", "128"): r"time_embed.0.weight: \(256, 64\) in the file, \(512, 128\)",
+        ("--classifier_resblock_updown", "False"): "does not fit",
+        ("--classifier_use_scale_shift_norm", "False"): "does not fit",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=words) as error:
+            load_classifier(flags(released, *more), **PLACE)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="has --in_channels 3, the model 1"):
+        load_classifier(flags(released), **{**PLACE, "channels": 1})
+    with pytest.raises(UserError, match="has --num_classes 4, the model 10"):
+        load_classifier(flags(released), **{**PLACE, "num_classes": 10})
+    with pytest.raises(UserError, match="--classifier_depth 4 needs --classifier_path"):
+        parse_config(SampleConfig, ["--classifier_depth", "4"])
+    with pytest.raises(UserError, match="--classifier_pool must be one of attention, got 'spatial'"):
+        parse_config(SampleConfig, ["--classifier_path", "x", "--classifier_pool", "spatial"])
+    save_weights(tmp_path / "unet.pt", {"w": torch.ones(2)})
+    with pytest.raises(UserError, match="is no classifier of classifier_train: it does not say"):
+        load_classifier(flags(tmp_path / "unet.pt"), **PLACE)
+
+
+def test_a_classifier_that_describes_itself_takes_no_flags(tmp_path):
+    meta = {"config": {"training_mode": "classifier", "image_size": 8, "in_channels": 3, "num_classes": 4}}
+    save_weights(tmp_path / "own.pt", {"w": torch.ones(2)}, meta)
+    with pytest.raises(
+        UserError, match=r"--classifier_width is for classifiers of guided-diffusion; .*own\.pt"
+    ):
+        load_classifier(flags(tmp_path / "own.pt"), **PLACE)
+
+
+def test_it_guides_a_model(released, tmp_path):
+    images = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    argv = (
+        "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
+        "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --preview_count 0 --ema_rate 0.9 "
+        f"--total_training_steps 1 --data_dir {tmp_path}/images.npz --out_dir {tmp_path}/run"
+    )
+    run_train(parse(EdmTrainConfig, argv.split()))
+
+    def sample(name, *more):
+        argv = f"--model_path {tmp_path}/run --num_samples 4 --steps 3 --sampler euler --out_dir {tmp_path / name}"
+        run_image_sample(parse(SampleConfig, [*argv.split(), *more]))
+        with np.load(next((tmp_path / name).glob("*.npz"))) as arrays:
+            return (
+                arrays["arr_0"],
+                arrays.get("arr_1"),
+                json.loads(next(Path(tmp_path, name).glob("*.json")).read_text()),
+            )
+
+    free, _, _ = sample("free")
+    guide = ["--classifier_path", str(released), "--classifier_width", "64", "--classifier_depth", "1"]
+    steered, labels, meta = sample("steered", *guide, "--classifier_scale", "30", "--classes", "0,1,2,3")
+    assert labels.tolist() == [0, 1, 2, 3] and not np.array_equal(free, steered)
+    assert meta["classifier_path"] == str(released) and len(meta["classifier_sha256"]) == 64

@@ -1,0 +1,119 @@
+"""A refused start leaves nothing that was not there; what was there stays as it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cm.commands.cli import parse
+from cm.commands.train import run_train
+from cm.config.scripts import CmTrainConfig
+from cm.errors import UserError
+from cm.runtime import logger
+from cm.runtime.run_directory import RunDirectory
+from cm.storage.checkpoint import save_weights
+
+FLAGS = (
+    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
+    "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --preview_count 0 --ema_rate 0.9 "
+    "--total_training_steps 1 --training_mode consistency_distillation --loss_norm l2"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    yield
+    logger.reset()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Images, weights of another network, and a file that is neither."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    np.savez(folder / "images.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    save_weights(folder / "other.pt", {"w": torch.ones(2)})
+    (folder / "broken.pt").write_bytes(b"broken")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def train(out: Path, images: Path, teacher: Path) -> None:
+    paths = ["--data_dir", images, "--teacher_model_path", teacher, "--out_dir", out]
+    run_train(parse(CmTrainConfig, [*FLAGS.split(), *map(str, paths)]))
+
+
+@pytest.mark.parametrize("out", ["run", "runs/deep/run"])
+@pytest.mark.parametrize(
+    ("images", "teacher"),
+    [
+        ("nothing", "other.pt"),
+        ("broken.pt", "other.pt"),
+        ("images.npz", "nothing.pt"),
+        ("images.npz", "broken.pt"),
+        ("images.npz", "other.pt"),  # refused only when the networks are made, after the logs were opened
+    ],
+)
+def test_bad_data_and_bad_teachers_leave_nothing(inputs, tmp_path, images, teacher, out):
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=r"nothing|broken|other"):
+        train(tmp_path / out, inputs / images, inputs / teacher)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("images", "teacher"),
+    [("nothing", "other.pt"), ("images.npz", "nothing.pt"), ("images.npz", "broken.pt")],
+)
+def test_a_directory_that_was_there_stays_as_it_is(inputs, tmp_path, images, teacher):
+    (tmp_path / "run" / "empty").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError):
+        train(tmp_path / "run", inputs / images, inputs / teacher)
+    assert snapshot(tmp_path) == before
+
+
+def refuse(
+    place: RunDirectory, error: Exception, *, started: bool = False, checkpoints: bool = False
+) -> None:
+    with place:
+        if checkpoints:
+            Path(place.path, "checkpoints").mkdir()
+        if started:
+            place.started()
+        raise error
+
+
+def test_only_refusals_before_the_start_remove_the_directory(tmp_path):
+    cases = {
+        "refused": (UserError("no"), {}, False),
+        "started": (UserError("no"), {"started": True}, True),
+        "fetched": (UserError("no"), {"checkpoints": True}, True),
+        "crashed": (RuntimeError("no"), {}, True),
+    }
+    for name, (error, more, stays) in cases.items():
+        with pytest.raises(type(error)):
+            refuse(RunDirectory(str(tmp_path / name)), error, **more)
+        assert (tmp_path / name).exists() == stays, name
+
+
+def test_folders_above_that_others_use_meanwhile_stay(tmp_path):
+    with pytest.raises(UserError), RunDirectory(str(tmp_path / "runs" / "mine")):
+        (tmp_path / "runs" / "another").mkdir()
+        raise UserError("no")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another"]
+
+
+def test_a_relative_path_and_one_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunDirectory("run") as place:
+        assert Path(place.path).is_dir()
+    Path("file").write_text("in the way")
+    with pytest.raises(UserError, match="--out_dir file/run cannot be written"), RunDirectory("file/run"):
+        pass
+    assert Path("run").is_dir()

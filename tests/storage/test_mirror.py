@@ -1,0 +1,116 @@
+"""The second copy of a run: what it holds, when it is taken, what happens when it fails."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cm.commands.cli import parse
+from cm.commands.train import run_train
+from cm.config.scripts import EdmTrainConfig
+from cm.errors import UserError
+from cm.runtime import logger
+from cm.storage import checkpoint as ck
+from cm.storage.mirror import Mirror
+from cm.storage.saver import Saver
+from cm.tools.torture import compare
+from tests.storage.test_filesystem import FakeBlobfile
+
+BUCKET = "gs://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    yield
+    logger.reset()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    fake = FakeBlobfile()
+    monkeypatch.setitem(sys.modules, "blobfile", fake)
+    return fake
+
+
+def write(run, step):
+    return ck.write_checkpoint(
+        run, step, {f"model{step:06d}.pt": {"w": torch.ones(step)}}, {"step": step}, {}
+    )
+
+
+def test_a_checkpoint_goes_there_and_back_with_its_manifest_last(tmp_path, bucket):
+    run = tmp_path / "run"
+    for step in (9, 10):
+        path = write(run, step)
+        (run / "log.txt").write_text(f"until {step}")
+        Mirror(BUCKET + "/", run).push(path)
+    names = [call[0] for call in bucket.calls if call[1] == "wb" and "step_000010" in call[0]]
+    assert names[-1] == f"{BUCKET}/checkpoints/step_000010/manifest.json" and len(names) == 3
+    (tmp_path / "other").mkdir()
+    fetched = Mirror(BUCKET, tmp_path / "other").pull()
+    assert fetched == tmp_path / "other" / "checkpoints" / "step_000010"
+    ck.verify_checkpoint(fetched)
+    assert (tmp_path / "other" / "log.txt").read_text() == "until 10"
+    assert [p.name for p in fetched.parent.iterdir()] == ["step_000010"]
+
+
+def test_a_copy_that_was_cut_short_is_passed_over(tmp_path, bucket):
+    for step in (1, 2, 3):
+        Mirror(BUCKET, tmp_path / "run").push(write(tmp_path / "run", step))
+    del bucket.files[f"{BUCKET}/checkpoints/step_000003/manifest.json"]
+    bucket.files[f"{BUCKET}/checkpoints/step_000002/model000002.pt"] = b"half"
+    (tmp_path / "other").mkdir()
+    assert Mirror(BUCKET, tmp_path / "other").pull().name == "step_000001"
+    assert Mirror(BUCKET, tmp_path / "other").pull() is None  # it has one now
+    assert Mirror("gs://bucket/nothing", tmp_path / "third").pull() is None
+
+
+class Unreachable(Exception):
+    """As blobfile's own errors: no OSError."""
+
+
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_a_mirror_that_fails_is_a_failed_save(tmp_path, bucket, monkeypatch, on_error):
+    logger.configure(tmp_path / "logs", ["log"])
+
+    def fail(path, *args, **options):
+        raise Unreachable("HTTP 503\nand more")
+
+    monkeypatch.setattr(bucket, "BlobFile", fail)
+    saver = Saver(tmp_path / "run", on_error=on_error, mirror=Mirror(BUCKET, tmp_path / "run"))
+    words = (
+        rf"could not save step 1 under .*--mirror {BUCKET}: Unreachable: HTTP 503; the newest .*step_000001"
+    )
+    if on_error == "stop":
+        with pytest.raises(UserError, match=words) as error:
+            saver.save({"model000001.pt": {"w": torch.ones(1)}}, {"step": 1})
+        assert "\n" not in str(error.value)
+    else:
+        saver.save({"model000001.pt": {"w": torch.ones(1)}}, {"step": 1})
+        assert "HTTP 503" in (tmp_path / "logs" / "log.txt").read_text()
+    assert len(ck.complete_checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_run_moves_to_another_machine(tmp_path, bucket):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    flags = (
+        "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
+        "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --save_interval 1 --preview_count 0 "
+        f"--ema_rate 0.9 --log_interval 2 --total_training_steps 4 --data_dir {tmp_path}/images.npz"
+    )
+
+    def train(run, *more):
+        run_train(parse(EdmTrainConfig, [*flags.split(), "--out_dir", str(tmp_path / run), *more]))
+        logger.reset()
+
+    train("whole")
+    with pytest.raises(SystemExit):
+        train("first", "--mirror", BUCKET, "--max_hours", "1e-9")
+    assert b'"time"' in bucket.files[f"{BUCKET}/status.json"]
+    shutil.rmtree(tmp_path / "first")
+    train("second", "--mirror", BUCKET)
+    assert "from step 1" in (tmp_path / "second" / "log.txt").read_text()
+    compare(tmp_path / "second", tmp_path / "whole")
+    assert f"{BUCKET}/checkpoints/step_000004/manifest.json" in bucket.files

@@ -1,0 +1,357 @@
+"""EDM's checkpoints: the layout of its ADM network, both ways, and pickles read without running code."""
+
+import io
+import pickle
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from cm.config.scripts import SampleConfig
+from cm.diffusion.precond import denoiser_precond
+from cm.errors import UserError
+from cm.models.pretrained import load_pretrained
+from cm.networks.architecture import TIME_SCALES
+from cm.storage.checkpoint import load_weights
+from cm.tools.convert import edm_layout, edm_pickle
+from cm.tools.convert.formats import READERS, Source, convert, detect
+from tests.helpers import edm_reference as reference
+from tests.helpers import golden_data
+from tests.helpers.convert_models import adm, assert_same, flags, network
+
+
+def edm_adm(**given) -> dict:
+    """Flags of the narrowest ADM network that EDM's grouping of channels allows."""
+    options = dict(
+        image_size=8,
+        num_channels=128,
+        num_head_channels=64,
+        channel_mult="1,1.5",
+        num_res_blocks=1,
+        attention_resolutions="4",
+        class_cond=True,
+        num_classes=3,
+        time_scale=1.0,
+        training_mode="edm",
+    )
+    return adm("imagenet", **{**options, **given})
+
+
+def song(network_name: str = "ncsnpp", **given) -> dict:
+    """Flags of a narrow SongUNet."""
+    options = dict(
+        network=network_name,
+        image_size=8,
+        num_channels=16,
+        channel_mult="1,2",
+        num_res_blocks=1,
+        attention_resolutions="4",
+        training_mode="edm",
+        time_scale=0.0,
+    )
+    return flags(**{**options, **given})
+
+
+def test_imagenet_layout_has_the_published_number_of_entries():
+    golden = golden_data.json("checkpoint_layouts")["imagenet64_edm_cd_ct"]
+    state = {name: torch.empty(shape, device="meta") for name, shape in golden["state_dict"]}
+    told = {k: v for k, v in golden["config"].items() if k != "use_fp16"}
+    config = adm("imagenet", channel_mult="", **{**told, "num_classes": 1000, "num_head_channels": 64})
+    config["num_res_blocks"] = 3
+    converted = edm_layout.to_edm(state, config)
+    assert len(converted) == 553
+    filters = [name for name in converted if name.endswith("resample_filter")]
+    assert sum(t.numel() for n, t in converted.items() if n not in filters) == 295_899_267
+    assert "enc.32x32_down.skip.resample_filter" in filters and len(filters) == 12
+    assert "enc.32x32_down.skip.weight" not in converted
+    assert converted["map_label.weight"].shape == (768, 1000)
+    assert converted["dec.8x8_in0.qkv.weight"].shape == (2304, 768, 1, 1)
+    assert "dec.16x16_up.conv0.weight" in converted and "dec.8x8_up.conv0.weight" not in converted
+    assert converted["dec.64x64_block3.conv0.weight"].shape == (192, 384, 3, 3)
+    found = edm_layout.identify(converted, "x")
+    same = (
+        "image_size",
+        "num_channels",
+        "num_res_blocks",
+        "attention_resolutions",
+        "class_cond",
+        "num_classes",
+    )
+    assert {n: found[n] for n in same} == {n: config[n] for n in same}
+    assert (found["channel_mult"], found["time_scale"]) == ("1,2,3,4", 1.0)
+
+
+@pytest.mark.parametrize("attention", ["4", "8,4"])
+def test_adm_in_both_layouts_gives_the_same_output(attention):
+    config = edm_adm(attention_resolutions=attention)
+    net = network(config).double()
+    state = net.state_dict()
+    converted = edm_layout.to_edm(state, config)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    c_noise, y = torch.tensor([-1.5, 1.0], dtype=torch.float64), torch.tensor([2, 0])
+    expected = reference.dhariwal_unet(converted, x, c_noise, y)
+    # Our time features are fp32, whatever the dtype of the times.
+    torch.testing.assert_close(net(x, c_noise, y), expected, rtol=1e-5, atol=1e-5)
+    back, found = edm_layout.from_edm(converted)
+    assert_same(dict(sorted(back.items())), dict(sorted(state.items())))
+    assert found["attention_resolutions"] == attention
+
+
+def test_networks_that_the_layouts_do_not_share_are_refused():
+    config = edm_adm()
+    state = network(config).state_dict()
+    converted = edm_layout.to_edm(state, config)
+    with pytest.raises(UserError, match="heads of 64 channels"):
+        edm_layout.to_edm(state, {**config, "num_head_channels": 32})
+    with pytest.raises(UserError, match="--resblock_updown True only"):
+        edm_layout.to_edm(state, {**config, "resblock_updown": False})
+    narrow = adm("imagenet", class_cond=False, num_head_channels=64, num_channels=64)
+    narrow = edm_layout.to_edm(network(narrow).state_dict(), narrow)
+    with pytest.raises(UserError, match="32 groups"):
+        edm_layout.from_edm(narrow)
+    fir = {**converted, "enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 4, 4) / 16}
+    with pytest.raises(UserError, match="box filter"):
+        edm_layout.from_edm(fir)
+    with pytest.raises(UserError, match=r"has dec\.8x8_block7\.conv0\.weight"):
+        edm_layout.from_edm({**converted, "dec.8x8_block7.conv0.weight": torch.zeros(1)})
+    del converted["out_conv.bias"]
+    with pytest.raises(UserError, match="out"):
+        edm_layout.from_edm(converted)
+
+
+class Persistent:
+    """Pickles as EDM's classes do: a call that would execute the source text inside."""
+
+    def __init__(self, name: str, state: dict):
+        self.name, self.state = name, state
+
+    def __reduce__(self):
+        meta = sys.modules["dnnlib.util"].EasyDict(
+            type="class", version=6, module_src="raise SystemExit", class_name=self.name, state=self.state
+        )
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
+
+
+def persistent(module: nn.Module, name: str = "", **state) -> Persistent:
+    """A module of torch as EDM holds it in a pickle; containers stay torch's own."""
+
+    def wrap(child: nn.Module):
+        if isinstance(child, nn.ModuleDict):
+            copy = nn.ModuleDict()
+            copy._modules.update({n: wrap(c) for n, c in child._modules.items()})
+            return copy
+        return persistent(child)
+
+    modules = {n: wrap(c) for n, c in module._modules.items()}
+    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers), "_modules": modules}
+    return Persistent(name or type(module).__name__, {**own, "training": False, **state})
+
+
+@pytest.fixture
+def edm_modules(monkeypatch):
+    """The modules that a pickle of EDM's names, for the time of writing one."""
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("code of the pickle was run")
+
+    class EasyDict(dict):
+        pass
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    EasyDict.__module__, EasyDict.__qualname__ = "dnnlib.util", "EasyDict"
+    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
+    for name, module in {"torch_utils.persistence": persistence, "dnnlib.util": util}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name.split(".")[0], types.ModuleType(name.split(".")[0]))
+
+
+def snapshot(module: nn.Module, precond: str = "EDMPrecond", **state) -> dict:
+    """What network-snapshot-*.pkl holds."""
+    holder = nn.Module()
+    holder.model = module
+    ema = persistent(holder, precond, sigma_min=0, sigma_max=float("inf"), sigma_data=0.5, **state)
+    return {
+        "ema": ema,
+        "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
+        "augment_pipe": None,
+        "dataset_kwargs": {},
+    }
+
+
+class InEdmLayout(nn.Module):
+    """Any state dict as nested modules."""
+
+    def __init__(self, state: dict):
+        super().__init__()
+        for name, tensor in state.items():
+            *path, leaf = name.split(".")
+            module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.register_buffer(leaf, tensor)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [song(), song("ddpmpp", class_cond=True, num_classes=4, augment_dim=9)],
+    ids=["ncsnpp", "ddpmpp"],
+)
+def test_song_unet_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, config):
+    net = network(config)
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(net)))
+    assert detect(str(path)) == "edm"
+    line = convert(Source(str(path)), str(tmp_path / "edm.pt"), "cm", {})
+    assert config["network"] in line
+    state, meta = load_weights(tmp_path / "edm.pt")
+    assert_same(state, net.state_dict())
+    assert (meta["config"]["training_mode"], meta["config"]["augment_dim"]) == ("edm", config["augment_dim"])
+
+    model = load_pretrained(SampleConfig(model_path=str(tmp_path / "edm.pt"), device="cpu"))
+    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 20.0])
+    y = torch.tensor([3, 1]) if config["class_cond"] else None
+    wide = {name: t.double() for name, t in state.items()}
+    variance = sigma.double()[:, None, None, None] ** 2 + 0.25
+    raw = reference.song_unet(wide, x.double() / variance.sqrt(), sigma.double().log() / 4, y)
+    expected = 0.25 / variance * x + (variance - 0.25).sqrt() * 0.5 / variance.sqrt() * raw
+    out = model.denoiser(x, sigma, **({} if y is None else {"y": y}))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("VPPrecond", "vp"), ("VEPrecond", "ve"), ("iDDPMPrecond", "iddpm")]
+)
+def test_pickles_of_the_other_columns_keep_their_preconditioning(name, column, tmp_path, edm_modules):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(network(song("ddpmpp")), precond=name)))
+    convert(Source(str(path)), str(tmp_path / "edm.pt"), "cm", {})
+    model = load_pretrained(SampleConfig(model_path=str(tmp_path / "edm.pt"), device="cpu"))
+    assert model.config.precond == column
+    assert model.denoiser.precond == denoiser_precond(column, time_scale=1.0)
+
+
+def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
+    config = edm_adm()
+    in_edm = edm_layout.to_edm(network(config).state_dict(), config)
+    path = tmp_path / "adm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(InEdmLayout(in_edm))))
+    convert(Source(str(path)), str(tmp_path / "adm.pt"), "cm", {})
+    model = load_pretrained(SampleConfig(model_path=str(tmp_path / "adm.pt"), device="cpu"))
+    assert model.denoiser.precond.time_scale == 1.0 != TIME_SCALES["adm"]
+    x, sigma, y = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 20.0]), torch.tensor([2, 1])
+    variance = sigma[:, None, None, None] ** 2 + 0.25
+    raw = reference.dhariwal_unet(in_edm, x / variance.sqrt(), sigma.log() / 4, y)
+    expected = 0.25 / variance * x + (variance - 0.25).sqrt() * 0.5 / variance.sqrt() * raw
+    torch.testing.assert_close(model.denoiser(x, sigma, y=y), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_state_in_a_torch_zip_is_read(tmp_path, edm_modules):
+    config = song()
+    net = network(config)
+    holder = nn.Module()
+    holder.model = net
+    path = tmp_path / "training-state-000100.pt"
+    torch.save({"net": persistent(holder, "EDMPrecond"), "optimizer_state": {"lr": 1e-3}}, path)
+    assert detect(str(path)) == "edm"
+    state, found = READERS["edm"](Source(str(path)))
+    assert_same(state, net.state_dict())
+    assert found["network"] == "ncsnpp"
+
+
+def test_bare_state_dicts_in_edm_layout_are_recognised(tmp_path):
+    net = network(song())
+    torch.save({f"model.{name}": t for name, t in net.state_dict().items()}, tmp_path / "bare.pt")
+    state, found = READERS[detect(str(tmp_path / "bare.pt"))](Source(str(tmp_path / "bare.pt")))
+    assert_same(state, net.state_dict())
+    assert found["network"] == "ncsnpp" and "training_mode" not in found
+
+
+def test_other_preconditionings_and_contents_are_refused(tmp_path, edm_modules):
+    path = tmp_path / "x.pkl"
+    net = network(song())
+
+    def refuses(content, message: str) -> None:
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=message) as caught:
+            READERS["edm"](Source(str(path)))
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+    refuses(snapshot(net, precond="TrigPrecond"), "preconditioning TrigPrecond")
+    refuses({"ema": None}, "no network under ema or net")
+    refuses([1, 2], "no network under ema or net")
+    refuses(snapshot(nn.Module()), "no tensors of a network")
+
+
+class Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    "function", [print, eval, getattr, io.open, torch.load, nn.functional.silu, zipfile.ZipFile]
+)
+def test_no_function_of_a_pickle_is_called(tmp_path, function, protocol, capsys):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"ema": Call(function, "1")}, protocol=protocol))
+    with pytest.raises(UserError, match="which no EDM network needs: it was not loaded") as caught:
+        edm_pickle.load_pickle(str(path))
+    assert "\n" not in str(caught.value)
+    assert not capsys.readouterr().out
+
+
+def test_code_inside_a_torch_zip_or_a_nested_tensor_is_not_run(tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    torch.save({"net": Call(print, "torch_utils.persistence")}, path)
+    assert detect(str(path)) == "edm"  # by its text only
+    with pytest.raises(UserError, match="print"):
+        edm_pickle.load_pickle(str(path))
+    inner = pickle.dumps(Call(print, "inner"))
+    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, inner)}))
+    with pytest.raises(UserError, match="not a readable EDM pickle"):
+        edm_pickle.load_pickle(str(path))
+    assert not capsys.readouterr().out
+
+
+def test_classes_of_torch_and_numpy_become_records(tmp_path):
+    import numpy as np
+
+    path = tmp_path / "x.pkl"
+    path.write_bytes(
+        pickle.dumps({"array": np.arange(3), "scalar": np.float32(1), "module": nn.Linear(2, 3), "n": 5})
+    )
+    content = edm_pickle.load_pickle(str(path))
+    assert content["n"] == 5
+    assert all(isinstance(content[name], edm_pickle.Record) for name in ("array", "scalar", "module"))
+    assert [name for name, _ in edm_pickle.module_tensors(content["module"])] == ["weight", "bias"]
+
+
+def test_damaged_pickles_are_refused_in_one_line(tmp_path, edm_modules):
+    path = tmp_path / "x.pkl"
+    whole = pickle.dumps(snapshot(network(song())))
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"\x80\x04.",
+        b"\x80\x04K\x01R.",
+        b"\x80\x04ccm.errors\nUserError\n)R.",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            edm_pickle.load_pickle(str(path))
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(UserError, match=r"not one of torch\.save"):
+        edm_pickle.load_pickle(str(path))

@@ -1,0 +1,181 @@
+"""Conversion from any kind of checkpoint to any other: round trips, what is detected, what is asked for, the script."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cm.config.scripts import SampleConfig
+from cm.errors import UserError
+from cm.models.pretrained import load_pretrained
+from cm.networks.attention import qkv_new_to_legacy
+from cm.storage.checkpoint import load_weights, save_weights, write_checkpoint
+from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
+from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
+from tests.helpers.convert_models import adm, assert_same, network
+
+CD = {"training_mode": "consistency_distillation", "steps": 40}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[dict, dict]:
+    """(flags, state dict) of a narrow U-Net whose heads are those of the released networks."""
+    config = adm("imagenet", num_channels=64, num_head_channels=64)
+    return config, network(config).state_dict()
+
+
+@pytest.fixture
+def original(tmp_path, model) -> str:
+    """A bare state dict as the original repository saves it."""
+    torch.save(model[1], tmp_path / "cd.pt")
+    return str(tmp_path / "cd.pt")
+
+
+def test_original_file_gets_a_configuration_and_loses_it_again(tmp_path, model, original):
+    config, state = model
+    new, back = str(tmp_path / "new.pt"), str(tmp_path / "back.pt")
+    assert detect(original) == "torch"
+    convert(Source(original, image_size=16), new, "cm", CD)
+    found, meta = load_weights(new)
+    assert_same(found, state)
+    same = (
+        "image_size",
+        "num_channels",
+        "channel_mult",
+        "num_res_blocks",
+        "num_head_channels",
+        "num_classes",
+        "steps",
+    )
+    assert {n: meta["config"][n] for n in same} == {n: config[n] for n in same}
+    convert(Source(new), back, "legacy", {})
+    found, meta = load_weights(back)
+    assert_same(found, state)
+    assert meta is None
+
+
+def test_converted_model_is_sampled_without_another_flag(tmp_path, model, original):
+    convert(Source(original, image_size=16), str(tmp_path / "new.pt"), "cm", CD)
+    loaded = load_pretrained(SampleConfig(model_path=str(tmp_path / "new.pt"), device="cpu"))
+    assert (loaded.config.training_mode, loaded.config.sampler) == ("consistency_distillation", "onestep")
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([1, 9])
+    edge = torch.full((2,), 0.002)
+    torch.testing.assert_close(loaded.denoiser(x, edge, y=y), x)  # the boundary condition
+    assert (loaded.denoiser(x, 1000 * edge, y=y) - x).abs().max() > 0.1
+
+
+def test_round_trips_keep_every_bit(tmp_path, model, original):
+    pytest.importorskip("safetensors")
+    first, second, third = (str(tmp_path / name) for name in ("a.pt", "b.safetensors", "c.pt"))
+    convert(Source(original, image_size=16), first, "cm", CD)
+    convert(Source(first), second, "safetensors", {})
+    assert detect(second) == "safetensors"
+    convert(Source(second), third, "cm", {})
+    assert_same(dict(sorted(load_weights(third)[0].items())), dict(sorted(model[1].items())))
+    assert load_weights(third)[1] == load_weights(first)[1]
+    folder, fourth = str(tmp_path / "folder"), str(tmp_path / "d.pt")
+    convert(Source(first), folder, "diffusers", {})
+    assert detect(folder) == "diffusers"
+    convert(Source(folder), fourth, "cm", CD)
+    assert_same(dict(sorted(load_weights(fourth)[0].items())), dict(sorted(model[1].items())))
+    assert load_weights(fourth)[1]["config"]["training_mode"] == "consistency_distillation"
+
+
+def test_bare_safetensors_are_identified(tmp_path, model):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "bare.safetensors"
+    write_safetensors(path, model[1])
+    assert read_safetensors(path)[1] is None
+    state, config = READERS["safetensors"](Source(str(path), image_size=16))
+    assert state.keys() == model[1].keys() and config["num_channels"] == 64
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_attention_of_guided_diffusion_is_reordered(tmp_path, model, order):
+    theirs = {}
+    for name, tensor in model[1].items():
+        if ".qkv." in name and order == "legacy":
+            tensor = qkv_new_to_legacy(tensor, len(tensor) // 192)
+        theirs[name] = tensor[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else tensor
+    torch.save(theirs, tmp_path / "guided.pt")
+    state, config = READERS["torch"](Source(str(tmp_path / "guided.pt"), image_size=16, qkv_order=order))
+    assert_same(state, model[1])
+    assert config["num_head_channels"] == 64
+
+
+def test_weights_of_a_run_directory_are_chosen(tmp_path, model):
+    config, state = model
+    other = {name: t + 1 for name, t in state.items()}
+    files = {"model000005.pt": state, "ema_0.9999_000005.pt": other}
+    write_checkpoint(tmp_path, 5, files, {"step": 5}, {"config": config})
+    assert detect(str(tmp_path)) == "torch"
+    for weights, expected in (("", other), ("ema", other), ("ema:0.9999", other), ("raw", state)):
+        found, told = READERS["torch"](Source(str(tmp_path), weights))
+        assert_same(found, expected)
+        assert told["steps"] == 40
+
+
+def test_what_a_file_does_not_tell_is_asked_for(tmp_path, original):
+    target = str(tmp_path / "new.pt")
+
+    def refuses(message: str, known: dict, to: str = "cm", size: int = 16) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            convert(Source(original, image_size=size), target, to, known)
+        assert "\n" not in str(caught.value)
+
+    refuses("give --image_size", CD, size=0)
+    refuses("give --training_mode or --preset", {})
+    refuses("give --steps or --preset", {"training_mode": "consistency_training"})
+    refuses("pipeline for consistency models", {"training_mode": "edm", "steps": 40}, "diffusers")
+    refuses("has --network adm, not ncsnpp", {**CD, "network": "ncsnpp"})
+    convert(Source(original, image_size=16), target, "cm", {"training_mode": "edm"})
+    with pytest.raises(UserError, match="has --training_mode edm, not consistency_distillation"):
+        convert(Source(target), str(tmp_path / "x.pt"), "cm", CD)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_tensors_that_do_not_fit_their_configuration_are_refused(tmp_path, model):
+    config, state = model
+    path = str(tmp_path / "odd.pt")
+    save_weights(path, {**state, "out.2.bias": torch.zeros(4)}, {"config": config})
+    with pytest.raises(UserError, match=r"does not fit the model: out\.2\.bias"):
+        convert(Source(path), str(tmp_path / "x.pt"), "legacy", {})
+
+
+def test_a_preset_tells_model_objective_and_grid():
+    known = known_flags("cifar10_cd_lpips", training_mode="", steps=0)
+    expected = {
+        "network": "ncsnpp",
+        "channel_mult": "2,2,2",
+        "training_mode": "consistency_distillation",
+        "steps": 18,
+    }
+    assert {name: known[name] for name in expected} == expected
+    assert "num_samples" not in known
+    assert known_flags("cifar10_cd_lpips", steps=36)["steps"] == 36
+    assert known_flags("") == {}
+
+
+def test_the_script_converts(tmp_path, original, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import convert_checkpoint as script
+
+    target = str(tmp_path / "new.pt")
+    script.main(
+        script.parser().parse_args([original, target, "--training_mode", "edm", "--image_size", "16"])
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{original} (torch): adm,") and printed.endswith(f"-> {target} (cm)\n")
+    assert load_weights(target)[1]["config"]["training_mode"] == "edm"
+
+
+def test_the_script_reports_mistakes_in_one_line(tmp_path):
+    (tmp_path / "bad").write_bytes(b"\x80\x04cos\nsystem\n(S'echo x'\ntR.")
+    command = [sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), "bad", "new.pt"]
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr == "error: bad asks for os.system, which no EDM network needs: it was not loaded\n"
+    assert not (tmp_path / "new.pt").exists()

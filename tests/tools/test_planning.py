@@ -1,0 +1,375 @@
+"""The plan of a run: its traces, its memory and time in closed form, every preset, and measurements."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cm.commands.cli import parse_config
+from cm.config import presets
+from cm.config.derived import training_mode, with_counts
+from cm.config.scripts import SCRIPTS, CmTrainConfig
+from cm.errors import UserError
+from cm.tools.bench.runs import Options, train_config, training
+from cm.tools.planning import devices, report
+from cm.tools.planning.devices import DEVICES, GIB, Cluster, cpu, parse_cluster
+from cm.tools.planning.estimate import communication, largest_microbatch, plan_step, update_traffic
+from cm.tools.planning.run import evaluations, first_way, plan_images, plan_training, read_measured
+from cm.tools.planning.step import step_trace
+from cm.tools.profiling.flops import network_cost, step_cost
+from cm.tools.profiling.report import Report, Row
+from cm.tools.profiling.timing import interleaved, peak_memory, product_ceiling
+from cm.tools.profiling.trace import between, traced
+from tests.helpers.mp import ROOT
+
+TINY = parse_config(CmTrainConfig, ["--preset", "tiny"])
+GPU = Cluster(DEVICES["A100-80"], 8)
+
+
+def config_of(name, *flags):
+    script = presets.get(name).training_script
+    return with_counts(parse_config(SCRIPTS[script], ["--preset", name, *flags]))
+
+
+def test_a_trace_counts_products_bytes_and_what_is_alive():
+    layer = nn.Linear(30, 50, device="meta")
+    x = torch.empty(20, 30, device="meta")
+    with traced() as tracer:
+        y = layer(x)
+        tracer.backward_begins()
+        y.relu().sum().backward()
+    trace = tracer.trace()
+    first = trace.ops[0]
+    assert (first.kind, first.flops) == ("fp32", 2 * 20 * 30 * 50)
+    assert first.moved == 4 * (20 * 30 + 30 * 50 + 50 + 20 * 50)  # input, weight, bias, output
+    assert trace.flops == 2 * first.flops  # x needs no gradient: one product backward
+    assert trace.backward == 1
+    assert trace.largest == 4 * 30 * 50
+    assert tracer.live >= 4 * (20 * 50 + 30 * 50 + 50)  # y and the gradients are still there
+    assert trace.peak >= tracer.live
+
+
+def test_views_cost_nothing_and_what_is_dropped_is_free():
+    x = torch.empty(10, 10, device="meta")
+    with traced() as tracer:
+        x.t().reshape(2, 5, 10).flatten()
+        for _ in range(3):
+            x + 1
+    assert [op.moved for op in tracer.ops if op.flops == 0][-3:] == [800] * 3
+    assert tracer.live == 0
+
+
+def test_recomputed_attention_is_traced_like_the_first():
+    from cm.networks.attention import AttentionBlock
+
+    block = AttentionBlock(32, num_head_channels=16).to("meta")
+    x = torch.empty(2, 32, 4, 4, device="meta", requires_grad=True)
+    with traced() as plain:
+        block(x).sum().backward()
+    with traced() as again:
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    extra = again.trace().flops - plain.trace().flops
+    attention = 2 * 2 * 2 * 2 * 16 * 16 * 16  # two products of 2 images, 2 heads, 16 tokens, 16 wide
+    assert (
+        extra == 2 * 2 * 16 * 32 * 96 + attention
+    )  # q, k, v; the last projection's output is not needed again
+
+
+def test_traces_of_two_batches_give_those_of_all():
+    # SIZES are 4 and 16; a third batch is traced by itself
+    from cm.tools.planning import step
+
+    direct = step._traced_step(step._relevant(TINY), 9, False)
+    mixed = step_trace(TINY, 9, keep_gradients=False)
+    assert mixed.trace.flops == pytest.approx(direct.trace.flops, rel=1e-12)
+    assert mixed.trace.moved == pytest.approx(direct.trace.moved, rel=1e-3)
+    assert mixed.trace.peak == pytest.approx(direct.trace.peak, rel=0.01)
+    with pytest.raises(ValueError, match="same operations"):
+        between(mixed.trace, replace(mixed.trace, ops=mixed.trace.ops[1:]), 0.5)
+
+
+CONTINUOUS = ("--loss_norm", "l2", "--training_mode")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--training_mode", "consistency_training"),
+        ("--ode_solver", "euler"),
+        (*CONTINUOUS, "continuous_training"),
+        (*CONTINUOUS, "continuous_distillation"),
+        (*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"),
+    ],
+)
+def test_flops_are_those_of_the_flop_model(flags):
+    config = parse_config(CmTrainConfig, ["--preset", "tiny", *flags])
+    known = step_cost(config, network_cost(config)).total
+    assert step_trace(config, 8, keep_gradients=False).trace.flops / 8 == pytest.approx(known, rel=0.015)
+
+
+def test_published_networks_have_their_flops():
+    step = step_trace(config_of("imagenet64_cd_l2"), 1, keep_gradients=False)
+    assert step.trace.flops == pytest.approx(1.32e12, rel=0.01)
+    assert step.weights.parameters == 295_899_267
+
+
+def test_memory_of_a_step_in_closed_form():
+    memory = plan_step(TINY, GPU, microbatch=1).memory
+    p = 4 * 827_491  # bytes in fp32
+    assert (memory.student, memory.target, memory.teacher) == (p, p, p)
+    assert (memory.gradients, memory.moments, memory.averages, memory.distance) == (p, 2 * p, p, 0)
+    assert memory.context == devices.CONTEXT
+    assert memory.total == sum(getattr(memory, f) for f in memory.__dataclass_fields__)
+
+
+def test_half_precision_keeps_masters_of_what_learns():
+    config = replace(TINY, precision="bf16", ema_rate="0.9,0.99")
+    weights = step_trace(config, 1, keep_gradients=False).weights
+    memory = plan_step(config, GPU, microbatch=1).memory
+    p = 4 * weights.parameters
+    assert weights.nbytes == p - 2 * weights.halved
+    assert 0.8 < weights.halved / weights.parameters < 1  # convolutions are, embeddings and norms are not
+    assert memory.student == memory.target == weights.nbytes + p
+    assert memory.teacher == memory.gradients == weights.nbytes  # it never changes
+    assert memory.averages == 2 * p
+    stages = replace(config, training_mode="progdist", scale_mode="progdist", start_scales=4)
+    assert plan_step(stages, GPU, microbatch=1).memory.teacher == weights.nbytes + p  # becomes the student
+
+
+def test_lpips_brings_its_weights():
+    config = replace(TINY, loss_norm="lpips", lpips_size=32)
+    assert (
+        plan_step(config, GPU, microbatch=1).memory.distance == 4 * 14_714_688
+    )  # VGG16 without its classifier
+
+
+def test_shards_divide_moments_and_averages_only():
+    whole, sharded = (plan_step(replace(TINY, shard_optimizer=s), GPU, microbatch=1) for s in (False, True))
+    assert sharded.memory.moments == whole.memory.moments / 8
+    assert sharded.memory.averages == whole.memory.averages / 8
+    for name in ("student", "target", "teacher", "gradients"):
+        assert getattr(sharded.memory, name) == getattr(whole.memory, name)
+    assert sharded.time.communication > whole.time.communication
+
+
+def test_averages_in_host_memory_leave_the_gpu():
+    there = plan_step(replace(TINY, ema_device="cpu"), GPU, microbatch=1)
+    assert there.memory.averages == 0
+    host = 4 * 827_491 / DEVICES["A100-80"].host
+    here = plan_step(TINY, GPU, microbatch=1)
+    saved = DEVICES["A100-80"].traffic(3 * 4 * 827_491)
+    assert there.time.update == pytest.approx(here.time.update - saved + host)
+
+
+def test_update_traffic_in_closed_form():
+    traced = step_trace(TINY, 1, keep_gradients=False)
+    p = 4 * 827_491
+    assert update_traffic(TINY, traced, 8) == (2 + 7 + 3 + 3) * p  # norms, optimizer, one average, target
+    clipped = replace(TINY, grad_clip=1.0, ema_rate="0.9,0.99")
+    assert update_traffic(clipped, traced, 8) == (2 + 2 + 7 + 6 + 3) * p
+
+
+def test_a_ring_passes_all_but_one_part_twice():
+    device = DEVICES["A100-80"]
+    assert Cluster(device, 8).all_reduce(1e9) == pytest.approx(2 * 7 / 8 * 1e9 / 300e9)
+    assert Cluster(device, 64).all_reduce(1e9) == pytest.approx(2 * 63 / 64 * 1e9 / 25e9)  # between nodes
+    traced = step_trace(TINY, 1, keep_gradients=False)
+    slow = replace(device, link=1e6)
+    whole = Cluster(slow, 8).all_reduce(traced.weights.nbytes)
+    assert communication(TINY, traced, Cluster(slow, 8), 1.0) == pytest.approx(
+        whole, rel=0.01
+    )  # nothing hides it
+
+
+def test_a_device_takes_the_longer_of_arithmetic_and_traffic():
+    d = DEVICES["H100"]
+    assert d.seconds("half", 989e12 * 0.5, 0) == pytest.approx(1.0)
+    assert d.seconds("conv32", 494e12 * 0.5, 0) == pytest.approx(1.0)
+    assert d.seconds("fp32", 1, 3350e9 * 0.8) == pytest.approx(1.0)
+    assert d.seconds("half", 1, 1) == d.launch
+
+
+def test_the_global_batch_is_shared_out_and_microbatches_add_up():
+    config = replace(TINY, global_batch_size=20)
+    step = plan_step(config, GPU)
+    assert (step.images, step.microbatch) == (3, 3)
+    two = plan_step(replace(config, global_batch_size=128), GPU, microbatch=8)
+    whole = plan_step(replace(config, global_batch_size=128), GPU)
+    assert (two.images, two.microbatch, whole.microbatch) == (16, 8, 16)
+    assert two.flops == pytest.approx(whole.flops)
+    assert two.memory.activations < whole.memory.activations
+
+
+@pytest.mark.slow
+def test_lsun_fits_eight_images_on_80_gb_with_checkpointing_and_sharding_saves_what_it_says():
+    config = replace(config_of("bedroom256_cd_lpips"), use_checkpoint=True)
+    step = plan_step(config, GPU, microbatch=8)
+    assert step.fits(GPU.device)
+    assert largest_microbatch(config, GPU) >= 8
+    sharded = plan_step(replace(config, shard_optimizer=True), GPU, microbatch=8)
+    # moments and three averages of 526,304,771 parameters, 7 of 8 parts
+    assert step.memory.total - sharded.memory.total == pytest.approx(5 * 4 * 526_304_771 * 7 / 8, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_largest_microbatch_is_the_largest():
+    config = replace(config_of("imagenet64_cd_l2"), global_batch_size=2048)
+    size = largest_microbatch(config, GPU)
+    assert 1 < size < 256
+    assert plan_step(config, GPU, microbatch=size).fits(GPU.device)
+    assert not plan_step(config, GPU, microbatch=size + 1).fits(GPU.device)
+    plan = plan_training("imagenet64_cd_l2", GPU)
+    assert plan.chosen
+    assert plan.fits
+    assert first_way(plan).flags == "--microbatch alone"
+    small = Cluster(replace(DEVICES["RTX4090"], memory=8 * GIB), 8)
+    assert (
+        first_way(plan_training("imagenet64_cd_l2", small)).flags
+        == "--use_checkpoint True --shard_optimizer True"
+    )
+
+
+def kinds_of_presets() -> list[str]:
+    """One preset of each objective on each network; a trace takes seconds."""
+    found = {}
+    for name in presets.PRESETS:
+        c = config_of(name)
+        distance = getattr(c, "loss_norm", "").startswith("lpips"), getattr(c, "stop_grad", True)
+        found.setdefault((c.network, c.num_channels, training_mode(c), *distance), name)
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", kinds_of_presets())
+def test_every_kind_of_preset_has_a_plan(name):
+    config = config_of(name)
+    step = plan_step(config, Cluster(DEVICES["H200"], 8), microbatch=4)
+    assert step.time.total > 0
+    assert 1 * GIB < step.memory.total < 140 * GIB
+
+
+def test_sampling_counts_evaluations():
+    def nfe(name, *flags):
+        return evaluations(parse_config(SCRIPTS["image_sample"], ["--preset", name, *flags]))
+
+    assert nfe("imagenet64_edm") == 79
+    assert nfe("imagenet64_cd_lpips") == 1
+    assert nfe("imagenet64_cd_lpips", "--sampler", "multistep", "--ts", "0,22,39") == 2
+    plan = plan_images("tiny", GPU, 100)
+    assert plan.hours == pytest.approx(4 * plan.sampling.seconds / 3600)  # 100 images, 8 GPUs, 4 at a time
+    assert plan.gpu_hours == 8 * plan.hours
+
+
+@pytest.mark.parametrize("text", ["H200", "8", "8xH300", "0xH100", "x", "8 H100"])
+def test_unknown_gpus_are_told_which_there_are(text):
+    with pytest.raises(UserError, match=r"--gpus.*H200, L40S"):
+        parse_cluster(text)
+
+
+def test_a_report_calibrates_and_is_checked(tmp_path):
+    config = {
+        "batch_size": 4,
+        "preset": "tiny",
+        "training_mode": "consistency_distillation",
+        "image_size": 16,
+    }
+    config |= {"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "8"}
+    config |= {"num_head_channels": 16, "loss_norm": "l2"}
+    step = plan_step(CmTrainConfig(**config), Cluster(cpu(1e11), 1))
+    figures = {"median_ms": 5e3, "cpu_ms": 3e3 * step.time.total, "flops_per_second": 1e10}
+    figures |= {"ceiling_flops_per_second": 1e11, "peak_memory_mib": 100.0}
+    path = tmp_path / "report.json"
+    Report([Row("train/cd", config, figures)], {"threads": 1, "device": "a CPU"}).save(str(path))
+    cluster, measured = read_measured(str(path), "1xCPU")
+    assert cluster.name == "1xCPU"
+    assert measured.slowdown == pytest.approx(3.0)
+    [(name, seconds, planned, peak, planned_peak)] = measured.comparison()
+    assert (name, peak) == ("train/cd", 100 * 2**20)
+    assert planned == pytest.approx(seconds)
+    assert planned_peak == step.peak
+    with pytest.raises(UserError, match="not what a H100 does"):
+        read_measured(str(path), "8xH100")
+    Report([], {}).save(str(path))
+    with pytest.raises(UserError, match="no row"):
+        read_measured(str(path), "1xCPU")
+
+
+def run_plan(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts/plan.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path):
+    path = tmp_path / "plan.json"
+    result = run_plan(
+        "tiny", "digits_cd", "--gpus", "2xL40S", "--price", "2", "--json", str(path), "--microbatch", "2"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| tiny | 2xL40S | fp32 | 4 | 2 |" in result.stdout
+    assert "ASSUMED" in result.stdout
+    content = json.loads(path.read_text())
+    assert [plan["preset"] for plan in content["plans"]] == ["tiny", "digits_cd"]
+    first = content["plans"][0]
+    assert first["cost"] == pytest.approx(2 * first["gpu_hours"])
+    assert first["gpu_hours"] == pytest.approx(2 * 4 * sum(first["step"]["time"].values()) / 3600)
+
+
+def test_bad_input_is_one_line():
+    result = run_plan("nothing", "--gpus", "8xH200")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "python -m cm.presets" in result.stderr
+
+
+def test_a_preset_without_an_end_says_so():
+    plan = replace(plan_training("tiny", GPU), steps=0)
+    assert "until stopped" in report.text([plan], None, 0.0)
+
+
+FLAGS = (
+    "--image_size 32 --num_channels 64 --channel_mult 1,2,2 --num_res_blocks 2 --attention_resolutions 16,8"
+)
+CHECKED = {
+    "edm": (),
+    "cd": (),
+    "ct": (),
+    "pd": (),
+    "cd_lpips": (),
+    "checkpointed": ("--use_checkpoint", "True"),
+}
+
+
+@pytest.mark.perf
+def test_plans_from_one_measurement_meet_the_others():
+    """Calibrated on EDM, every other step's time within 15% and its peak memory within 5%."""
+    device = torch.device("cpu")
+    ceiling = product_ceiling(device, torch.float32)
+    slowdown = None
+    misses = []
+    for case, extra in CHECKED.items():
+        flags = (*FLAGS.split(), "--num_head_channels", "32", "--batch_size", "16", *extra)
+        options = Options(device="cpu", flags=flags)
+        config = train_config(options, "cd" if extra else case)
+        with training(config) as trainer:
+
+            def step(trainer=trainer):
+                trainer.run_step(*next(trainer.data))
+
+            seconds = interleaved({"step": step}, device, warmup=1, repeats=3)["step"].undisturbed(device)
+            peak = peak_memory(step, device)
+        plan = plan_step(config, Cluster(cpu(ceiling), 1))
+        slowdown = slowdown or seconds / plan.time.total
+        errors = slowdown * plan.time.total / seconds - 1, plan.peak / peak - 1
+        print(f"{case}: time {errors[0]:+.1%}, peak memory {errors[1]:+.1%}")
+        if abs(errors[0]) > 0.15 or abs(errors[1]) > 0.05:
+            misses.append(case)
+    assert not misses
