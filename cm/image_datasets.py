@@ -16,7 +16,7 @@ from cm.data.stream import TrainStream
 from cm.data.transforms import center_crop_arr, random_crop_arr
 from cm.errors import UserError
 from cm.runtime import distributed
-from cm.sampling.noise import derive_seed
+from cm.seeding import derive_seed
 from cm.storage import filesystem
 
 __all__ = ["ImageDataset", "center_crop_arr", "load_data", "random_crop_arr"]

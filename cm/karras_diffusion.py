@@ -4,37 +4,34 @@ Nothing is computed here that the modules below do not compute: preconditionings
 `cm.objectives`, samplers in `cm.sampling.registry`, editing in `cm.sampling.editing`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import karras_sigmas
+from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
+from cm.diffusion.grid import Grid, karras_sigmas
 from cm.diffusion.precond import EDMPrecond, Precond, boundary_precond
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.nn import append_zero
 from cm.objectives.base import Roles
-from cm.objectives.consistency import Distance, Grid, consistency_losses, pair_at, solver_by_name
+from cm.objectives.consistency import Distance, consistency_losses, pair_at, solver_by_name
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import edm_losses
 from cm.objectives.progressive import interval_at, progressive_losses
-from cm.sampling.editing import iterative_colorization, iterative_inpainting, iterative_superres
-from cm.sampling.noise import get_generator
-from cm.sampling.registry import (
-    clamped,
-    get_ancestral_step,
-    run_sampler,
-    sample_dpm,
-    sample_euler,
-    sample_euler_ancestral,
-    sample_heun,
+from cm.sampling.ancestral import get_ancestral_step, sample_euler_ancestral
+from cm.sampling.common import to_d
+from cm.sampling.consistency import (
     sample_onestep,
     sample_progdist,
     stochastic_iterative_sampler,
-    to_d,
+    ts_to_sigmas,
 )
+from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, superres
+from cm.sampling.noise import DummyGenerator, get_generator
+from cm.sampling.ode import sample_dpm, sample_euler, sample_heun
+from cm.sampling.registry import run_sampler
 
 __all__ = [
     "KarrasDenoiser",
@@ -286,3 +283,77 @@ def karras_sample(
         callback=callback,
     )
     return sample.clamp(-1, 1)
+
+
+def _by_index(
+    distiller: DenoiseFn,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float,
+    t_max: float,
+    rho: float,
+    steps: int,
+    generator,
+    edit: LinearEdit,
+) -> tuple[Tensor, Tensor]:
+    """The loop as the functions below call it: grid indices, clamped predictions, (result, picture)."""
+    sigmas = ts_to_sigmas(ts, steps, t_min, t_max, rho)
+    generator = DummyGenerator() if generator is None else generator
+    out = edit_images(
+        clamped(distiller), images, sigmas, generator, edit, x=x, sigma_min=t_min, final_project=False
+    )
+    return out, edit.picture(images)
+
+
+def iterative_inpainting(
+    distiller: DenoiseFn,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator=None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In-painting from x (noise of level t_max) at grid indices ts: (result, masked images).
+
+    mask: 1 where the images are known, broadcastable to them; required.
+    """
+    if mask is None:
+        raise ValueError("iterative_inpainting needs a mask: 1 = known, broadcastable to the images")
+    edit = inpaint(mask)
+    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, edit)
+
+
+def iterative_colorization(
+    distiller: DenoiseFn,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator=None,
+) -> tuple[Tensor, Tensor]:
+    """Colourisation from x (noise of level t_max) at grid indices ts: (result, the images' luma component)."""
+    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, colorize())
+
+
+def iterative_superres(
+    distiller: DenoiseFn,
+    images: Tensor,
+    x: Tensor,
+    ts: Sequence[int],
+    t_min: float = 0.002,
+    t_max: float = 80.0,
+    rho: float = 7.0,
+    steps: int = 40,
+    generator=None,
+    factor: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Super-resolution from x (noise of level t_max) at grid indices ts: (result, patch means at full size)."""
+    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, superres(factor))

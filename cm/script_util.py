@@ -8,9 +8,9 @@ from torch import nn
 
 from cm.config.parsing import str2bool as _str2bool
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, flags_of
-from cm.diffusion.grid import EmaAndScales
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.architecture import TIME_SCALES, Architecture, build_network
+from cm.objectives.curricula import EmaAndScales
 
 NUM_CLASSES = 1000
 

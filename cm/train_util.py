@@ -10,15 +10,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cm.diffusion.grid import EmaAndScales, LearningRate, Stage, progdist_stage
 from cm.diffusion.noise_levels import LogNormalSampler, NoiseSampler, ScheduleSampler
 from cm.diffusion.precond import EDMPrecond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import draw_pair
+from cm.objectives.curricula import EmaAndScales, Stage, progdist_stage
 from cm.objectives.progressive import interval_at
 from cm.runtime import distributed, logger
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
+from cm.training.learning_rate import LearningRate
 from cm.training.trainer import Optimization, Reporting, Trainer
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.errors import UserError
-from cm.runtime import distributed
-from cm.storage.checkpoint import load_weights, save_weights
+from cm.runtime import job
+from cm.storage.weights import load_weights, save_weights
 
 FEATURE_DIM = 64
 _BATCH = 128
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

@@ -21,7 +21,7 @@ from torch import Tensor
 import cm
 from cm.data.images import save_json
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import distributed, job
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference, bootstrap_distance
@@ -316,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

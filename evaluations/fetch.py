@@ -10,7 +10,7 @@ from pathlib import Path
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.storage import filesystem
-from cm.storage.checkpoint import file_sha256
+from cm.storage.weights import file_sha256
 
 _TIMEOUT_S = 30
 

@@ -22,7 +22,7 @@ from cm.data.sources import Source, open_source
 from cm.data.transforms import center_crop_arr
 from cm.errors import UserError
 from cm.storage import filesystem
-from cm.storage.checkpoint import file_sha256
+from cm.storage.weights import file_sha256
 
 META = "meta"
 # Which arrays hold the mean and covariance of which features.

@@ -18,7 +18,7 @@ import torch
 import cm
 from cm.data.decode import readable
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import distributed, job
 from cm.storage import filesystem
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

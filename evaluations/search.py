@@ -25,9 +25,9 @@ from cm.data.images import save_json
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
+from cm.sampling.consistency import ts_to_sigmas
 from cm.sampling.generate import local_batches
 from cm.sampling.noise import get_generator
-from cm.sampling.registry import ts_to_sigmas
 from cm.sampling.search import Points, coarse_to_fine_search, greedy_search, ternary_search
 from evaluations.evaluator import Evaluator, Options
 from evaluations.features import FeatureNetwork, load_features

@@ -64,6 +64,6 @@ if __name__ == "__main__":
     # torch's profiler, which counts memory, is silent: levels above all that it knows
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(lambda: main(*arguments))

@@ -43,6 +43,6 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = parser().parse_args()
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(lambda: main(parsed))

@@ -73,6 +73,6 @@ def table_commands(preset: str) -> list[str]:
 
 if __name__ == "__main__":
     arguments = parse()
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(lambda: main(arguments))

@@ -61,6 +61,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     arguments = parse()
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(lambda: main(*arguments))

@@ -69,6 +69,6 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = parse_flags()
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(lambda: main(parsed))

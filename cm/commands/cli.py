@@ -28,7 +28,7 @@ def run_script(
 ) -> None:
     """Parse the command line, then `run` the configuration; all that a script does.
 
-    torch is imported after --help has been answered. `cm.runtime.distributed.run_main` ends the job in an orderly way.
+    torch is imported after --help has been answered. `cm.runtime.job.run_main` ends the job in an orderly way.
     """
 
     def main() -> None:
@@ -40,7 +40,7 @@ def run_script(
         config = parse(config_class, argv)
     except UserError as error:
         config = error
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(main)
 

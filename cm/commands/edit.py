@@ -14,13 +14,15 @@ from cm.config.derived import is_consistency, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
 from cm.config.scripts import EditConfig, resolved
 from cm.data.images import save_grid, save_json, save_png, to_pil, to_uint8
+from cm.diffusion.denoiser import clamped
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
 from cm.runtime.progress import progress
+from cm.sampling.consistency import ts_to_sigmas
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
-from cm.sampling.noise import IndexedGenerator, derive_seed
-from cm.sampling.registry import clamped, ts_to_sigmas
+from cm.sampling.noise import IndexedGenerator
+from cm.seeding import derive_seed
 
 # As in the authors' notebook, which uses all points of a grid of 18. Fewer give visibly worse results.
 DEFAULT_EVALUATIONS = 17

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.sampling.noise import derive_seed
+from cm.seeding import derive_seed
 
 
 def box_mask(height: int, width: int, text: str, seed: int) -> Tensor:

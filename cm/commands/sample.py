@@ -13,6 +13,7 @@ from cm.config.derived import run_dir
 from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
 from cm.config.scripts import SampleConfig, resolved
 from cm.data.images import SampleWriter, save_grid, save_json
+from cm.diffusion.denoiser import clamped
 from cm.diffusion.noise_schedules import TIME_STEPS
 from cm.diffusion.sde import create_sde
 from cm.errors import UserError
@@ -23,7 +24,7 @@ from cm.runtime import distributed, logger
 from cm.sampling.generate import Labels, SampleBatch, generate
 from cm.sampling.guidance import guided
 from cm.sampling.noise import get_generator
-from cm.sampling.registry import clamped, run_sampler, sampler_sigmas
+from cm.sampling.registry import run_sampler, sampler_sigmas
 
 
 def run_image_sample(config: SampleConfig) -> None:

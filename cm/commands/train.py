@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from cm.config.derived import (
-    adopt_teacher,
     augment_probability,
     augmentation_labels,
     channels_last,
@@ -22,33 +21,28 @@ from cm.config.derived import (
     stop_step,
     stored_config,
 )
+from cm.config.inherit import adopt_teacher
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.data import open_dataset
 from cm.data.dataset import ImageData
 from cm.data.stream import TrainStream
 from cm.errors import UserError
-from cm.models.factory import (
-    choose_device,
-    create_network,
-    create_objective,
-    create_optimization,
-    create_precond,
-    trains_consistency,
-)
+from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
 from cm.objectives import Objective
 from cm.runtime import distributed, logger
-from cm.runtime.memory import keep_freed_memory
+from cm.runtime.cpu import keep_freed_memory
+from cm.runtime.liveness import EXIT_UNFINISHED, FINISHED, PREEMPTED, TIME, write_status
 from cm.runtime.preemption import Stopper, StopSignals
 from cm.runtime.run_directory import RunDirectory
-from cm.runtime.status import EXIT_UNFINISHED, FINISHED, PREEMPTED, TIME, write_status
-from cm.runtime.supervision import supervised
-from cm.runtime.watchdog import Heartbeat
-from cm.sampling.noise import derive_seed
-from cm.storage.checkpoint import check_matching, read_state
+from cm.runtime.watchdog import Heartbeat, supervised
+from cm.seeding import derive_seed
+from cm.storage.checkpoint import read_state
 from cm.storage.filesystem import is_remote, write_atomic
 from cm.storage.mirror import Mirror
+from cm.storage.weights import check_matching
 from cm.training.compilation import can_compile
+from cm.training.factory import create_objective, create_optimization, trains_consistency
 from cm.training.options import Reporting
 from cm.training.previews import Preview
 from cm.training.resume import checkpoint_of, find_checkpoint

@@ -18,7 +18,7 @@ from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.data.sources import Source, check_member, open_source, stored_labels
 from cm.errors import UserError
-from cm.sampling.noise import derive_seed
+from cm.seeding import derive_seed
 from cm.storage import filesystem
 
 Pixels = bytes | np.ndarray | UserError  # an image file, a uint8 (H, W, C) array, or why it cannot be read

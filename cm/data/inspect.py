@@ -113,6 +113,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cm.runtime.distributed import run_main
+    from cm.runtime.job import run_main
 
     run_main(main)

@@ -14,7 +14,7 @@ from cm.errors import UserError
 from cm.runtime import logger
 from cm.runtime.distributed import local_rows
 from cm.runtime.preemption import shield_worker
-from cm.sampling.noise import derive_seed
+from cm.seeding import derive_seed
 
 
 class StepBatches(torch.utils.data.Dataset):

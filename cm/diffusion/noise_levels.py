@@ -14,7 +14,7 @@ from torch import Tensor
 from cm.diffusion.grid import karras_sigma
 from cm.diffusion.noise_schedules import VPSchedule, iddpm_levels
 from cm.errors import UserError
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 class NoiseSampler(Protocol):

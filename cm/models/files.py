@@ -11,9 +11,10 @@ from torch import Tensor
 from cm.config.parsing import parse_weights
 from cm.errors import UserError
 from cm.runtime import distributed
-from cm.storage import filesystem, remote_runs
-from cm.storage.checkpoint import MANIFEST, complete_checkpoints, file_sha256, load_weights, map_tensors
+from cm.storage import filesystem, mirror
+from cm.storage.checkpoint import MANIFEST, complete_checkpoints
 from cm.storage.filesystem import is_remote
+from cm.storage.weights import file_sha256, load_weights, map_tensors
 
 _EMA_FILE = re.compile(r"^ema_(.+)_(\d+)\.pt$")
 
@@ -90,9 +91,9 @@ def _remote_weights(path: str, weights: str, flag: str) -> tuple[str, str] | Non
     """
     if not filesystem.isdir(path):
         return None
-    checkpoint, files = remote_runs.newest_checkpoint(path, flag)
+    checkpoint, files = mirror.newest_checkpoint(path, flag)
     name, kind = choose_weights(files, weights, checkpoint)
-    remote_runs.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
+    mirror.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
     return f"{checkpoint}/{name}", kind
 
 

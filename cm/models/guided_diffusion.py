@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cm.config.flags import GuidanceFlags
+from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.precond import DDPMPrecond, IDDPMPrecond, Precond
 from cm.models.identify import HEAD_CHANNELS
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.attention import qkv_legacy_to_new
-from cm.sampling.guidance import NoisyClassifier
-from cm.storage.checkpoint import check_matching
+from cm.storage.weights import check_matching
 
 # --classifier_noise_schedule: iDDPM's cosine, DDPM's linear
 SCHEDULES: dict[str, Precond] = {

@@ -6,18 +6,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from cm.config.derived import channels_last, inherit, is_consistency, precision
+from cm.config.derived import channels_last, is_consistency, precision
 from cm.config.flags import GuidanceFlags
+from cm.config.inherit import inherit
 from cm.config.scripts import ClassifierConfig, ModelFlags, flags_of
-from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.denoiser import Denoiser, NoisyClassifier
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
 from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.identify import identify
-from cm.sampling.guidance import NoisyClassifier
-from cm.storage.checkpoint import check_matching
-from cm.training.mixed_precision import torso_dtype
+from cm.networks.precision import torso_dtype
+from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.consistency import Distance, Weight
+from cm.objectives.curricula import EmaAndScales
 from cm.objectives.progressive import ProgressiveObjective
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 def predict_x(denoiser: Denoiser, z: Tensor, level: Tensor, schedule: AlphaSigma, **cond: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ OFFSET = HALF_TAPS - sum(i * tap for i, tap in enumerate(SYM6)) / sum(SYM6)
 
 
 class Draws(Protocol):
-    """A source of one number per image, such as `cm.sampling.noise.StepRandom`."""
+    """A source of one number per image, such as `cm.seeding.StepRandom`."""
 
     def uniform(self) -> Tensor:
         """(B,) in [0, 1)."""

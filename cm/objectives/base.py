@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import Stage
+from cm.objectives.curricula import Stage
 from cm.objectives.lpips import Lpips
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.noise_levels import NoiseSampler
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles
-from cm.sampling.guidance import NoisyClassifier
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 class ClassifierObjective(Objective):

@@ -6,38 +6,20 @@ training re-noises the clean image with the same noise.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales, karras_sigma
+from cm.diffusion.grid import Grid
 from cm.errors import UserError
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
-from cm.sampling.noise import StepRandom
+from cm.objectives.curricula import EmaAndScales
+from cm.seeding import StepRandom
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Weight = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The noise levels of an objective: Karras's grid between sigma_max (position 0) and sigma_min."""
-
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
-    def sigma(self, position: Tensor, intervals: int) -> Tensor:
-        """fp32 noise levels at the (possibly fractional) positions 0..intervals."""
-        return karras_sigma(position / intervals, self.sigma_min, self.sigma_max, self.rho).float()
-
-    def speed(self, sigma: Tensor) -> Tensor:
-        """|d sigma / du| at noise levels sigma, for u from 0 to 1 along the grid: 1 / (tau^-1)'(t) of the paper."""
-        root = 1 / self.rho
-        return self.rho * (self.sigma_max**root - self.sigma_min**root) * sigma ** (1 - root)
 
 
 def euler_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cm.config.rules import check_continuous
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import Grid
 from cm.errors import UserError
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
-from cm.objectives.consistency import Distance, Grid, Weight
+from cm.objectives.consistency import Distance, Weight
 from cm.objectives.forward_mode import forward_mode
 from cm.objectives.lpips import Lpips
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 # (distance, f, v), images of one shape -> what the registry says
 Form = Callable[[Distance, Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from cm.diffusion.noise_levels import NoiseSampler, ScheduleSampler
 from cm.nn import append_dims, mean_flat
 from cm.objectives.augmentation import augment
 from cm.objectives.base import Draw, Objective, Roles
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 def edm_losses(

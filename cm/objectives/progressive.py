@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from cm.diffusion.grid import EmaAndScales, Stage, progdist_stage
+from cm.diffusion.grid import Grid
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.consistency import Distance, Grid, Weight, euler_step
-from cm.sampling.noise import StepRandom
+from cm.objectives.consistency import Distance, Weight, euler_step
+from cm.objectives.curricula import EmaAndScales, Stage, progdist_stage
+from cm.seeding import StepRandom
 
 
 def progressive_losses(

@@ -1,4 +1,4 @@
-"""Processes and devices: set-up under any launcher, a few collectives, and an orderly end of every job.
+"""Processes and devices: set-up under any launcher, and a few collectives.
 
 Without `setup_dist`, or in a single process, every helper still works: rank 0 of 1.
 """
@@ -6,11 +6,8 @@ Without `setup_dist`, or in a single process, every helper still works: rank 0 o
 import contextlib
 import datetime
 import os
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,12 +21,6 @@ T = TypeVar("T")
 
 # Parameters are broadcast in flat pieces of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
-# How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.
-JOIN_TIMEOUT = 600.0
-# How long a failing rank waits for the others to fail too before it ends the job (seconds). A rank that
-# leaves by sys.exit(code) did so on purpose, so the others may still have something to write.
-ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
-POLL_INTERVAL = 0.02
 
 _place = launch.Launch()
 _store: dist.Store | None = None
@@ -44,7 +35,7 @@ def setup_dist(timeout: float = 1800.0) -> None:
     """
     if dist.is_initialized():
         return
-    store = _join(timeout)
+    store = join(timeout)
     if store is not None:
         store.set_timeout(datetime.timedelta(seconds=timeout))
     local_rank, local_world = _place.local_rank, _place.local_world_size
@@ -80,13 +71,23 @@ def _all_differ(store: dist.Store, key: str, gpu: str) -> bool:
     return b"" not in gpus and len(set(gpus)) == len(gpus)
 
 
-def _join(timeout: float) -> dist.Store | None:
+def join(timeout: float) -> dist.Store | None:
     """Find this process's place in the job, and the store that all ranks share (None for one process)."""
     global _place, _store
     if _store is None:
         _place = launch.detect()
         if _place.world_size > 1:
             _place, _store = launch.connect(_place, datetime.timedelta(seconds=timeout))
+    return _store
+
+
+def place() -> launch.Launch:
+    """This process's place in its job, as far as `join` has found it."""
+    return _place
+
+
+def store() -> dist.Store | None:
+    """The store that the ranks of the job share; None in one process, and before `join`."""
     return _store
 
 
@@ -226,124 +227,3 @@ def node_first() -> Iterator[None]:
     else:
         barrier()
         yield
-
-
-def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
-    """Load a weights file, local or remote, without running code from it; keywords of `load_weights`.
-
-    Each rank that calls it reads the file itself: no communication, so that one rank alone may call it.
-    """
-    from cm.storage.checkpoint import load_weights
-
-    return load_weights(path, **kwargs)[0]
-
-
-def run_main(main: Callable[[], object]) -> None:
-    """Run a program's main function and end the whole job in an orderly way, whatever happens. All ranks call it.
-
-    - UserError: the line `error: ...`, once for the job, and exit code 2;
-    - SystemExit: its code is kept;
-    - any other exception on any rank: one traceback, exit code 1, and all ranks end even when they wait for each other.
-    """
-    try:
-        # Before anything can fail: an error must be able to reach the other ranks.
-        _join(JOIN_TIMEOUT)
-        main()
-        cleanup()
-    except BaseException as error:
-        code, text = _verdict(error)
-        if _store is None:
-            # One process; or no way to reach the others, for a reason that all ranks of a node share.
-            if launch.detect().local_rank == 0:
-                _write_error(text)
-            raise SystemExit(code) from None
-        if code != 0:
-            _end_job(code, text, patient=isinstance(error, SystemExit))
-        cleanup()
-    if _store is not None:
-        with contextlib.suppress(RuntimeError, OSError):
-            _store.add("cm/ended", 1)
-        if _keeps_store():
-            _all_ended(EXIT_GRACE)
-
-
-def _verdict(error: BaseException) -> tuple[int, str]:
-    """Exit code of the job, and what is to be printed once."""
-    if isinstance(error, UserError):
-        return 2, "error: " + " ".join(str(error).splitlines()) + "\n"
-    if isinstance(error, SystemExit):
-        if error.code is None or isinstance(error.code, int):
-            return error.code or 0, ""
-        return 1, f"{error.code}\n"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted\n"
-    where = f"rank {_place.rank} of {_place.world_size} failed:\n" if _place.world_size > 1 else ""
-    return 1, where + "".join(traceback.format_exception(error))
-
-
-def _end_job(code: int, text: str, patient: bool) -> NoReturn:
-    """Report an exception once for all ranks, then end them all with the same code.
-
-    The ranks agree through the job's key-value store: a collective would hang where the others are busy. The first
-    rank that reports an error prints it: what other ranks meet later mostly follows from it.
-    """
-    grace = EXIT_GRACE if patient else ERROR_GRACE
-    try:
-        if _store.add("cm/failed", 1) == 1:
-            _write_error(text)
-            _store.set("cm/code", str(code))
-        else:
-            code = int(_store.get("cm/code"))
-            grace += 2.0  # the first rank is the one to end the job
-        _store.add("cm/ended", 1)
-    except (RuntimeError, OSError):  # rank 0, which keeps the store, is gone
-        _write_error(text)
-    if patient:
-        cleanup()
-    if _all_ended(grace):
-        raise SystemExit(code) from None
-    sys.stdout.flush()
-    if _place.kind == "mpi":
-        launch.abort_mpi(code)
-    # Not sys.exit: the interpreter would wait for threads that wait for the other ranks. The launcher ends those.
-    os._exit(code)
-
-
-def end_job(code: int, text: str) -> NoReturn:
-    """End this process and with it the whole job at once, printing `text` if no rank has reported an error yet.
-
-    From any thread, whatever the main thread does: for a rank that sees that the job cannot go on.
-    """
-    if _store is None:
-        _write_error(text)
-    else:
-        with contextlib.suppress(SystemExit):
-            _end_job(code, text, patient=False)
-    os._exit(code)
-
-
-def _all_ended(grace: float) -> bool:
-    """Wait at most `grace` seconds until every rank has finished or failed."""
-    deadline = time.monotonic() + grace
-    try:
-        while _store.add("cm/ended", 0) < _place.world_size:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_INTERVAL)
-        if _keeps_store():
-            time.sleep(5 * POLL_INTERVAL)  # until the others have asked for the last time
-    except (RuntimeError, OSError):
-        # The rank that keeps the store has gone, which it does only when all have ended or the job is lost.
-        return False
-    return True
-
-
-def _keeps_store() -> bool:
-    """Whether the store ends with this process. Under torchrun another process has it; MPI ends all ranks together."""
-    return _place.kind == "slurm" and _place.rank == 0
-
-
-def _write_error(text: str) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()

@@ -1,18 +1,74 @@
-"""Signs of life that ranks leave in <run>/heartbeats, one small file each: what they say, and who is lost.
+"""Heartbeats of ranks and the status of a run: who is alive, who is lost, and how a run ended.
 
-Standard library only: `cm.runtime.node_watch` must start in no time.
+Each rank rewrites a small file in <run>/heartbeats. status.json says how a run ended, since launchers swallow exit
+codes; it is there only after the end. A run that left none is still going on, or was lost without a word; then the
+heartbeats tell what its ranks were doing.
+
+`python -m cm.runtime.liveness RUN_DIR RANK...`, started by `cm.runtime.watchdog`, watches the ranks of one node and
+says in status.json which one died first, when a launcher leaves no other rank alive to say it. Standard library only:
+it must start in no time.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
+import select
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from cm.runtime import status
+# Exit code of a run that ended in good order before its last step: the same command goes on.
+EXIT_UNFINISHED = 75
+
+# Why a run ended
+FINISHED = "finished"
+PREEMPTED = "preempted"
+TIME = "time"
+BAD_NUMBERS = "bad numbers"
+STUCK = "stuck rank"
+LOST = "lost rank"
+ERROR = "error"
+
+
+def write_status(
+    run_dir: str | os.PathLike, ended: str, *, exit_code: int, message: str = "", **more: Any
+) -> None:
+    """Say why the run ended, if no rank has said so yet: what comes second mostly follows from the first."""
+    content = {
+        "ended": ended,
+        "message": message,
+        "exit_code": exit_code,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **more,
+    }
+    # The storage may be what failed.
+    with contextlib.suppress(OSError), open(_path(run_dir), "x") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+
+
+def read_status(run_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """What status.json says; None when there is none, or nothing readable in it."""
+    try:
+        content = json.loads(_path(run_dir).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "ended" in content else None
+
+
+def clear_status(run_dir: str | os.PathLike) -> None:
+    """A new start: the run has not ended."""
+    _path(run_dir).unlink(missing_ok=True)
+
+
+def _path(run_dir: str | os.PathLike) -> Path:
+    return Path(run_dir, "status.json")
+
 
 # A rank whose last sign is this much older than the newest of all is silent: dead, frozen or cut off (seconds).
 SILENT_AFTER = 5.0
@@ -81,7 +137,7 @@ def furthest_behind(beats: Iterable[Beat]) -> Beat | None:
 
 def describe_last_run(run_dir: str | os.PathLike) -> str:
     """How the latest start of a run ended, in one line; empty when there was none."""
-    found, beats = status.read_status(run_dir), read_beats(run_dir)
+    found, beats = read_status(run_dir), read_beats(run_dir)
     if found:
         return f"{found['ended']}: {found.get('message') or 'in good order'} ({found.get('time')})"
     if alive := [beat for beat in beats if is_alive(beat)]:
@@ -113,14 +169,14 @@ def record_death(run_dir: str | os.PathLike, rank: Beat) -> str:
     if last.ended:
         return ""
     text = f"lost {last}: killed or crashed"
-    record(run_dir, status.LOST, text, last)
+    record(run_dir, LOST, text, last)
     return text
 
 
 def record(run_dir: str | os.PathLike, ended: str, text: str, culprit: Beat) -> None:
     """Name a rank in status.json."""
     about = {"step": culprit.step, "rank": culprit.rank, "host": culprit.host}
-    status.write_status(run_dir, ended, exit_code=1, message=text, **about)
+    write_status(run_dir, ended, exit_code=1, message=text, **about)
 
 
 def watch_ends(peers: Iterable[Beat]) -> dict[int, Beat]:
@@ -130,3 +186,18 @@ def watch_ends(peers: Iterable[Beat]) -> dict[int, Beat]:
         with contextlib.suppress(AttributeError, OSError):
             watched[os.pidfd_open(peer.pid)] = peer
     return watched
+
+
+def main(run_dir: str, *ranks: str) -> None:
+    """Wait for the first rank that ends without having said so, or for the last one."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # meant for the ranks
+        signal.signal(number, signal.SIG_IGN)
+    watched = watch_ends(beat for beat in read_beats(run_dir) if str(beat.rank) in ranks)
+    while watched:
+        ready, _, _ = select.select(list(watched), [], [])
+        if any(record_death(run_dir, watched.pop(descriptor)) for descriptor in ready):
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

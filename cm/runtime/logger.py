@@ -7,11 +7,9 @@ go to log-rank001.txt and so on. Before `configure`, messages and tables go to t
 
 import contextlib
 import datetime
-import functools
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,54 +17,12 @@ import torch
 from cm.errors import UserError
 from cm.runtime import distributed, launch
 from cm.runtime.log_writers import (
-    CSVOutputFormat,
     HumanOutputFormat,
-    JSONOutputFormat,
     KVWriter,
     SeqWriter,
-    TensorBoardOutputFormat,
     is_number,
     make_output_format,
 )
-
-__all__ = [
-    "DEBUG",
-    "DISABLED",
-    "ERROR",
-    "INFO",
-    "WARN",
-    "CSVOutputFormat",
-    "HumanOutputFormat",
-    "JSONOutputFormat",
-    "KVWriter",
-    "Logger",
-    "SeqWriter",
-    "TensorBoardOutputFormat",
-    "configure",
-    "debug",
-    "dump_tabular",
-    "dumpkvs",
-    "error",
-    "get_current",
-    "get_dir",
-    "get_rank_without_mpi_import",
-    "getkvs",
-    "info",
-    "log",
-    "logkv",
-    "logkv_mean",
-    "logkvs",
-    "make_output_format",
-    "mpi_weighted_mean",
-    "profile",
-    "profile_kv",
-    "record_tabular",
-    "reset",
-    "scoped_configure",
-    "set_comm",
-    "set_level",
-    "warn",
-]
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -278,34 +234,9 @@ def log(*args: Any, level: int = INFO) -> None:
     get_current().log(*args, level=level)
 
 
-def debug(*args: Any) -> None:
-    """`log` at level DEBUG."""
-    log(*args, level=DEBUG)
-
-
-def info(*args: Any) -> None:
-    """`log` at level INFO."""
-    log(*args, level=INFO)
-
-
 def warn(*args: Any) -> None:
     """`log` at level WARN."""
     log(*args, level=WARN)
-
-
-def error(*args: Any) -> None:
-    """`log` at level ERROR."""
-    log(*args, level=ERROR)
-
-
-def set_level(level: int) -> None:
-    """Least level of messages to write."""
-    get_current().set_level(level)
-
-
-def set_comm(comm: Any) -> None:
-    """Average over an mpi4py communicator from now on."""
-    get_current().set_comm(comm)
 
 
 def get_dir() -> str:
@@ -313,38 +244,3 @@ def get_dir() -> str:
     if get_current().dir is None:
         configure()
     return get_current().get_dir()
-
-
-record_tabular = logkv
-dump_tabular = dumpkvs
-
-
-@contextlib.contextmanager
-def profile_kv(scopename: str) -> Iterator[None]:
-    """Add the seconds spent in a with block to the value `wait_<scopename>` of the next row."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        values = get_current()._values
-        key = f"wait_{scopename}"
-        values[key] = (values.get(key, (0.0, 1))[0] + time.perf_counter() - start, 1)
-
-
-def profile(n: str) -> Callable:
-    """Decorator: `profile_kv(n)` around every call."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def timed(*args, **kwargs):
-            with profile_kv(n):
-                return function(*args, **kwargs)
-
-        return timed
-
-    return decorate
-
-
-def get_rank_without_mpi_import() -> int:
-    """This process's rank by the launcher's variables; 0 when alone."""
-    return launch.detect().rank

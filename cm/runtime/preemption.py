@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cm.runtime import distributed
-from cm.runtime.status import PREEMPTED, TIME
+from cm.runtime.liveness import PREEMPTED, TIME
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher and its cluster may both pass on one signal: what comes within this time is not a second one (seconds).

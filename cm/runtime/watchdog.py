@@ -9,16 +9,20 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import select
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm.runtime import distributed, liveness, status
+from cm.errors import BadNumbers, UserError
+from cm.runtime import distributed, job, liveness, logger
+from cm.runtime.liveness import describe_last_run, furthest_behind, read_beats
 
 INTERVAL = 0.2
 RECORD_BYTES = 1024
@@ -95,7 +99,7 @@ class Heartbeat:
                 return
             for descriptor in ready:
                 if lost := liveness.record_death(self.run_dir, self._peers.pop(descriptor)):
-                    distributed.end_job(1, f"error: {lost}\n")
+                    job.end_job(1, f"error: {lost}\n")
                 os.close(descriptor)
             self._write(self._beat())
             self._check_time()
@@ -107,8 +111,8 @@ class Heartbeat:
             culprit = liveness.furthest_behind(liveness.read_beats(self.run_dir)) or self._beat()
             flag = liveness.PHASES[phase][1]
             text = f"no progress for {limit:g} s (--{flag}) at step {step}; furthest behind is {culprit}"
-            liveness.record(self.run_dir, status.STUCK, text, culprit)
-            distributed.end_job(1, f"error: {text}\n")
+            liveness.record(self.run_dir, liveness.STUCK, text, culprit)
+            job.end_job(1, f"error: {text}\n")
 
 
 def _start_node_watch(run_dir: Path, ranks: list[liveness.Beat]) -> subprocess.Popen | None:
@@ -123,7 +127,7 @@ def _start_node_watch(run_dir: Path, ranks: list[liveness.Beat]) -> subprocess.P
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     names = [str(rank.rank) for rank in ranks]
-    command = [sys.executable, "-m", "cm.runtime.node_watch", str(run_dir.resolve()), *names]
+    command = [sys.executable, "-m", "cm.runtime.liveness", str(run_dir.resolve()), *names]
     return subprocess.Popen(
         command, start_new_session=True, env={**os.environ, "PYTHONPATH": path}, **nowhere
     )
@@ -140,3 +144,54 @@ def _where(thread: int) -> tuple[str, bool]:
         waiting = waiting or "torch/distributed/" in name or "torch/autograd/" in name
         frame = frame.f_back
     return "", waiting
+
+
+GRACE = 2.0
+# What `job.run_main` exits with; any other exception: 1
+EXIT_CODES = {UserError: 2, KeyboardInterrupt: 130}
+_BROKEN_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset)|socket", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def supervised(run_dir: str, limits: dict[str, float]) -> Iterator[Heartbeat]:
+    """Heartbeats within the body; an exception that leaves it is recorded in status.json. All ranks enter it.
+
+    limits: see `Heartbeat`. An error of communication is told with the rank that the others waited for.
+    """
+    if distributed.is_main():
+        if last := describe_last_run(run_dir):
+            logger.log(f"the latest start of this run: {last}")
+        liveness.clear_status(run_dir)
+    heartbeat = Heartbeat(run_dir, limits)
+    try:
+        with heartbeat:
+            try:
+                yield heartbeat
+            except RuntimeError as error:
+                _explain(error, run_dir)
+                raise
+    except BaseException as error:
+        _record(error, run_dir)
+        if isinstance(error, SystemExit) and distributed.get_world_size() > 1:
+            # Ranks leave together, after this block: one that leaves within it leaves the others waiting.
+            rank, code = distributed.get_rank(), error.code if isinstance(error.code, int) else 1
+            job.end_job(code or 1, f"error: rank {rank} left training with exit code {code}\n")
+        raise
+
+
+def _explain(error: RuntimeError, run_dir: str) -> None:
+    """Turn an error of communication into a UserError that names the rank that the others waited for."""
+    if distributed.get_world_size() == 1 or not _BROKEN_CONNECTION.search(f"{type(error).__name__} {error}"):
+        return
+    # On the node of a dead rank the heartbeat knows more, and ends the job within this time.
+    time.sleep(GRACE)
+    behind = furthest_behind(read_beats(run_dir))
+    cause = str(error).strip().splitlines()[0][:200]
+    raise UserError(f"lost contact with the other ranks ({cause}); furthest behind is {behind}") from error
+
+
+def _record(error: BaseException, run_dir: str) -> None:
+    ended = liveness.BAD_NUMBERS if isinstance(error, BadNumbers) else liveness.ERROR
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    message = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    liveness.write_status(run_dir, ended, exit_code=code, message=message, rank=distributed.get_rank())

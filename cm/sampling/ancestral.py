@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cm.sampling.common import Callback, DenoiseFn, evaluate, intervals, report, start, to_d
+from cm.diffusion.denoiser import DenoiseFn
+from cm.sampling.common import Callback, evaluate, intervals, report, start, to_d
 
 
 def get_ancestral_step(

@@ -5,16 +5,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn
 from cm.nn import append_dims
 
-# (x (B, C, ...), sigma (B,)) -> estimate of the clean image, like x
-DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict], None]
-
-
-def clamped(denoiser: DenoiseFn) -> DenoiseFn:
-    """The same denoiser with predictions clamped to [-1, 1]."""
-    return lambda x, sigma: denoiser(x, sigma).clamp(-1, 1)
 
 
 def evaluate(denoiser: DenoiseFn, x: Tensor, sigma: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.grid import karras_sigma
 from cm.errors import UserError
-from cm.sampling.common import Callback, DenoiseFn, evaluate, intervals, report, start
+from cm.sampling.common import Callback, evaluate, intervals, report, start
 from cm.sampling.noise import skip_draw
 from cm.sampling.ode import sample_euler
 

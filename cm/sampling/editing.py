@@ -7,16 +7,16 @@ A task is a `LinearEdit`: what is known of an image is A x where the mask is 1. 
 Shapes: images (B, C, H, W) in [-1, 1], any resolution, floating type and device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.sampling.common import Callback, DenoiseFn
-from cm.sampling.noise import DummyGenerator
-from cm.sampling.registry import clamped, sample_multistep, ts_to_sigmas
+from cm.diffusion.denoiser import DenoiseFn
+from cm.sampling.common import Callback
+from cm.sampling.consistency import sample_multistep
 
 LUMA = (0.2989, 0.5870, 0.1140)
 
@@ -166,77 +166,3 @@ def slerp(a: Tensor, b: Tensor, alpha: Tensor | float) -> Tensor:
     from_b = torch.where(flat, alpha, (alpha * psi).sin() / sine)
     rows = (-1, *[1] * (a.ndim - 1))
     return from_a.reshape(rows) * a + from_b.reshape(rows) * b
-
-
-def _by_index(
-    distiller: DenoiseFn,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float,
-    t_max: float,
-    rho: float,
-    steps: int,
-    generator,
-    edit: LinearEdit,
-) -> tuple[Tensor, Tensor]:
-    """The loop as the functions below call it: grid indices, clamped predictions, (result, picture)."""
-    sigmas = ts_to_sigmas(ts, steps, t_min, t_max, rho)
-    generator = DummyGenerator() if generator is None else generator
-    out = edit_images(
-        clamped(distiller), images, sigmas, generator, edit, x=x, sigma_min=t_min, final_project=False
-    )
-    return out, edit.picture(images)
-
-
-def iterative_inpainting(
-    distiller: DenoiseFn,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator=None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """In-painting from x (noise of level t_max) at grid indices ts: (result, masked images).
-
-    mask: 1 where the images are known, broadcastable to them; required.
-    """
-    if mask is None:
-        raise ValueError("iterative_inpainting needs a mask: 1 = known, broadcastable to the images")
-    edit = inpaint(mask)
-    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, edit)
-
-
-def iterative_colorization(
-    distiller: DenoiseFn,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator=None,
-) -> tuple[Tensor, Tensor]:
-    """Colourisation from x (noise of level t_max) at grid indices ts: (result, the images' luma component)."""
-    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, colorize())
-
-
-def iterative_superres(
-    distiller: DenoiseFn,
-    images: Tensor,
-    x: Tensor,
-    ts: Sequence[int],
-    t_min: float = 0.002,
-    t_max: float = 80.0,
-    rho: float = 7.0,
-    steps: int = 40,
-    generator=None,
-    factor: int = 8,
-) -> tuple[Tensor, Tensor]:
-    """Super-resolution from x (noise of level t_max) at grid indices ts: (result, patch means at full size)."""
-    return _by_index(distiller, images, x, ts, t_min, t_max, rho, steps, generator, superres(factor))

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.noise_schedules import NOISE_SCHEDULES, STATE_SCALES
 from cm.errors import UserError
-from cm.sampling.common import Callback, DenoiseFn, evaluate, intervals, report, start
+from cm.sampling.common import Callback, evaluate, intervals, report, start
 from cm.sampling.ode import churn
 
 

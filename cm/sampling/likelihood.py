@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn
 from cm.errors import UserError
-from cm.sampling.common import DenoiseFn, evaluate
+from cm.sampling.common import evaluate
 
 # One image's values from 0 to 255 lie this far apart in [-1, 1].
 LEVELS_PER_UNIT = 127.5

@@ -4,80 +4,15 @@ Training: `StepRandom` makes the draws of one step. Sampling: a generator is any
 `randn(*size)`, `randint(low, high, size)` and `randn_like(tensor)`; `get_generator` makes one by name.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 
 import torch
 import torch.distributed as dist
 
 from cm.errors import UserError
 from cm.sampling.mersenne import SkippingStream
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a fixed function of `parts`, equal on every machine and Python version."""
-    plain = tuple(part if isinstance(part, str) else int(index(part)) for part in parts)
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-class StepRandom:
-    """All draws of one training step, as functions of (seed, step, row of the global batch).
-
-    Scalars are drawn for the whole global batch from one stream and sliced to rows [start, stop), so that
-    any split over ranks gives the same numbers. Noise images are drawn row by row, the local rows only.
-    Each call uses a new stream: the same sequence of calls gives the same numbers.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        step: int,
-        start: int,
-        stop: int,
-        global_batch: int,
-        device: torch.device | str = "cpu",
-    ):
-        if not 0 <= start <= stop <= global_batch:
-            raise ValueError(f"rows [{start}, {stop}) are not inside a global batch of {global_batch}")
-        self.seed, self.step, self.start, self.stop = seed, step, start, stop
-        self.global_batch, self.device = global_batch, torch.device(device)
-        self._calls = 0
-
-    def _scalars(self, kind: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, kind, self._calls, self.step))
-        self._calls += 1
-        # Such a small copy is staged at once; a blocking one would wait for all work under way on a GPU.
-        return draw(generator)[self.start : self.stop].to(self.device, non_blocking=True)
-
-    def rows(self) -> torch.Tensor:
-        """(stop - start,) int64: the rows of the global batch that are drawn here."""
-        return torch.arange(self.start, self.stop, device=self.device)
-
-    def uniform(self) -> torch.Tensor:
-        """(stop - start,) float32 in [0, 1)."""
-        return self._scalars("uniform", lambda g: torch.rand(self.global_batch, generator=g))
-
-    def normal(self) -> torch.Tensor:
-        """(stop - start,) float32 standard normal."""
-        return self._scalars("normal", lambda g: torch.randn(self.global_batch, generator=g))
-
-    def randint(self, low: int, high: int) -> torch.Tensor:
-        """(stop - start,) int64 in [low, high)."""
-        return self._scalars("randint", lambda g: torch.randint(low, high, (self.global_batch,), generator=g))
-
-    def noise(self, shape: Sequence[int]) -> torch.Tensor:
-        """(stop - start, *shape) float32 standard normal; row k belongs to row start + k of the global batch."""
-        # Drawn on the CPU, so that the numbers do not depend on the device; pinned, so that the copy can overlap.
-        rows = torch.empty(self.stop - self.start, *shape, pin_memory=self.device.type == "cuda")
-        generator = torch.Generator()
-        for k, row in enumerate(rows):
-            generator.manual_seed(derive_seed(self.seed, "noise", self._calls, self.step, self.start + k))
-            torch.randn(row.shape, generator=generator, out=row)
-        self._calls += 1
-        return rows.to(self.device, non_blocking=True)
+from cm.seeding import derive_seed
 
 
 class DummyGenerator:

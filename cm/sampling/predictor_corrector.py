@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.sde import SDE, create_sde
 from cm.errors import UserError
 from cm.nn import append_dims
-from cm.sampling.common import Callback, DenoiseFn, evaluate, intervals, report, start
+from cm.sampling.common import Callback, evaluate, intervals, report, start
 
 Score = Callable[[Tensor], Tensor]
 

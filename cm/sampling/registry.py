@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm.diffusion.denoiser import DenoiseFn, clamped
 from cm.errors import UserError
 from cm.nn import append_zero
 from cm.sampling.ancestral import get_ancestral_step, sample_euler_ancestral
-from cm.sampling.common import Callback, DenoiseFn, clamped, to_d
+from cm.sampling.common import Callback, to_d
 from cm.sampling.consistency import (
     checked_ts,
     sample_multistep,

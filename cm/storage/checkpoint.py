@@ -9,178 +9,21 @@ its manifest (sizes and hashes, written last) is on disk. A directory without a 
 """
 
 import errno
-import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.storage.weights import Damaged, _parse_object, file_sha256, save_weights
 
-META_MEMBER = "extra/cm.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP_DIR = re.compile(r"step_(\d+)$")
 _PLAIN_NAME = re.compile(r"\w[\w.+-]*")
-
-
-class Damaged(UserError):
-    """A file is not what was written."""
-
-
-def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: dict | None = None) -> None:
-    """Write a flat state dict (any nesting of tensors and plain values) and JSON meta to one file, atomically.
-
-    Tensors are moved to the CPU and made contiguous. The parent directory must exist.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Through Python's file: torch's own would hide the cause of a failed write (disk full, quota).
-        with open(temporary, "wb") as file:
-            torch.save(map_tensors(state_dict, _to_cpu), file)
-        if meta is not None:
-            with zipfile.ZipFile(temporary, "a") as archive:
-                root = archive.namelist()[0].split("/")[0]
-                archive.writestr(f"{root}/{META_MEMBER}", json.dumps(meta))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:
-        raise _storage_error(error) or error from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples with `function` applied to every tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(v, function) for v in value)
-    return value
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    # A view of a larger storage would write all of it.
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-
-
-def _storage_error(error: BaseException | None) -> OSError | None:
-    """The failed write that torch's zip writer met, from the chain of its exceptions."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
-def load_weights(
-    path: str | os.PathLike, map_location: str | torch.device = "cpu"
-) -> tuple[dict, dict | None]:
-    """(state dict, meta or None) of a weights file, local or remote; never runs code from it.
-
-    UserError in one line when the file is missing, damaged, or holds anything but tensors and plain values.
-    """
-    from cm.storage.filesystem import cache_locally
-
-    local = cache_locally(str(path))
-    if not os.path.isfile(local):
-        raise UserError(f"no such weights file: {path}")
-    try:
-        _check_zip(local)
-        state = torch.load(local, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, or is damaged; it was not loaded ({_first_line(error)})"
-        ) from None
-    except Exception as error:  # damaged bytes make torch and zipfile raise almost anything
-        raise UserError(f"{path} is not a readable weights file ({_first_line(error)})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state, read_meta(local)
-
-
-def _check_zip(path: str) -> None:
-    """Refuse a zip that would unpack to more than its size, or whose bytes do not have the checksums they should."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in members:
-            if member.filename.startswith("/") or ".." in member.filename.split("/"):
-                raise zipfile.BadZipFile(f"its member {member.filename!r} leads out of the file")
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        # torch never compresses. Members that overlap in the file count twice here.
-        if not stored or sum(member.file_size for member in members) > os.path.getsize(path):
-            raise zipfile.BadZipFile("it would unpack to more than its size, as no file of torch does")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}: the file is damaged")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
-
-
-def read_meta(path: str | os.PathLike) -> dict | None:
-    """The JSON that travels in a weights file, without reading its tensors; None for files of other code."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("/" + META_MEMBER):
-                return _parse_object(archive.read(name), f"{path}: its member {META_MEMBER}")
-    return None
-
-
-def _parse_object(text: bytes, source: str) -> dict:
-    """The JSON object in a text; Damaged names the source."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{source} is not JSON ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise Damaged(f"{source} must hold one JSON object, not a {type(content).__name__}")
-    return content
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """UserError that names the first differing tensors when a state dict does not fit a module exactly."""
-    expected = {name: _describe(t) for name, t in module.state_dict().items()}
-    given = {name: _describe(t) for name, t in state.items() if isinstance(t, Tensor)}
-    wrong = [
-        f"{n}: {given[n]} in the file, {s} in the model" for n, s in expected.items() if given.get(n, s) != s
-    ]
-    missing = [f"{n}: missing in the file" for n in expected if n not in given]
-    extra = [f"{n}: not in the model" for n in state if n not in expected]
-    problems = wrong + missing + extra
-    if problems:
-        raise UserError(
-            f"{source} does not fit the model: {'; '.join(problems[:3])}"
-            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    """Shape, and the type where it is not a floating-point one: half precision may stand in for single."""
-    shape = str(tuple(tensor.shape))
-    return shape if tensor.is_floating_point() else f"{shape} {tensor.dtype}"
 
 
 def step_directory(run_dir: str | os.PathLike, step: int) -> Path:

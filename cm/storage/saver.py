@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime import distributed, logger
-from cm.storage.checkpoint import complete_checkpoints, map_tensors, prune_checkpoints, write_checkpoint
+from cm.storage.checkpoint import complete_checkpoints, prune_checkpoints, write_checkpoint
 from cm.storage.mirror import Mirror
+from cm.storage.weights import map_tensors
 
 
 class Saver:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
-from cm.runtime import distributed, launch, liveness, status
+from cm.runtime import distributed, job, launch, liveness
 from cm.runtime.cpu import usable_cores
 
 CORE = ("torch", "numpy", "pillow", "scipy", "tqdm")
@@ -156,11 +156,11 @@ def check_last_runs(path: str) -> list[Check]:
     runs = [run for run in (folder, *folder.glob("*")) if liveness.folder(run).is_dir()]
     runs.sort(key=lambda run: liveness.folder(run).stat().st_mtime, reverse=True)
     ends = [(run.name, liveness.describe_last_run(run)) for run in runs[:RUNS_TO_TELL]]
-    orderly = (status.PREEMPTED, status.TIME, "still going on")
+    orderly = (liveness.PREEMPTED, liveness.TIME, "still going on")
     return [
         Check(f"run {name}", "ok" if end.startswith(orderly) else "note", end)
         for name, end in ends
-        if end and not end.startswith(status.FINISHED)
+        if end and not end.startswith(liveness.FINISHED)
     ]
 
 
@@ -215,4 +215,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

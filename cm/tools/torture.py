@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cm.storage.checkpoint import complete_checkpoints, load_weights, read_state
+from cm.storage.checkpoint import complete_checkpoints, read_state
+from cm.storage.weights import load_weights
 
 STEPS = 10
 NETWORK = (

@@ -6,7 +6,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
+from cm.errors import BadNumbers
 from cm.runtime import distributed, logger
 from cm.training.mixed_precision import MIN_LG_LOSS_SCALE
 from cm.training.state import TrainState
@@ -15,10 +15,6 @@ from cm.training.state import TrainState
 LEAP = 10.0
 ROWS, LEAST_ROWS = 50, 10
 WATCHED = ("loss", "grad_norm")
-
-
-class BadNumbers(UserError):
-    """Training ended because losses or gradients were not finite for too many steps in a row."""
 
 
 class NumberGuard:

@@ -7,22 +7,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.networks.precision import torso_dtype
 from cm.nn import update_ema
 
-# --precision: dtype of the network's torso
-PRECISIONS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 MIN_LG_LOSS_SCALE = -10.0
-
-
-def torso_dtype(precision: str) -> torch.dtype:
-    """dtype by its flag value."""
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision}")
-    return PRECISIONS[precision]
 
 
 class MasterWeights:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cm.diffusion.grid import LearningRate
 from cm.storage.mirror import Mirror
 from cm.storage.saver import Saver
+from cm.training.learning_rate import LearningRate
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from torch import Tensor
 from cm.config.derived import training_mode
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.data.images import save_grid, to_uint8
-from cm.diffusion.denoiser import Denoiser
-from cm.models.factory import create_alpha_sigma, create_precond, trains_consistency
+from cm.diffusion.denoiser import Denoiser, clamped
+from cm.models.factory import create_alpha_sigma, create_precond
 from cm.runtime import distributed, logger
 from cm.sampling.noise import get_generator
-from cm.sampling.registry import clamped, run_sampler
+from cm.sampling.registry import run_sampler
+from cm.training.factory import trains_consistency
 from cm.training.trainer import Trainer
 
 HEUN_STEPS = 18

@@ -9,15 +9,10 @@ from cm.config.scripts import CmTrainConfig, EdmTrainConfig, result_flags
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.runtime.liveness import is_alive, read_beats
-from cm.storage import remote_runs
-from cm.storage.checkpoint import (
-    Damaged,
-    checkpoint_directories,
-    complete_checkpoints,
-    read_state,
-    verify_checkpoint,
-)
+from cm.storage import mirror
+from cm.storage.checkpoint import checkpoint_directories, complete_checkpoints, read_state, verify_checkpoint
 from cm.storage.filesystem import is_remote
+from cm.storage.weights import Damaged
 
 
 def find_checkpoint(
@@ -109,8 +104,8 @@ def checkpoint_of(path: str) -> Path:
     must call it, take what rank 0 finds.
     """
     if is_remote(path):
-        found = distributed.on_main(lambda: remote_runs.newest_checkpoint(path, "resume_checkpoint"))
-        return remote_runs.fetch_to_cache(*found, "resume_checkpoint")
+        found = distributed.on_main(lambda: mirror.newest_checkpoint(path, "resume_checkpoint"))
+        return mirror.fetch_to_cache(*found, "resume_checkpoint")
     return distributed.on_main(lambda: _local_checkpoint(path))
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.objectives.base import Objective
 from cm.runtime import distributed, logger
-from cm.storage.checkpoint import STATE, check_matching, load_weights, read_state
+from cm.storage.checkpoint import STATE, read_state
 from cm.storage.saver import Snapshot
+from cm.storage.weights import check_matching, load_weights
 from cm.training.ema import EmaBank
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.optimizers import state_per_parameter

@@ -23,11 +23,11 @@ from cm.diffusion.precond import EDMPrecond, Precond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Objective, Roles
 from cm.runtime import distributed, logger
+from cm.runtime.liveness import FINISHED
 from cm.runtime.preemption import SAVE_FAILED, Stopper
 from cm.runtime.progress import progress
-from cm.runtime.status import FINISHED
 from cm.runtime.watchdog import Heartbeat
-from cm.sampling.noise import StepRandom, derive_seed
+from cm.seeding import StepRandom, derive_seed
 from cm.storage.checkpoint import read_state, verify_checkpoint
 from cm.training.anomalies import NumberGuard
 from cm.training.compilation import compile_in_place
@@ -206,7 +206,7 @@ class Trainer:
         return 0 < self.total_steps <= self.state.step
 
     def run_loop(self) -> str:
-        """Train to the end, or until the stopper says so; returns why training ended, as `cm.runtime.status` names it.
+        """Train to the end, or until the stopper says so; returns why it ended, as `cm.runtime.liveness` names it.
 
         Logs, saves and draws previews on the way; the last step is always saved.
         """

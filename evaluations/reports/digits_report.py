@@ -16,7 +16,7 @@ import torch
 
 from cm.data.images import make_grid, save_json, save_png
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import job
 from evaluations.evaluator import Evaluator, Options
 from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

@@ -21,7 +21,7 @@ from cm.commands.interpolate import corner_noise, decode, path_between
 from cm.config.scripts import EditConfig
 from cm.data.images import from_uint8, make_grid, save_png, to_pil, to_uint8
 from cm.models.pretrained import Pretrained, load_pretrained
-from cm.runtime import distributed
+from cm.runtime import job
 
 TILE, GAP, GROUP_GAP, TITLE_HEIGHT = 48, 2, 10, 24  # pixels
 COLUMNS = 18  # tiles from side to side
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

@@ -25,7 +25,7 @@ from cm.data.decode import Decoder
 from cm.data.images import from_uint8, save_json, to_uint8
 from cm.errors import UserError
 from cm.objectives.lpips import URLS, Lpips, LpipsOptions, import_piq
-from cm.runtime import distributed
+from cm.runtime import job
 from cm.sampling.editing import luma
 
 SMALLEST_LPIPS = 32  # pixels: VGG16 says nothing about smaller images
@@ -189,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import job
 
 # Model -> (script, flags of training) and names of its sample sets with the flags that draw them
 ONE_AND_TWO = {"onestep": "", "twostep": "--sampler multistep"}
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

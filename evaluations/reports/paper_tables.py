@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cm.config.presets import PRESETS, Preset, values
-from cm.diffusion.grid import progdist_stage
 from cm.errors import UserError
+from cm.objectives.curricula import progdist_stage
 from evaluations.reports.plots import Series, line_plot
 from evaluations.reports.results import Measurement, best_of
 

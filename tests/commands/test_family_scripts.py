@@ -13,16 +13,17 @@ from cm.commands.cli import parse, parse_config
 from cm.commands.likelihood import run_likelihood
 from cm.commands.sample import run_image_sample
 from cm.commands.train import run_train
-from cm.config.derived import adopt_teacher, stored_config
+from cm.config.derived import stored_config
+from cm.config.inherit import adopt_teacher
 from cm.config.scripts import ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
 from cm.diffusion.noise_schedules import iddpm_levels
 from cm.diffusion.precond import BoundaryPrecond
 from cm.errors import UserError
-from cm.models.factory import create_objective
 from cm.models.pretrained import load_classifier, load_pretrained
 from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive
 from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
+from cm.training.factory import create_objective
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,8 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.runtime import logger
 from cm.script_util import create_model
-from cm.storage.checkpoint import complete_checkpoints, save_weights
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import save_weights
 from cm.train_util import TrainLoop
 
 MODEL = [
@@ -183,7 +184,7 @@ def test_the_scripts_loop_equals_a_loop_built_by_hand(data_dir, teacher, tmp_pat
     """Same data and seeds through TrainLoop and KarrasDenoiser give the weights of the script's run."""
     from cm.data import open_dataset
     from cm.data.stream import TrainStream
-    from cm.sampling.noise import derive_seed
+    from cm.seeding import derive_seed
 
     logger.configure(str(tmp_path), [])
     dataset = open_dataset(data_dir, image_size=8, class_cond=True)

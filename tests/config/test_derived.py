@@ -7,7 +7,6 @@ import pytest
 from cm.config.derived import (
     channels_last,
     global_batch,
-    inherit,
     init_source,
     lr_decay,
     precision,
@@ -15,6 +14,7 @@ from cm.config.derived import (
     stop_step,
     stored_config,
 )
+from cm.config.inherit import inherit
 from cm.config.scripts import (
     CmTrainConfig,
     EdmTrainConfig,

@@ -22,10 +22,11 @@ from cm.diffusion.precond import (
     VPPrecond,
 )
 from cm.diffusion.sde import SDES
-from cm.models.factory import NOISE_SAMPLERS, create_noise_sampler, create_precond
+from cm.models.factory import create_precond
 from cm.sampling.likelihood import PROBES
 from cm.sampling.predictor_corrector import CORRECTORS, PREDICTORS
 from cm.sampling.registry import SAMPLERS
+from cm.training.factory import NOISE_SAMPLERS, create_noise_sampler
 from tests.commands.test_family_scripts import refuses
 
 

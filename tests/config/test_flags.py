@@ -211,17 +211,18 @@ def test_no_torch():
 
 def test_choices_are_the_registries():
     """What a flag offers is what the library has."""
-    from cm.diffusion.grid import LEARNING_RATES, MODES
     from cm.diffusion.noise_levels import SCHEDULE_SAMPLERS
     from cm.diffusion.weightings import WEIGHTINGS
-    from cm.models.factory import OBJECTIVES
     from cm.networks.architecture import NETWORKS
+    from cm.networks.precision import PRECISIONS
     from cm.objectives.consistency import SOLVERS
+    from cm.objectives.curricula import MODES
     from cm.objectives.distances import DISTANCES
     from cm.sampling.noise import GENERATORS
     from cm.sampling.registry import SAMPLERS
     from cm.train_util import TRAINING_MODES
-    from cm.training.mixed_precision import PRECISIONS
+    from cm.training.factory import OBJECTIVES
+    from cm.training.learning_rate import LEARNING_RATES
     from cm.training.optimizers import OPTIMIZERS
 
     def choices(cls, name):

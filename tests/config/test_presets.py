@@ -11,8 +11,9 @@ from cm.config import presets
 from cm.config.derived import is_consistency
 from cm.config.parsing import parse_ts
 from cm.config.scripts import SCRIPTS, CmTrainConfig, EditConfig, EdmTrainConfig, SampleConfig, resolved
-from cm.diffusion.grid import karras_sigmas, progdist_steps
+from cm.diffusion.grid import karras_sigmas
 from cm.errors import UserError
+from cm.objectives.curricula import progdist_steps
 from tests.helpers import golden_data
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch.sh"

@@ -11,7 +11,7 @@ from cm.data import open_dataset
 from cm.data.stream import TrainStream
 from cm.errors import UserError
 from cm.runtime import logger
-from cm.sampling.noise import derive_seed
+from cm.seeding import derive_seed
 
 N = 10
 

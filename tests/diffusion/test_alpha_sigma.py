@@ -7,7 +7,6 @@ import torch
 
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales
 from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.errors import UserError
@@ -15,11 +14,12 @@ from cm.nn import append_dims, mean_flat
 from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive, ProgressiveObjective, Roles
 from cm.objectives.alpha_sigma import ddim_step, ddim_target, diffusion_losses, predict_x, progressive_losses
 from cm.objectives.base import Draw
+from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import edm_losses
 from cm.objectives.progressive import interval_at
 from cm.objectives.progressive import progressive_losses as sigma_form
-from cm.sampling.noise import StepRandom
-from cm.sampling.registry import sample_progdist
+from cm.sampling.consistency import sample_progdist
+from cm.seeding import StepRandom
 from tests.helpers.analytic import Gaussian
 from tests.helpers.models import PointNet
 

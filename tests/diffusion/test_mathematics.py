@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales, karras_sigmas, mu_adaptive, num_scales_progressive, progdist_stage
+from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
 from cm.objectives.base import Draw
 from cm.objectives.consistency import pair_at
+from cm.objectives.curricula import EmaAndScales, mu_adaptive, num_scales_progressive, progdist_stage
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import edm_losses
 from cm.objectives.progressive import interval_at

@@ -13,7 +13,7 @@ from cm.diffusion.noise_levels import (
     create_named_schedule_sampler,
 )
 from cm.errors import UserError
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 from tests.helpers import golden_data
 
 

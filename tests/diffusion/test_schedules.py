@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from cm.diffusion.grid import (
+from cm.diffusion.grid import karras_sigma, karras_sigmas
+from cm.errors import UserError
+from cm.objectives.curricula import (
     EmaAndScales,
-    LearningRate,
-    karras_sigma,
-    karras_sigmas,
     mu_adaptive,
     num_scales_progressive,
     progdist_stage,
     progdist_steps,
 )
-from cm.errors import UserError
+from cm.training.learning_rate import LearningRate
 from tests.helpers import golden_data
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cm.errors import UserError
-from cm.storage.checkpoint import load_weights, save_weights
+from cm.storage.weights import load_weights, save_weights
 from evaluations import evaluator, reference
 from evaluations.evaluator import METRICS, Options, evaluate, parse_metrics, table
 from evaluations.features import load_features

@@ -8,7 +8,7 @@ import torch
 
 from cm.data.images import to_uint8
 from cm.errors import UserError
-from cm.storage.checkpoint import load_weights, save_weights
+from cm.storage.weights import load_weights, save_weights
 from evaluations import digits_classifier
 from evaluations.digits_classifier import load_classifier, to_network_range, train_classifier
 from evaluations.features import DigitsFeatures

@@ -13,7 +13,7 @@ from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig
 from cm.errors import UserError
 from cm.models.factory import create_network
 from cm.runtime import logger
-from cm.storage.checkpoint import save_weights
+from cm.storage.weights import save_weights
 from evaluations import search
 from evaluations.evaluator import Options, evaluate
 from evaluations.features import load_features

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cm.diffusion.grid import EmaAndScales
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
+from cm.objectives.curricula import EmaAndScales
 from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.train_util import CMTrainLoop, TrainLoop

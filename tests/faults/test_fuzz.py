@@ -19,8 +19,9 @@ from cm.commands.cli import parse
 from cm.commands.sample import run_image_sample
 from cm.commands.train import run_train
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig
-from cm.runtime import distributed, logger
-from cm.storage.checkpoint import complete_checkpoints, load_weights, save_weights
+from cm.runtime import job, logger
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import load_weights, save_weights
 from tests.helpers.bad_data import DATA, Malicious
 
 FLAGS = (
@@ -62,7 +63,7 @@ def refused(capsys, action, *words):
     """The action ends the program with exit code 2 and one line that has the words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        distributed.run_main(action)
+        job.run_main(action)
     text = capsys.readouterr().err
     assert stop.value.code == 2, text
     assert text.startswith("error: ") and text.count("\n") == 1 and len(text) < 700, text
@@ -95,7 +96,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(world, tmp_path, capsys, numb
     original = load_weights(world / "weights.pt")[0]
     loaded = []
     try:
-        distributed.run_main(lambda: loaded.append(load_weights(tmp_path / "w.pt")[0]))
+        job.run_main(lambda: loaded.append(load_weights(tmp_path / "w.pt")[0]))
     except SystemExit as stop:
         assert stop.code == 2 and capsys.readouterr().err.count("\n") == 1
     else:  # padding, a time stamp

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from cm.storage.checkpoint import complete_checkpoints, load_weights, save_weights
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import load_weights, save_weights
 from cm.tools.torture import Torture, compare, slow_storage
 
 

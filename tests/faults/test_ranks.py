@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cm.runtime import liveness, status
-from cm.storage.checkpoint import complete_checkpoints, load_weights
+from cm.runtime import liveness
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import load_weights
 from cm.tools.torture import compare
 from tests.helpers import mp
 
@@ -46,7 +47,7 @@ def lines(printed, word):
 
 
 def test_nothing_is_left_of_a_job_in_good_order(undisturbed):
-    assert status.read_status(undisturbed)["ended"] == "finished"
+    assert liveness.read_status(undisturbed)["ended"] == "finished"
     assert [beat.ended for beat in liveness.read_beats(undisturbed)] == ["finished", "finished"]
 
 
@@ -54,7 +55,7 @@ def test_nothing_is_left_of_a_job_in_good_order(undisturbed):
 def test_a_rank_that_dies_ends_the_job_and_is_named(data, tmp_path, kind, code):
     codes, printed, _ = run(data, tmp_path / "run", 2, f"{kind}:1:3")
     assert codes[0] not in (0, None, -9) and codes[1] == code
-    found = status.read_status(tmp_path / "run")
+    found = liveness.read_status(tmp_path / "run")
     assert (found["ended"], found["rank"], found["exit_code"]) == ("lost rank", 1, 1)
     assert (
         found["message"].startswith("lost rank 1 of 2 on ") and "training step at step 3" in found["message"]
@@ -67,7 +68,7 @@ def test_an_exception_on_one_rank_ends_all_with_one_traceback(data, tmp_path):
     codes, printed, _ = run(data, tmp_path / "run", 2, "raise:1:3")
     assert codes == [1, 1] and printed.count("Traceback (most recent call last)") == 1
     assert lines(printed, "ArithmeticError: deliberate") and "rank 1 of 2 failed" in printed
-    found = status.read_status(tmp_path / "run")
+    found = liveness.read_status(tmp_path / "run")
     assert (found["ended"], found["message"], found["rank"]) == ("error", "ArithmeticError: deliberate", 1)
 
 
@@ -80,7 +81,7 @@ def test_an_exit_code_on_one_rank_ends_all(data, tmp_path):
 def test_a_stuck_rank_ends_the_job_after_the_time_out_and_is_named(data, tmp_path):
     codes, printed, _ = run(data, tmp_path / "run", 2, "stuck:1:3", "--step_timeout 0.05")
     assert codes == [1, 1]
-    found = status.read_status(tmp_path / "run")
+    found = liveness.read_status(tmp_path / "run")
     assert (found["ended"], found["rank"], found["step"]) == ("stuck rank", 1, 3)
     assert "no progress for 3 s (--step_timeout)" in found["message"]
     assert "rank 1 of 2" in found["message"] and "fault_programs.py" in found["message"]
@@ -91,9 +92,9 @@ def test_a_stuck_rank_ends_the_job_after_the_time_out_and_is_named(data, tmp_pat
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(data, undisturbed, tmp_path):
     folder = tmp_path / "run"
     codes, printed, _ = run(data, folder, 2, "signal:1:2")
-    assert codes == [status.EXIT_UNFINISHED] * 2, printed
-    found = status.read_status(folder)
-    assert (found["ended"], found["exit_code"]) == ("preempted", status.EXIT_UNFINISHED)
+    assert codes == [liveness.EXIT_UNFINISHED] * 2, printed
+    found = liveness.read_status(folder)
+    assert (found["ended"], found["exit_code"]) == ("preempted", liveness.EXIT_UNFINISHED)
     assert found["step"] in (3, 4)
     assert [p.name for p in complete_checkpoints(folder)] == [f"step_{found['step']:06d}"]
     assert "Traceback" not in printed and "the same command goes on" in printed
@@ -106,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
 def test_a_run_goes_on_with_another_number_of_ranks(data, undisturbed, tmp_path, before, after):
     folder = tmp_path / "run"
     codes, printed, _ = run(data, folder, before, f"signal:{before - 1}:2")
-    assert codes == [status.EXIT_UNFINISHED] * before, printed
+    assert codes == [liveness.EXIT_UNFINISHED] * before, printed
     codes, printed, _ = run(data, folder, after)
     assert codes == [0] * after, printed
     for name in ("model000006.pt", "ema_0.9_000006.pt", "target_model000006.pt"):
@@ -139,8 +140,8 @@ def test_kill_9_under_mpiexec_leaves_nothing_behind_and_the_rank_is_named(data, 
     try:
         process.communicate(timeout=60)
         assert process.returncode != 0
-        wait_for(lambda: status.read_status(tmp_path / "run"), 10)
-        found = status.read_status(tmp_path / "run")
+        wait_for(lambda: liveness.read_status(tmp_path / "run"), 10)
+        found = liveness.read_status(tmp_path / "run")
         assert (found["ended"], found["rank"]) == ("lost rank", 1)
         ranks = liveness.read_beats(tmp_path / "run")
         assert len(ranks) == 2
@@ -157,8 +158,8 @@ def test_a_signal_to_mpiexec_reaches_the_ranks(data, tmp_path):
         wait_for(lambda: any(beat.step > 1 for beat in liveness.read_beats(folder)))
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=60)
-        assert process.returncode == status.EXIT_UNFINISHED, printed
-        assert status.read_status(folder)["ended"] == "preempted" and "stopped by SIGTERM" in printed
+        assert process.returncode == liveness.EXIT_UNFINISHED, printed
+        assert liveness.read_status(folder)["ended"] == "preempted" and "stopped by SIGTERM" in printed
         assert len(complete_checkpoints(folder)) == 1
     finally:
         mp._end(process)

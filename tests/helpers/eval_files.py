@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cm.storage.checkpoint import save_weights
+from cm.storage.weights import save_weights
 from evaluations.digits_classifier import train_classifier
 
 

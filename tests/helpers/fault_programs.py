@@ -7,7 +7,7 @@ import time
 
 from cm.commands.cli import parse
 from cm.config.scripts import CmTrainConfig
-from cm.runtime import distributed
+from cm.runtime import distributed, job
 
 FLAGS = (
     "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(main)
+    job.run_main(main)

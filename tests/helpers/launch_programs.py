@@ -6,7 +6,7 @@ import time
 import torch
 
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import distributed, job
 
 
 def hello() -> None:
@@ -71,4 +71,4 @@ def exit_code_on_one_that_others_survive() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_main(globals()[sys.argv[1]])
+    job.run_main(globals()[sys.argv[1]])

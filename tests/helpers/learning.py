@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales, LearningRate, progdist_steps
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
@@ -28,10 +27,12 @@ from cm.objectives import (
     Objective,
     ProgressiveObjective,
 )
+from cm.objectives.curricula import EmaAndScales, progdist_steps
 from cm.objectives.distances import make_distance
 from cm.runtime import logger
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
+from cm.training.learning_rate import LearningRate
 from cm.training.trainer import Optimization, Reporting, Trainer
 from tests.helpers.models import PointNet
 

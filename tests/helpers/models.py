@@ -7,7 +7,7 @@ from cm.config.derived import stored_config
 from cm.config.scripts import CmTrainConfig
 from cm.models.factory import create_network
 from cm.networks.architecture import Architecture, build_network
-from cm.storage.checkpoint import save_weights
+from cm.storage.weights import save_weights
 from tests.helpers.golden_data import GoldenFile
 
 

@@ -107,9 +107,9 @@ def _program_main(target: str, env: dict, output) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     _set_environment(env)
-    from cm.runtime import distributed
+    from cm.runtime import job
 
-    distributed.run_main(_function(target))
+    job.run_main(_function(target))
 
 
 def _set_environment(env: dict) -> None:

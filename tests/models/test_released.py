@@ -7,7 +7,7 @@ from cm.commands.cli import parse_config
 from cm.config.scripts import SampleConfig
 from cm.errors import UserError
 from cm.models.factory import create_network
-from cm.storage.checkpoint import check_matching
+from cm.storage.weights import check_matching
 from tests.helpers import golden_data
 
 RELEASED = {

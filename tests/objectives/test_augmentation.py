@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cm.objectives.augmentation import SYM6, Geometry, augment, draw_geometry, transform
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 
 
 def geometry(rows: int = 1, **values) -> Geometry:

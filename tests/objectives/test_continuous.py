@@ -8,10 +8,8 @@ from cm.commands.cli import parse_config
 from cm.config.rules import CURVED_NORMS, FLAT_NORMS
 from cm.config.scripts import CmTrainConfig
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import LearningRate
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
-from cm.models.factory import create_objective
 from cm.objectives import ContinuousObjective, Grid, Roles
 from cm.objectives.continuous import (
     DIRECTIONS,
@@ -22,7 +20,9 @@ from cm.objectives.continuous import (
 )
 from cm.objectives.distances import make_distance
 from cm.runtime import distributed, logger
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
+from cm.training.factory import create_objective
+from cm.training.learning_rate import LearningRate
 from cm.training.trainer import Optimization, Reporting, Trainer
 from tests.helpers import lpips_files
 from tests.helpers.analytic import free, ones

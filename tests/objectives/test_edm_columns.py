@@ -19,8 +19,9 @@ from cm.diffusion.noise_schedules import (
 from cm.diffusion.precond import PRECONDS, BoundaryPrecond, IDDPMPrecond, boundary_precond, denoiser_precond
 from cm.errors import UserError
 from cm.sampling.general import sample_general
-from cm.sampling.noise import StepRandom, get_generator
+from cm.sampling.noise import get_generator
 from cm.sampling.ode import sample_euler, sample_heun
+from cm.seeding import StepRandom
 from tests.helpers.analytic import Gaussian
 from tests.helpers.ideal import SolvedMixture
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cm.errors import UserError
-from cm.runtime import distributed, launch
+from cm.runtime import distributed, job, launch
 from cm.runtime.cpu import usable_cores
 from tests.helpers import mp
 
@@ -177,13 +177,13 @@ def fail(error):
 )
 def test_run_main_of_one_process(alone, capsys, error, code, text):
     with pytest.raises(SystemExit) as stop:
-        distributed.run_main(lambda: fail(error))
+        job.run_main(lambda: fail(error))
     assert stop.value.code == code and capsys.readouterr().err == text
 
 
 def test_run_main_shows_the_traceback_of_a_programming_error(alone, capsys):
     with pytest.raises(SystemExit) as stop:
-        distributed.run_main(lambda: fail(ArithmeticError("deliberate")))
+        job.run_main(lambda: fail(ArithmeticError("deliberate")))
     err = capsys.readouterr().err
     assert (
         stop.value.code == 1 and err.count("Traceback") == 1 and err.endswith("ArithmeticError: deliberate\n")
@@ -191,9 +191,9 @@ def test_run_main_shows_the_traceback_of_a_programming_error(alone, capsys):
 
 
 def test_run_main_returns_after_success_and_after_exit_code_0(alone):
-    distributed.run_main(lambda: None)
+    job.run_main(lambda: None)
     with pytest.raises(SystemExit) as stop:
-        distributed.run_main(lambda: sys.exit(0))
+        job.run_main(lambda: sys.exit(0))
     assert stop.value.code == 0
 
 

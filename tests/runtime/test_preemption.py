@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from cm.runtime import distributed
-from cm.runtime.liveness import process_birth
+from cm.runtime.liveness import PREEMPTED, TIME, process_birth
 from cm.runtime.preemption import ECHO, SAVE_FAILED, Stopper, StopSignals, shield_worker
-from cm.runtime.status import PREEMPTED, TIME
 from tests.helpers.mp import run_ranks
 
 

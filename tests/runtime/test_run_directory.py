@@ -12,7 +12,7 @@ from cm.config.scripts import CmTrainConfig
 from cm.errors import UserError
 from cm.runtime import logger
 from cm.runtime.run_directory import RunDirectory
-from cm.storage.checkpoint import save_weights
+from cm.storage.weights import save_weights
 
 FLAGS = (
     "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "

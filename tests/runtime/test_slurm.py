@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cm.runtime.status import EXIT_UNFINISHED
+from cm.runtime.liveness import EXIT_UNFINISHED
 from tests.helpers.mp import ROOT
 
 SCRIPT = ROOT / "scripts" / "slurm_train.sh"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cm.runtime import liveness, status, watchdog
+from cm.runtime import liveness, watchdog
 from cm.runtime.liveness import Beat, describe_last_run, furthest_behind, read_beats
 from cm.tools.doctor import check_last_runs
 
@@ -97,7 +97,7 @@ def stuck_here(until):
 
 def test_a_phase_that_takes_too_long_ends_the_job_and_says_where(tmp_path, monkeypatch):
     ends = []
-    monkeypatch.setattr(watchdog.dist_util, "end_job", lambda code, text: ends.append((code, text)))
+    monkeypatch.setattr(watchdog.job, "end_job", lambda code, text: ends.append((code, text)))
     with watchdog.Heartbeat(tmp_path, {**LIMITS, "step_timeout": 0.2}, interval=0.02) as life:
         life.phase("save", 2)  # the limit of start-up
         time.sleep(0.4)
@@ -109,7 +109,7 @@ def test_a_phase_that_takes_too_long_ends_the_job_and_says_where(tmp_path, monke
         "error: no progress for 0.2 s (--step_timeout) at step 3; furthest behind is"
     )
     assert "rank 0 of 1" in text and "(test_watchdog.py:" in text
-    found = status.read_status(tmp_path)
+    found = liveness.read_status(tmp_path)
     assert (found["ended"], found["step"], found["rank"], found["exit_code"]) == ("stuck rank", 3, 0, 1)
 
 
@@ -141,12 +141,12 @@ def test_the_watch_of_a_node_names_the_rank_that_died(tmp_path):
     process, lost = alive_for(30)
     other, own = alive_for(30)
     write_beats(tmp_path, lost, dataclasses.replace(own, rank=0))
-    watch = subprocess.Popen([sys.executable, "-m", "cm.runtime.node_watch", str(tmp_path), "0", "1"])
+    watch = subprocess.Popen([sys.executable, "-m", "cm.runtime.liveness", str(tmp_path), "0", "1"])
     time.sleep(0.5)
     watch.terminate()  # a signal to the job is not meant for it
     process.kill()
     assert watch.wait(10) == 0
-    found = status.read_status(tmp_path)
+    found = liveness.read_status(tmp_path)
     assert found["ended"] == "lost rank" and found["rank"] == 1 and found["step"] == 4
     assert found["message"] == f"lost {lost}: killed or crashed"
     for child in (process, other):
@@ -157,10 +157,10 @@ def test_the_watch_of_a_node_names_the_rank_that_died(tmp_path):
 def test_the_watch_of_a_node_is_silent_when_all_end_in_good_order(tmp_path):
     process, rank = alive_for(1)
     write_beats(tmp_path, rank)
-    watch = subprocess.Popen([sys.executable, "-m", "cm.runtime.node_watch", str(tmp_path), "0", "1"])
+    watch = subprocess.Popen([sys.executable, "-m", "cm.runtime.liveness", str(tmp_path), "0", "1"])
     time.sleep(0.3)
     write_beats(tmp_path, dataclasses.replace(rank, ended="finished"))
-    assert watch.wait(10) == 0 and status.read_status(tmp_path) is None
+    assert watch.wait(10) == 0 and liveness.read_status(tmp_path) is None
     process.wait()
 
 
@@ -168,20 +168,20 @@ def test_the_watch_of_a_node_is_silent_when_all_end_in_good_order(tmp_path):
 
 
 def test_the_first_word_about_an_end_counts(tmp_path):
-    assert status.read_status(tmp_path) is None
-    status.write_status(tmp_path, status.LOST, exit_code=1, message="rank 1", step=4)
-    status.write_status(tmp_path, status.ERROR, exit_code=2, message="what follows from it")
-    found = status.read_status(tmp_path)
+    assert liveness.read_status(tmp_path) is None
+    liveness.write_status(tmp_path, liveness.LOST, exit_code=1, message="rank 1", step=4)
+    liveness.write_status(tmp_path, liveness.ERROR, exit_code=2, message="what follows from it")
+    found = liveness.read_status(tmp_path)
     assert (found["ended"], found["message"], found["step"]) == ("lost rank", "rank 1", 4)
     assert describe_last_run(tmp_path).startswith("lost rank: rank 1 (20")
-    status.clear_status(tmp_path)
-    assert status.read_status(tmp_path) is None and describe_last_run(tmp_path) == ""
+    liveness.clear_status(tmp_path)
+    assert liveness.read_status(tmp_path) is None and describe_last_run(tmp_path) == ""
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_an_unreadable_status_is_none(tmp_path, content):
     (tmp_path / "status.json").write_text(content)
-    assert status.read_status(tmp_path) is None
+    assert liveness.read_status(tmp_path) is None
 
 
 def test_a_run_without_a_last_word_is_going_on_or_lost(tmp_path):
@@ -200,8 +200,8 @@ def test_the_doctor_tells_of_the_runs_that_did_not_reach_their_end(tmp_path):
         folder.mkdir()
     for folder in (lost, stopped, finished):
         write_beats(folder, beat(1, phase="data"))
-    status.write_status(stopped, status.PREEMPTED, exit_code=75, message="SIGTERM")
-    status.write_status(finished, status.FINISHED, exit_code=0)
+    liveness.write_status(stopped, liveness.PREEMPTED, exit_code=75, message="SIGTERM")
+    liveness.write_status(finished, liveness.FINISHED, exit_code=0)
     found = {check.name: check for check in check_last_runs(str(tmp_path))}
     assert set(found) == {"run lost", "run stopped"}
     assert found["run stopped"].status == "ok" and found["run stopped"].detail.startswith(

@@ -8,19 +8,8 @@ import torch
 
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.precond import ConsistencyPrecond
-from cm.sampling.editing import (
-    LinearEdit,
-    colorize,
-    edit_images,
-    inpaint,
-    iterative_colorization,
-    iterative_inpainting,
-    iterative_superres,
-    luma,
-    reflect,
-    slerp,
-    superres,
-)
+from cm.karras_diffusion import iterative_colorization, iterative_inpainting, iterative_superres
+from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, reflect, slerp, superres
 from cm.sampling.noise import IndexedGenerator
 from tests.helpers import golden_data
 from tests.helpers.analytic import Gaussian

@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 
-from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.denoiser import Denoiser, NoisyClassifier
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.noise_levels import ve_levels
 from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.networks.classifier import EncoderUNetModel
 from cm.objectives import ClassifierObjective, Roles
 from cm.objectives.base import Draw
-from cm.sampling.guidance import NoisyClassifier, guided
-from cm.sampling.noise import StepRandom, get_generator
-from cm.sampling.registry import run_sampler, sample_euler, sample_euler_ancestral, sample_heun
+from cm.sampling.ancestral import sample_euler_ancestral
+from cm.sampling.guidance import guided
+from cm.sampling.noise import get_generator
+from cm.sampling.ode import sample_euler, sample_heun
+from cm.sampling.registry import run_sampler
+from cm.seeding import StepRandom
 
 # Two classes at -1 and +1, each N(+-1, 0.3^2) in every coordinate of a point (B, D).
 STD = 0.3

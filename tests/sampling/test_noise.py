@@ -10,11 +10,10 @@ from cm.sampling.noise import (
     DeterministicIndividualGenerator,
     DummyGenerator,
     IndexedGenerator,
-    StepRandom,
-    derive_seed,
     get_generator,
     skip_draw,
 )
+from cm.seeding import StepRandom, derive_seed
 from tests.helpers import golden_data
 
 

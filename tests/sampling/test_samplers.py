@@ -6,26 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.denoiser import Denoiser, clamped
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
+from cm.sampling.ancestral import get_ancestral_step, sample_euler_ancestral
+from cm.sampling.common import to_d
+from cm.sampling.consistency import checked_ts, sample_multistep, stochastic_iterative_sampler
 from cm.sampling.noise import IndexedGenerator, get_generator
-from cm.sampling.registry import (
-    SAMPLERS,
-    checked_ts,
-    clamped,
-    get_ancestral_step,
-    run_sampler,
-    sample_dpm,
-    sample_euler,
-    sample_euler_ancestral,
-    sample_heun,
-    sample_multistep,
-    sampler_sigmas,
-    stochastic_iterative_sampler,
-    to_d,
-)
+from cm.sampling.ode import sample_dpm, sample_euler, sample_heun
+from cm.sampling.registry import SAMPLERS, run_sampler, sampler_sigmas
 from tests.helpers import golden_data
 from tests.helpers.analytic import Gaussian
 from tests.helpers.ideal import SolvedMixture

@@ -17,7 +17,7 @@ from cm.models.files import load_model_file
 from cm.runtime import distributed, logger
 from cm.storage import checkpoint as ck
 from cm.storage import filesystem
-from cm.storage.remote_runs import checkpoint_paths, fetch, newest_checkpoint
+from cm.storage.mirror import checkpoint_paths, fetch, newest_checkpoint
 from cm.tools.torture import compare
 from cm.training.resume import checkpoint_of
 from tests.helpers.mp import run_ranks

@@ -8,7 +8,7 @@ import torch
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.precond import ConsistencyPrecond
 from cm.errors import UserError
-from cm.sampling.registry import sample_multistep, sample_onestep
+from cm.sampling.consistency import sample_multistep, sample_onestep
 from cm.tools.convert import diffusers as converter
 from cm.tools.convert.formats import READERS, Source, detect
 from cm.tools.convert.layout import AdmShape

@@ -15,7 +15,7 @@ from cm.diffusion.precond import denoiser_precond
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
 from cm.networks.architecture import TIME_SCALES
-from cm.storage.checkpoint import load_weights
+from cm.storage.weights import load_weights
 from cm.tools.convert import edm_layout, edm_pickle
 from cm.tools.convert.formats import READERS, Source, convert, detect
 from tests.helpers import edm_reference as reference

@@ -6,7 +6,7 @@ import torch
 
 from cm.errors import UserError
 from cm.networks.architecture import build_network
-from cm.storage.checkpoint import load_weights
+from cm.storage.weights import load_weights
 from cm.tools.convert import jax_cifar
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.layout import architecture

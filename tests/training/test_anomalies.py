@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from cm.diffusion.grid import LearningRate
 from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResampler
 from cm.diffusion.precond import EDMPrecond
-from cm.errors import UserError
+from cm.errors import BadNumbers, UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import EDMObjective
 from cm.runtime import logger
-from cm.training.anomalies import LEAP, LEAST_ROWS, BadNumbers, NumberGuard
+from cm.training.anomalies import LEAP, LEAST_ROWS, NumberGuard
+from cm.training.learning_rate import LearningRate
 from cm.training.mixed_precision import MIN_LG_LOSS_SCALE
 from cm.training.options import Optimization, Reporting
 from cm.training.trainer import Trainer

@@ -12,8 +12,9 @@ from cm.commands import train
 from cm.commands.cli import parse
 from cm.commands.train import run_train
 from cm.config.scripts import CmTrainConfig
-from cm.runtime import logger, memory
-from cm.storage.checkpoint import complete_checkpoints, load_weights
+from cm.runtime import cpu, logger
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import load_weights
 from cm.tools.torture import compare
 from cm.training import compilation
 from cm.training.trainer import Trainer
@@ -136,7 +137,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """Page faults of large tensors that come and go, before and after, in a fresh process."""
     program = (
         "import resource, torch\n"
-        "from cm.runtime.memory import keep_freed_memory\n"
+        "from cm.runtime.cpu import keep_freed_memory\n"
         "def faults():\n"
         "    step = lambda: [torch.zeros(500_000 + 1000 * i) for i in range(8)]\n"
         "    step(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -152,5 +153,5 @@ def test_freed_memory_is_kept_for_the_next_step():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    assert not cpu.keep_freed_memory()

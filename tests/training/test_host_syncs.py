@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import EmaAndScales
+from cm.diffusion.denoiser import Denoiser, NoisyClassifier, clamped
 from cm.diffusion.noise_levels import LogNormalSampler, UniformSampler, ve_levels, vp_levels
 from cm.diffusion.precond import (
     BoundaryPrecond,
@@ -24,9 +23,10 @@ from cm.diffusion.precond import (
 from cm.diffusion.sde import create_sde
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
-from cm.sampling.guidance import NoisyClassifier
-from cm.sampling.noise import DummyGenerator, StepRandom
-from cm.sampling.registry import SAMPLERS, clamped, sampling_grid
+from cm.objectives.curricula import EmaAndScales
+from cm.sampling.noise import DummyGenerator
+from cm.sampling.registry import SAMPLERS, sampling_grid
+from cm.seeding import StepRandom
 from cm.training.meters import LossMeter
 from tests.helpers.models import tiny_unet
 

@@ -16,9 +16,10 @@ from cm.commands.train import run_train
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
-from cm.runtime import liveness, logger, status
+from cm.runtime import liveness, logger
 from cm.storage import checkpoint
-from cm.storage.checkpoint import complete_checkpoints, file_sha256, load_weights, save_weights
+from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import file_sha256, load_weights, save_weights
 from cm.tools.torture import compare
 from cm.training.optimizers import state_per_parameter
 from tests.helpers import golden_data
@@ -76,7 +77,7 @@ def test_the_same_command_goes_on_and_ends_as_if_nothing_had_happened(data, fini
     assert "the latest start of this run: finished" in out and "from step 4" in out
     train(data, stopped)  # nothing left to do
     compare(stopped, finished)
-    assert status.read_status(stopped)["ended"] == "finished"
+    assert liveness.read_status(stopped)["ended"] == "finished"
 
 
 def test_a_stop_in_the_middle_of_a_row_of_the_log_leaves_no_trace(data, finished, tmp_path):
@@ -84,9 +85,9 @@ def test_a_stop_in_the_middle_of_a_row_of_the_log_leaves_no_trace(data, finished
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
             train(data, run, "--max_hours", "1e-9")
-        assert stop.value.code == status.EXIT_UNFINISHED
-        found = status.read_status(run)
-        assert found["ended"] == "time" and found["exit_code"] == status.EXIT_UNFINISHED
+        assert stop.value.code == liveness.EXIT_UNFINISHED
+        found = liveness.read_status(run)
+        assert found["ended"] == "time" and found["exit_code"] == liveness.EXIT_UNFINISHED
     assert found["step"] == 2 and [p.name for p in complete_checkpoints(run)] == [
         "step_000001",
         "step_000002",
@@ -97,7 +98,7 @@ def test_a_stop_in_the_middle_of_a_row_of_the_log_leaves_no_trace(data, finished
 
 def test_a_stop_after_the_last_step_is_the_end(data, tmp_path):
     run = train(data, tmp_path / "run", "--max_hours", "1e-9", "--total_training_steps", "1")
-    assert status.read_status(run)["ended"] == "finished"
+    assert liveness.read_status(run)["ended"] == "finished"
 
 
 def test_a_start_that_died_before_its_first_checkpoint_leaves_no_rows(data, finished, tmp_path):
@@ -232,7 +233,7 @@ def test_a_run_that_is_still_going_on_is_left_alone(data, stopped):
 def test_other_averages_than_those_of_the_checkpoint(data, stopped):
     with pytest.raises(UserError, match=r"no ema_0\.5_000004\.pt.*--ema_rate"):
         train(data, stopped, "--ema_rate", "0.5", "--resume_with_changes", "True")
-    assert status.read_status(stopped)["ended"] == "error"
+    assert liveness.read_status(stopped)["ended"] == "error"
 
 
 def test_a_run_goes_on_in_another_directory(data, finished, stopped, tmp_path):
@@ -250,7 +251,7 @@ def test_a_run_whose_numbers_go_bad_says_so(data, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="2 steps in a row had no finite gradients"):
         train(data, run, "--lr", "1e30", "--max_bad_steps", "2", "--total_training_steps", "50")
-    found = status.read_status(run)
+    found = liveness.read_status(run)
     assert (found["ended"], found["exit_code"]) == ("bad numbers", 2) and "lower --lr" in found["message"]
     assert liveness.read_beats(run)[0].ended.startswith("BadNumbers: 2 steps in a row")
 

@@ -8,7 +8,6 @@ from torch import nn
 from cm.commands.cli import parse
 from cm.commands.train import run_train
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
-from cm.diffusion.grid import LearningRate
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
 from cm.models import files
@@ -18,6 +17,7 @@ from cm.storage.checkpoint import complete_checkpoints
 from cm.tools.bench.train import state_memory
 from cm.training import sharding, state
 from cm.training.ema import Arrivals, EmaBank
+from cm.training.learning_rate import LearningRate
 from cm.training.mixed_precision import MasterWeights
 from cm.training.optimizers import make_optimizer
 from cm.training.sharding import Partition, ShardedOptimizer, move_together, share_out

@@ -22,7 +22,7 @@ from cm.models.factory import choose_device, create_network
 from cm.networks.attention import AttentionBlock
 from cm.networks.unet import ResBlock
 from cm.nn import append_dims, mean_flat
-from cm.runtime.memory import keep_freed_memory
+from cm.runtime.cpu import keep_freed_memory
 from cm.tools.bench.operators import COUNTED, time_shares
 from cm.tools.bench.runs import Options, randomized
 from cm.tools.convert.diffusers import to_diffusers, unet_config

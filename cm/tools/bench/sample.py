@@ -5,6 +5,7 @@ import torch
 from cm.commands.sample import CallCounter, class_labels, noise_levels, sample_batches
 from cm.config.derived import precision
 from cm.config.scripts import SampleConfig
+from cm.networks.precision import torso_dtype
 from cm.sampling.generate import local_batches
 from cm.sampling.noise import get_generator
 from cm.tools.bench.editing import edit_cost
@@ -13,7 +14,6 @@ from cm.tools.bench.runs import Options, description, random_model, sample_confi
 from cm.tools.profiling.flops import network_cost
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import interleaved, peak_memory, product_ceiling
-from cm.training.mixed_precision import torso_dtype
 
 # Samplers of --preset tiny: case -> flags; a preset's own sampler otherwise
 CONSISTENCY = ("--training_mode", "consistency_distillation", "--steps", "40")

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cm.config.derived import precision
+from cm.networks.precision import torso_dtype
 from cm.objectives import Roles
 from cm.runtime.distributed import get_world_size
 from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
 from cm.tools.profiling.flops import network_cost, step_cost
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import PhaseClock, Timing, interleaved, peak_memory, product_ceiling
-from cm.training.mixed_precision import torso_dtype
 from cm.training.trainer import Trainer
 
 

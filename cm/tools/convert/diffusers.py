@@ -250,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> State:
-    from cm.storage.checkpoint import load_weights
+    from cm.storage.weights import load_weights
 
     if (folder / f"{WEIGHTS}.safetensors").is_file():
         return read_safetensors(folder / f"{WEIGHTS}.safetensors")[0]

@@ -18,7 +18,7 @@ from cm.errors import UserError
 from cm.models.files import load_model_file
 from cm.models.guided_diffusion import guided_to_ours
 from cm.models.identify import identify
-from cm.storage.checkpoint import load_weights, save_weights
+from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
 from cm.tools.convert.layout import Config, State, check_fits
 from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors

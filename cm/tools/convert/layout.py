@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
-from cm.storage.checkpoint import check_matching
+from cm.storage.weights import check_matching
 
 Config = dict[str, Any]
 State = dict[str, Tensor]

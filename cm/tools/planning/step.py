@@ -10,18 +10,13 @@ from torch import Tensor, nn
 from cm.config.derived import is_consistency, precision
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of
 from cm.diffusion.denoiser import Denoiser
-from cm.models.factory import (
-    DEFAULT_CHANNELS,
-    create_network,
-    create_objective,
-    create_precond,
-    trains_consistency,
-)
+from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
+from cm.networks.precision import torso_dtype
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.lpips import FEATURES, PRECISIONS, Lpips, _compare, assemble, meta_vgg
-from cm.sampling.noise import StepRandom
+from cm.seeding import StepRandom
 from cm.tools.profiling.trace import Trace, between, traced
-from cm.training.mixed_precision import torso_dtype
+from cm.training.factory import create_objective, trains_consistency
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
 META = torch.device("meta")

@@ -17,9 +17,9 @@ from cm.config.derived import precision, training_mode
 from cm.config.flags import CONTINUOUS_MODES
 from cm.config.scripts import CmTrainConfig, Config
 from cm.models.factory import create_network
+from cm.networks.precision import torso_dtype
 from cm.objectives.lpips import NATIVE_SIZE
 from cm.tools.profiling.trace import fused_attention
-from cm.training.mixed_precision import torso_dtype
 
 # Channels of VGG16's convolutions up to the last features that LPIPS compares; a new row after each pooling
 VGG16 = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))

@@ -1,0 +1,104 @@
+"""What a model file says fills in what a command left open, and must not contradict it."""
+
+from dataclasses import replace
+from typing import Any
+
+from cm.config.derived import DEFAULT_SAMPLER, ModelUser, is_consistency
+from cm.config.scripts import (
+    CmTrainConfig,
+    ModelFlags,
+    SampleConfig,
+    SearchConfig,
+    flags_of,
+)
+from cm.config.validation import validate
+from cm.errors import UserError
+
+# Flags of the model that a file with its own configuration does not decide.
+FREE_TO_CHOOSE = ("use_fp16", "use_checkpoint", "use_new_attention_order")
+
+
+# Flags that change what the network computes without changing any tensor's shape.
+MUST_AGREE = (
+    "network",
+    "precond",
+    "diffusion_schedule",
+    "sigma_data",
+    "boundary",
+    "c_out_formula",
+    "class_cond",
+    "num_heads",
+    "num_heads_upsample",
+    "num_head_channels",
+    "time_scale",
+)
+
+
+def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: str) -> CmTrainConfig:
+    """The configuration with the teacher's preconditioning, which its file says; UserError where they do not fit.
+
+    Teacher and student are networks of one column, so that the student can start from the teacher's weights and, in
+    progressive distillation, become the teacher. A bare state dict (stored None) says nothing: --precond does.
+    """
+    if stored is None:
+        return config
+    column = stored.get("precond", "edm")
+    if "precond" in config.explicit and config.precond != column:
+        raise UserError(
+            f"--precond {config.precond} contradicts --teacher_model_path {source}, which was trained with {column}"
+        )
+    low, high = (float(stored.get(name, getattr(config, name))) for name in ("sigma_min", "sigma_max"))
+    if column == "ve" and not low <= config.sigma_min < config.sigma_max <= high:
+        raise UserError(
+            f"--sigma_min {config.sigma_min} and --sigma_max {config.sigma_max} leave the noise levels that the "
+            f"teacher {source} was trained on, {low} to {high}"
+        )
+    adopted = replace(config, precond=column)
+    validate(adopted)
+    return adopted
+
+
+def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser:
+    """The configuration with what the command left open filled in from a model file.
+
+    stored: what the file says (`stored_config`, or `cm.models.identify` where it carries no configuration). A flag that
+    the command set wins, except that it may not contradict the file where no tensor would show it.
+    """
+    if stored.get("training_mode") == "classifier":
+        raise UserError(f"{source} is a classifier, which draws no images: it goes with --classifier_path")
+    flags = flags_of(type(config))
+    for name in MUST_AGREE:
+        if name in config.explicit and name in stored and getattr(config, name) != stored[name]:
+            raise UserError(
+                f"--{name} {getattr(config, name)} contradicts {source}, which was trained with {stored[name]}"
+            )
+    names = [n for n in flags_of(ModelFlags) if n not in FREE_TO_CHOOSE]
+    taken = {n: stored[n] for n in names if n in stored and n not in config.explicit}
+    if "training_mode" in flags:
+        taken.update(_objective(config, stored, source))
+    merged = replace(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
+    validate(merged)
+    guided = getattr(merged, "classifier_path", "")
+    if getattr(merged, "classes", "") and not merged.class_cond and not guided:
+        raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
+    return merged
+
+
+def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """training_mode, and the sampler and grid that go with it, as far as the command left them open."""
+    given = "training_mode" in config.explicit
+    mode = stored.get("training_mode")
+    if mode is None and not given and isinstance(config, SampleConfig):
+        raise UserError(f"{source} does not say how it was trained: give --training_mode or --preset")
+    if mode and given and is_consistency(mode) != is_consistency(config.training_mode):
+        raise UserError(
+            f"--training_mode {config.training_mode} contradicts {source}, which was trained with {mode}"
+        )
+    if given or mode is None:
+        mode = config.training_mode
+    taken = {"training_mode": mode, "sampler": DEFAULT_SAMPLER[mode]}
+    if "steps" in stored:
+        taken["steps"] = stored["steps"]
+        taken["end"] = str(stored["steps"] - 1)
+    flags = flags_of(type(config))
+    return {name: value for name, value in taken.items() if name in flags and name not in config.explicit}

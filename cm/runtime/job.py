@@ -1,0 +1,131 @@
+"""The orderly end of a job: one report of an error, one exit code, and no rank that waits for ever."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from cm.errors import UserError
+from cm.runtime import distributed, launch
+
+# How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.
+JOIN_TIMEOUT = 600.0
+# How long a failing rank waits for the others to fail too before it ends the job (seconds). A rank that
+# leaves by sys.exit(code) did so on purpose, so the others may still have something to write.
+ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
+POLL_INTERVAL = 0.02
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a program's main function and end the whole job in an orderly way, whatever happens. All ranks call it.
+
+    - UserError: the line `error: ...`, once for the job, and exit code 2;
+    - SystemExit: its code is kept;
+    - any other exception on any rank: one traceback, exit code 1, and all ranks end even when they wait for each other.
+    """
+    try:
+        # Before anything can fail: an error must be able to reach the other ranks.
+        distributed.join(JOIN_TIMEOUT)
+        main()
+        distributed.cleanup()
+    except BaseException as error:
+        code, text = _verdict(error)
+        if distributed.store() is None:
+            # One process; or no way to reach the others, for a reason that all ranks of a node share.
+            if launch.detect().local_rank == 0:
+                _write_error(text)
+            raise SystemExit(code) from None
+        if code != 0:
+            _end_job(code, text, patient=isinstance(error, SystemExit))
+        distributed.cleanup()
+    if distributed.store() is not None:
+        with contextlib.suppress(RuntimeError, OSError):
+            distributed.store().add("cm/ended", 1)
+        if _keeps_store():
+            _all_ended(EXIT_GRACE)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code of the job, and what is to be printed once."""
+    if isinstance(error, UserError):
+        return 2, "error: " + " ".join(str(error).splitlines()) + "\n"
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0, ""
+        return 1, f"{error.code}\n"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted\n"
+    place = distributed.place()
+    where = f"rank {place.rank} of {place.world_size} failed:\n" if place.world_size > 1 else ""
+    return 1, where + "".join(traceback.format_exception(error))
+
+
+def _end_job(code: int, text: str, patient: bool) -> NoReturn:
+    """Report an exception once for all ranks, then end them all with the same code.
+
+    The ranks agree through the job's key-value store: a collective would hang where the others are busy. The first
+    rank that reports an error prints it: what other ranks meet later mostly follows from it.
+    """
+    grace = EXIT_GRACE if patient else ERROR_GRACE
+    try:
+        if distributed.store().add("cm/failed", 1) == 1:
+            _write_error(text)
+            distributed.store().set("cm/code", str(code))
+        else:
+            code = int(distributed.store().get("cm/code"))
+            grace += 2.0  # the first rank is the one to end the job
+        distributed.store().add("cm/ended", 1)
+    except (RuntimeError, OSError):  # rank 0, which keeps the store, is gone
+        _write_error(text)
+    if patient:
+        distributed.cleanup()
+    if _all_ended(grace):
+        raise SystemExit(code) from None
+    sys.stdout.flush()
+    if distributed.place().kind == "mpi":
+        launch.abort_mpi(code)
+    # Not sys.exit: the interpreter would wait for threads that wait for the other ranks. The launcher ends those.
+    os._exit(code)
+
+
+def end_job(code: int, text: str) -> NoReturn:
+    """End this process and with it the whole job at once, printing `text` if no rank has reported an error yet.
+
+    From any thread, whatever the main thread does: for a rank that sees that the job cannot go on.
+    """
+    if distributed.store() is None:
+        _write_error(text)
+    else:
+        with contextlib.suppress(SystemExit):
+            _end_job(code, text, patient=False)
+    os._exit(code)
+
+
+def _all_ended(grace: float) -> bool:
+    """Wait at most `grace` seconds until every rank has finished or failed."""
+    deadline = time.monotonic() + grace
+    try:
+        while distributed.store().add("cm/ended", 0) < distributed.place().world_size:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_INTERVAL)
+        if _keeps_store():
+            time.sleep(5 * POLL_INTERVAL)  # until the others have asked for the last time
+    except (RuntimeError, OSError):
+        # The rank that keeps the store has gone, which it does only when all have ended or the job is lost.
+        return False
+    return True
+
+
+def _keeps_store() -> bool:
+    """Whether the store ends with this process. Under torchrun another process has it; MPI ends all ranks together."""
+    return distributed.place().kind == "slurm" and distributed.place().rank == 0
+
+
+def _write_error(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,5 @@
+"""The original's name for `cm.networks.unet`."""
+
+from cm.networks.unet import UNetModel
+
+__all__ = ["UNetModel"]
