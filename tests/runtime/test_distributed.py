@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+from cm import dist_util
 from cm.errors import UserError
 from cm.runtime import distributed, job, launch
 from cm.runtime.cpu import usable_cores
@@ -156,10 +157,10 @@ def test_local_rows_cut_the_batch_into_even_neighbours(total, world):
 
 def test_load_state_dict_reads_tensors_only(tmp_path):
     torch.save({"w": torch.arange(3)}, tmp_path / "w.pt")
-    assert distributed.load_state_dict(tmp_path / "w.pt", map_location="cpu")["w"].tolist() == [0, 1, 2]
+    assert dist_util.load_state_dict(tmp_path / "w.pt", map_location="cpu")["w"].tolist() == [0, 1, 2]
     torch.save({"w": os.system}, tmp_path / "code.pt")
     with pytest.raises(UserError, match=r"code\.pt"):
-        distributed.load_state_dict(tmp_path / "code.pt")
+        dist_util.load_state_dict(tmp_path / "code.pt")
 
 
 def fail(error):

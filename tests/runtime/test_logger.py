@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from cm import logger
 from cm.errors import UserError
-from cm.runtime import logger
 from tests.helpers import mp
 
 FILES = ["csv", "json", "log"]
