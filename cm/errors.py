@@ -1,4 +1,10 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that mean "the user can fix this", and the one way to say that a name is not known."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -11,3 +17,21 @@ class UserError(ValueError):
 
 class BadNumbers(UserError):
     """Training ended because losses or gradients were not finite for too many steps in a row."""
+
+
+def choose(known: Mapping[str, T], name: str, what: str) -> T:
+    """known[name]; UserError with all names, and the one most like it, when there is none. what: flag or argument."""
+    if name not in known:
+        raise UserError(f"{what} must be one of {listed(known)}, got {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, the empty one as ""."""
+    return ", ".join(name or '""' for name in names)
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.5) -> str:
+    """`; did you mean X?`, or nothing when no known name resembles `name`."""
+    matches = difflib.get_close_matches(str(name), [k for k in known if k], n=1, cutoff=cutoff)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

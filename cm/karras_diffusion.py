@@ -10,15 +10,17 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from cm.config.choices import ODE_SOLVERS
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
 from cm.diffusion.grid import Grid, karras_sigmas
 from cm.diffusion.precond import EDMPrecond, Precond, boundary_precond
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.nn import append_zero
 from cm.objectives.base import Roles
-from cm.objectives.consistency import Distance, consistency_losses, pair_at, solver_by_name
-from cm.objectives.distances import make_distance
+from cm.objectives.consistency import consistency_losses
+from cm.objectives.distances import Distance, make_distance
 from cm.objectives.edm import edm_losses
+from cm.objectives.pairs import pair_at
 from cm.objectives.progressive import interval_at, progressive_losses
 from cm.sampling.ancestral import get_ancestral_step, sample_euler_ancestral
 from cm.sampling.common import to_d
@@ -78,7 +80,7 @@ class KarrasDenoiser:
         distance: Distance | None = None,
     ):
         get_weightings(weight_schedule, torch.ones(1), sigma_data)  # refuses unknown names at once
-        solver_by_name(ode_solver)
+        ODE_SOLVERS[ode_solver]
         self.sigma_data = sigma_data
         self.sigma_max = sigma_max
         self.sigma_min = sigma_min
@@ -212,7 +214,7 @@ class KarrasDenoiser:
             **(model_kwargs or {}),
         )
 
-    def _weight(self, sigmas: Tensor) -> Tensor:
+    def _weight(self, sigmas: Tensor, r: Tensor | None = None) -> Tensor:
         return get_weightings(self.weight_schedule, get_snr(sigmas), self.sigma_data)
 
     @staticmethod

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from cm.config.parsing import str2bool as _str2bool
+from cm.config.rows import NETWORKS
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, flags_of
 from cm.karras_diffusion import KarrasDenoiser
-from cm.networks.architecture import TIME_SCALES, Architecture, build_network
+from cm.networks.architecture import Architecture, build_network
 from cm.objectives.curricula import EmaAndScales
 
 NUM_CLASSES = 1000
@@ -126,7 +127,7 @@ def create_model_and_diffusion(
         distillation=distillation,
         loss_norm=loss_norm,
         ode_solver=ode_solver,
-        time_scale=TIME_SCALES[network],
+        time_scale=NETWORKS[network].clock,
     )
     return model, diffusion
 

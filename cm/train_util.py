@@ -14,8 +14,8 @@ from cm.diffusion.noise_levels import LogNormalSampler, NoiseSampler, ScheduleSa
 from cm.diffusion.precond import EDMPrecond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.consistency import draw_pair
 from cm.objectives.curricula import EmaAndScales, Stage, progdist_stage
+from cm.objectives.pairs import draw_pair
 from cm.objectives.progressive import interval_at
 from cm.runtime import distributed, logger
 from cm.seeding import StepRandom

@@ -6,15 +6,6 @@ python scripts/classifier_train.py --preset digits_classifier --data_dir DATA
 import _root  # noqa: F401
 
 from cm.commands.cli import run_script
-from cm.config.scripts import ClassifierConfig
-
-
-def train(config: ClassifierConfig) -> None:
-    """torch is imported here, after --help has been answered."""
-    from cm.commands.train import run_train
-
-    run_train(config)
-
 
 if __name__ == "__main__":
-    run_script(ClassifierConfig, train)
+    run_script("classifier_train", "cm.commands.train:run_train")

@@ -6,15 +6,6 @@ python scripts/cm_train.py --preset digits_cd --data_dir DATA --teacher_model_pa
 import _root  # noqa: F401
 
 from cm.commands.cli import run_script
-from cm.config.scripts import CmTrainConfig
-
-
-def train(config: CmTrainConfig) -> None:
-    """torch is imported here, after --help has been answered."""
-    from cm.commands.train import run_train
-
-    run_train(config)
-
 
 if __name__ == "__main__":
-    run_script(CmTrainConfig, train)
+    run_script("cm_train", "cm.commands.train:run_train")

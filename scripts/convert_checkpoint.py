@@ -11,8 +11,9 @@ import argparse
 
 import _root  # noqa: F401
 
+from cm.config.rows import OBJECTIVES
+
 KINDS = ("cm", "legacy", "safetensors", "diffusers")
-MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("target", help="file or folder to write")
     p.add_argument("--to", choices=KINDS, default="cm", help="what to write (default cm)")
     p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
-    p.add_argument("--training_mode", choices=MODES, default="", help="objective, where the file tells none")
+    modes = [name for name, row in OBJECTIVES.items() if row.draws]
+    p.add_argument("--training_mode", choices=modes, default="", help="objective, where the file tells none")
     p.add_argument("--steps", type=int, default=0, help="points of its noise grid, where the file tells none")
     p.add_argument("--image_size", type=int, default=0, help="where tensor shapes do not tell it [pixels]")
     p.add_argument("--weights", default="", help="of several networks: ema (default), raw, target")

@@ -6,15 +6,6 @@ python scripts/edm_train.py --preset digits_edm --data_dir DATA
 import _root  # noqa: F401
 
 from cm.commands.cli import run_script
-from cm.config.scripts import EdmTrainConfig
-
-
-def train(config: EdmTrainConfig) -> None:
-    """torch is imported here, after --help has been answered."""
-    from cm.commands.train import run_train
-
-    run_train(config)
-
 
 if __name__ == "__main__":
-    run_script(EdmTrainConfig, train)
+    run_script("edm_train", "cm.commands.train:run_train")

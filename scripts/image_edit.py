@@ -8,17 +8,8 @@ import sys
 import _root  # noqa: F401
 
 from cm.commands.cli import run_script
-from cm.config.scripts import EditConfig
-
-
-def edit(config: EditConfig) -> None:
-    """torch is imported here, after --help has been answered."""
-    from cm.commands.edit import run_image_edit
-
-    run_image_edit(config)
-
 
 if __name__ == "__main__":
     # The task is written as the first word, like a sub-command.
     task = [] if len(sys.argv) < 2 or sys.argv[1].startswith("-") else ["--task", sys.argv[1]]
-    run_script(EditConfig, edit, [*task, *sys.argv[1 + bool(task) :]])
+    run_script("image_edit", "cm.commands.edit:run_image_edit", [*task, *sys.argv[1 + bool(task) :]])

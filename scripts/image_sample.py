@@ -6,15 +6,6 @@ python scripts/image_sample.py --model_path RUN_OR_FILE --num_samples 64
 import _root  # noqa: F401
 
 from cm.commands.cli import run_script
-from cm.config.scripts import SampleConfig
-
-
-def sample(config: SampleConfig) -> None:
-    """torch is imported here, after --help has been answered."""
-    from cm.commands.sample import run_image_sample
-
-    run_image_sample(config)
-
 
 if __name__ == "__main__":
-    run_script(SampleConfig, sample)
+    run_script("image_sample", "cm.commands.sample:run_image_sample")

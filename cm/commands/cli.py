@@ -1,32 +1,37 @@
 """Command line of a configuration class: flat flags (`--use_fp16 True`), --preset, --config, --dry_run.
 
 A value comes from the first of: its flag, the --config file, what a given --precond goes with, the --preset, the
-default. Imports no torch.
+default. Options of an objective, sampler, network ... are flags once it is chosen. Imports no torch.
 """
 
 import argparse
-import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from cm.config import presets
-from cm.config.implied import column_flags
+from cm.config import plugins, presets
+from cm.config.fields import flags_of, help_text, is_fixed, meta_of
 from cm.config.parsing import str2bool
-from cm.config.scripts import Config, flags_of, resolved, script_of
+from cm.config.registry import resolve
+from cm.config.rows import PRECONDS
+from cm.config.scripts import SCRIPTS, Config, ConfigType, configuration_class, resolved, script_of
 from cm.config.validation import require_inputs, validate
-from cm.errors import UserError
+from cm.errors import UserError, nearest
 
-ConfigType = TypeVar("ConfigType", bound=Config)
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
+# Written by earlier versions; what they said is read off the classifier's file now.
+FORMER = {
+    *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
+    *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
+}
+# What --dry_run adds to the flags, and what belongs to one command line alone
+NOT_FROM_FILE = {"num_parameters", "dry_run", "config"}
 
 
-def run_script(
-    config_class: type[ConfigType], run: Callable[[ConfigType], object], argv: Sequence[str] | None = None
-) -> None:
-    """Parse the command line, then `run` the configuration; all that a script does.
+def run_script(script: str, run: str, argv: Sequence[str] | None = None) -> None:
+    """Parse the command line of a script, then call `run` (`module:function`) with the configuration.
 
     torch is imported after --help has been answered. `cm.runtime.job.run_main` ends the job in an orderly way.
     """
@@ -34,10 +39,10 @@ def run_script(
     def main() -> None:
         if isinstance(config, UserError):
             raise config
-        run(config)
+        resolve(run)(config)
 
     try:
-        config = parse(config_class, argv)
+        config = parse(SCRIPTS[script], argv)
     except UserError as error:
         config = error
     from cm.runtime.job import run_main
@@ -59,30 +64,54 @@ def parse(config_class: type[ConfigType], argv: Sequence[str] | None = None) -> 
 
 
 def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = None) -> ConfigType:
-    """The validated configuration of a command line; UserError on bad input. Reads the --config file only."""
-    flags = flags_of(config_class)
-    given = _given_flags(config_class, argv)
-    from_file = read_config(given["config"], flags) if given.get("config") else {}
-    named = {**from_file, **given}
-    from_preset = {}
-    if named.get("preset"):
-        from_preset = presets.values(
-            named["preset"], named.get("variant", "release"), script_of(config_class)
-        )
+    """The validated configuration of a command line; UserError on bad input. Reads --config and plug-ins only."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     script = script_of(config_class)
+    # First what chooses rows, since the rows bring flags of their own.
+    first, _ = _given(build_parser(config_class, main=False), [a for a in argv if a not in ("-h", "--help")])
+    file = read_json(first["config"]) if first.get("config") else {}
+    plugins.load(str(first.get("plugin") or file.get("plugin") or ""))
+    from_preset = _preset_values({**file, **first}, script)
+    cls = configuration_class(config_class, {**from_preset, **_texts(file), **first})
+    parser = build_parser(cls)
+    given, unknown = _given(parser, argv)
+    if "help" in given:
+        parser.exit(message=_help(cls, given["help"]))
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], config_class, cls))
+    from_preset = {name: value for name, value in from_preset.items() if not is_fixed(cls, name)}
+    from_file = read_config(file, first.get("config", ""), cls)
+    named = {**from_file, **given}
     explicit = {
-        **column_flags(from_preset.get("precond", ""), script),
+        **_implied(from_preset, script),
         **from_preset,
-        **column_flags(named.get("precond", ""), script),
+        **_implied(named, script),
         **named,
     }
-    config = config_class(**explicit, explicit=frozenset(explicit))
+    config = cls(**explicit, explicit=frozenset(explicit))
     validate(config)
     return config
 
 
-def read_config(path: str, flags: dict[str, Field]) -> dict[str, Any]:
-    """Flags from a JSON file as --dry_run prints it; unknown names and wrong types are a UserError."""
+def _preset_values(named: Mapping[str, Any], script: str) -> dict[str, Any]:
+    if not named.get("preset"):
+        return {}
+    return presets.values(named["preset"], named.get("variant", "release"), script)
+
+
+def _implied(values: Mapping[str, Any], script: str) -> dict[str, Any]:
+    """Flags that a chosen preconditioning goes with."""
+    name = values.get("precond", "")
+    return PRECONDS[name].implied(script) if name in PRECONDS else {}
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Those values that can be names of rows."""
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object of a --config file."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -90,13 +119,22 @@ def read_config(path: str, flags: dict[str, Field]) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold one JSON object")
-    values = {}
+    return content
+
+
+def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dict[str, Any]:
+    """Flags from a JSON object as --dry_run prints it; unknown names and wrong types are a UserError."""
+    flags, values = flags_of(cls), {}
     for name, value in content.items():
-        if name in ("num_parameters", "dry_run", "config"):
-            continue  # what --dry_run adds, and what belongs to that command alone
-        if name not in flags:
-            raise UserError(f"--config {path}: unknown flag {name}{_nearest(name, flags)}")
-        values[name] = _converted(name, value, type(flags[name].default), path)
+        if name in NOT_FROM_FILE or name in FORMER:
+            continue
+        if name in flags:
+            values[name] = _converted(name, value, type(flags[name].default), path)
+            continue
+        others = [f for _, _, f in _other_rows(cls) if f.name == name]
+        if not any(value == f.default or value == str(f.default) for f in others):
+            hint = nearest(name, flags) if not others else f": {_whose(name, cls)}"
+            raise UserError(f"--config {path}: unknown flag {name}{hint}")
     return values
 
 
@@ -137,43 +175,85 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _given_flags(config_class: type[Config], argv: Sequence[str] | None) -> dict[str, Any]:
-    """name -> value of the flags on the command line."""
-    namespace, unknown = build_parser(config_class).parse_known_args(argv)
-    if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        nearest = _nearest(name, flags_of(config_class)) if unknown[0].startswith("--") else ""
-        raise UserError(f"unknown argument {unknown[0]}{nearest}")
-    return vars(namespace)
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(name -> value of the flags on the command line, what the parser does not know)."""
+    namespace, unknown = parser.parse_known_args(argv)
+    return vars(namespace), unknown
 
 
-def _nearest(name: str, flags: dict[str, Field]) -> str:
-    matches = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
-    return f"; did you mean --{matches[0]}?" if matches else ""
+def _unknown_flag(word: str, config_class: type[Config], cls: type[Config]) -> str:
+    """What to say of an argument that is no flag of this configuration."""
+    name = word.lstrip("-").partition("=")[0]
+    if whose := _whose(name, cls):
+        return f"--{name} is {whose}"
+    hint = nearest(name, flags_of(cls), prefix="--") if word.startswith("--") else ""
+    return f"unknown argument {word}{hint}"
 
 
-def build_parser(config_class: type[Config]) -> argparse.ArgumentParser:
-    """Parser with one flag per field, grouped as the classes group them; it returns only what was given."""
+def _whose(name: str, cls: type[Config]) -> str:
+    """`for --sampler pc, not for heun` for an option of a row that was not chosen; empty for others."""
+    found: dict[str, list[str]] = {}
+    for flag, row, f in _other_rows(cls):
+        if f.name == name:
+            found.setdefault(flag, []).append(row)
+    return "; ".join(f"for --{flag} {' or '.join(rows)}" for flag, rows in found.items())
+
+
+def _other_rows(cls: type[Config]) -> list[tuple[str, str, Field]]:
+    """(flag that chooses, row, option) of every option that is no flag of this configuration."""
+    flags = flags_of(cls)
+    return [
+        (flag, row_name, option)
+        for flag, field in flags.items()
+        if (registry := meta_of(field).registry) is not None
+        for row_name in meta_of(field).names
+        if (options := registry[row_name].options) is not None
+        for option in flags_of(options).values()
+        if option.name not in flags
+    ]
+
+
+def build_parser(cls: type[Config], *, main: bool = True) -> argparse.ArgumentParser:
+    """Parser with one flag per field; it returns only what was given. main False: values are not converted yet."""
     parser = _Parser(
-        prog=script_of(config_class),
-        description=config_class.__doc__,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        prog=script_of(cls), add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("-h", "--help", nargs="?", const="main", choices=("main", "all"))
+    for name, field in flags_of(cls).items():
+        kind = type(field.default)
+        convert = str if not main else _bool_argument if kind is bool else kind
+        parser.add_argument(f"--{name}", type=convert, metavar=METAVARS[kind])
+    return parser
+
+
+def _help(cls: type[Config], which: str) -> str:
+    """The text of --help: the main flags, or all, grouped as the classes group them."""
+    parser = argparse.ArgumentParser(
+        prog=script_of(cls),
+        description=cls.__doc__,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
     groups = {}
-    for name, field in flags_of(config_class).items():
-        title = _group_title(config_class, name)
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        kind = type(field.default)
-        groups[title].add_argument(
-            f"--{name}",
-            type=_bool_argument if kind is bool else kind,
-            metavar=METAVARS[kind],
-            help=_help_text(field),
-        )
-    return parser
+    for name, field in flags_of(cls).items():
+        if which == "all" or meta_of(field).main:
+            title = _group_title(cls, name)
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            metavar = METAVARS[type(field.default)]
+            groups[title].add_argument(f"--{name}", metavar=metavar, help=help_text(field).replace("%", "%%"))
+    parser.epilog = "--help all shows every flag." if which == "main" else _help_on_others(cls)
+    return parser.format_help()
+
+
+def _help_on_others(cls: type[Config]) -> str:
+    """Which rows bring further flags."""
+    found: dict[str, list[str]] = {}
+    for flag, row, f in _other_rows(cls):
+        found.setdefault(f"--{flag} {row}", []).append(f.name)
+    parts = [f"{choice}: {', '.join(names)}" for choice, names in found.items()]
+    return f"Further flags come with {'; '.join(parts)}." if parts else ""
 
 
 def _bool_argument(text: str) -> bool:
@@ -183,15 +263,7 @@ def _bool_argument(text: str) -> bool:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _group_title(config_class: type[Config], name: str) -> str:
+def _group_title(cls: type[Config], name: str) -> str:
     """Heading of the class that first declares a flag; a script's own flags have the script's."""
-    owner = next(cls for cls in reversed(config_class.__mro__) if name in getattr(cls, "__annotations__", {}))
-    return script_of(config_class) if owner is config_class else owner.__doc__
-
-
-def _help_text(field: Field) -> str:
-    meta = field.metadata
-    unit = f" [{meta['unit']}]" if meta["unit"] else ""
-    choices = f"; one of {', '.join(c for c in meta['choices'] if c)}" if meta["choices"] else ""
-    default = '""' if field.default == "" else field.default
-    return f"{meta['help']}{unit}{choices} (default: {default})".replace("%", "%%")
+    owner = next(c for c in reversed(cls.__mro__) if name in getattr(c, "__annotations__", {}))
+    return script_of(cls) if owner in SCRIPTS.values() else owner.__doc__

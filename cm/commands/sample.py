@@ -11,10 +11,10 @@ from torch import Tensor
 from cm import __version__
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
+from cm.config.rows import TIME_STEPS
 from cm.config.scripts import SampleConfig, resolved
 from cm.data.images import SampleWriter, save_grid, save_json
 from cm.diffusion.denoiser import clamped
-from cm.diffusion.noise_schedules import TIME_STEPS
 from cm.diffusion.sde import create_sde
 from cm.errors import UserError
 from cm.models.factory import create_alpha_sigma
@@ -103,7 +103,7 @@ def noise_levels(config: SampleConfig) -> Tensor:
     if config.sampler == "pc":
         return append_zero(create_sde(config.sde, config.sigma_min, config.sigma_max).levels(*grid))
     if config.time_steps:
-        return append_zero(TIME_STEPS[config.time_steps](*grid))
+        return append_zero(TIME_STEPS.load(config.time_steps)(*grid))
     return sampler_sigmas(config.sampler, *grid, ts=complete_ts(config))
 
 

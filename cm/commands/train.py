@@ -29,7 +29,7 @@ from cm.data.stream import TrainStream
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
-from cm.objectives import Objective
+from cm.objectives.base import Objective
 from cm.runtime import distributed, logger
 from cm.runtime.cpu import keep_freed_memory
 from cm.runtime.liveness import EXIT_UNFINISHED, FINISHED, PREEMPTED, TIME, write_status

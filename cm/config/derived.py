@@ -4,33 +4,24 @@ import os
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cm.config.flags import CONSISTENCY_MODES
+from cm.config import plugins
+from cm.config.flags import ModelFlags
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import (
-    ClassifierConfig,
     CmTrainConfig,
     Config,
     EdmTrainConfig,
-    ModelFlags,
+    TrainConfig,
     config_hash,
     resolved,
     script_of,
 )
 from cm.errors import UserError
 
-TrainConfig = EdmTrainConfig | CmTrainConfig
 ModelUser = TypeVar("ModelUser", bound=ModelFlags)
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 AUGMENT_LABELS = 9  # of cm.objectives.augmentation
-# How a model is sampled if the command does not say: by the objective that it was trained with
-DEFAULT_SAMPLER = {
-    "edm": "heun",
-    "consistency_distillation": "onestep",
-    "consistency_training": "onestep",
-    "progdist": "progdist",
-    "continuous_distillation": "onestep",
-    "continuous_training": "onestep",
-}
 
 
 def precision(config: Config) -> str:
@@ -42,12 +33,12 @@ def training_mode(config: TrainConfig) -> str:
     """What a training run makes: `edm`, `classifier`, or the --training_mode of cm_train."""
     if isinstance(config, CmTrainConfig):
         return config.training_mode
-    return "classifier" if isinstance(config, ClassifierConfig) else "edm"
+    return next(name for name, row in OBJECTIVES.items() if row.script == script_of(config))
 
 
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
-    return training_mode in CONSISTENCY_MODES
+    return OBJECTIVES[training_mode].consistency
 
 
 def channels_last(config: Config, device_type: str) -> bool:
@@ -89,7 +80,7 @@ def lr_decay(config: TrainConfig) -> tuple[str, int]:
     name = config.lr_schedule or ("linear" if config.lr_anneal_steps else "constant")
     if config.lr_anneal_steps:
         return name, config.lr_anneal_steps
-    if isinstance(config, CmTrainConfig) and config.training_mode == "progdist":
+    if OBJECTIVES[training_mode(config)].stages:
         return name, config.distill_steps_per_iter
     return name, config.total_training_steps
 
@@ -115,7 +106,9 @@ def run_dir(config: Config) -> str:
 def stored_config(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about its model: every flag, the script, the objective and the grid it ends with."""
     stored = {**resolved(config), "script": script_of(config)}
-    if isinstance(config, EdmTrainConfig):
+    if plugins.loaded():
+        stored["plugins"] = plugins.loaded()
+    if not isinstance(config, CmTrainConfig):
         return {**stored, "training_mode": training_mode(config)}
     final = {
         "fixed": config.start_scales,

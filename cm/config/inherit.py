@@ -1,23 +1,18 @@
 """What a model file says fills in what a command left open, and must not contradict it."""
 
-from dataclasses import replace
 from typing import Any
 
-from cm.config.derived import DEFAULT_SAMPLER, ModelUser, is_consistency
-from cm.config.scripts import (
-    CmTrainConfig,
-    ModelFlags,
-    SampleConfig,
-    SearchConfig,
-    flags_of,
-)
+from cm.config import plugins
+from cm.config.derived import ModelUser
+from cm.config.fields import flags_of
+from cm.config.flags import ModelFlags
+from cm.config.rows import NETWORKS, OBJECTIVES
+from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig, changed
 from cm.config.validation import validate
 from cm.errors import UserError
 
 # Flags of the model that a file with its own configuration does not decide.
 FREE_TO_CHOOSE = ("use_fp16", "use_checkpoint", "use_new_attention_order")
-
-
 # Flags that change what the network computes without changing any tensor's shape.
 MUST_AGREE = (
     "network",
@@ -53,7 +48,7 @@ def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: 
             f"--sigma_min {config.sigma_min} and --sigma_max {config.sigma_max} leave the noise levels that the "
             f"teacher {source} was trained on, {low} to {high}"
         )
-    adopted = replace(config, precond=column)
+    adopted = changed(config, precond=column)
     validate(adopted)
     return adopted
 
@@ -64,19 +59,22 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     stored: what the file says (`stored_config`, or `cm.models.identify` where it carries no configuration). A flag that
     the command set wins, except that it may not contradict the file where no tensor would show it.
     """
-    if stored.get("training_mode") == "classifier":
-        raise UserError(f"{source} is a classifier, which draws no images: it goes with --classifier_path")
-    flags = flags_of(type(config))
+    plugins.require(stored, source)
+    mode = stored.get("training_mode")
+    if mode in OBJECTIVES and not OBJECTIVES[mode].draws:
+        raise UserError(f"{source} is a {mode}, which draws no images: it goes with --classifier_path")
     for name in MUST_AGREE:
         if name in config.explicit and name in stored and getattr(config, name) != stored[name]:
             raise UserError(
                 f"--{name} {getattr(config, name)} contradicts {source}, which was trained with {stored[name]}"
             )
-    names = [n for n in flags_of(ModelFlags) if n not in FREE_TO_CHOOSE]
+    network = NETWORKS[stored.get("network", config.network)]
+    own = flags_of(network.options) if network.options else {}
+    names = [n for n in (*flags_of(ModelFlags), *own) if n not in FREE_TO_CHOOSE]
     taken = {n: stored[n] for n in names if n in stored and n not in config.explicit}
-    if "training_mode" in flags:
+    if "training_mode" in flags_of(type(config)):
         taken.update(_objective(config, stored, source))
-    merged = replace(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
+    merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
     validate(merged)
     guided = getattr(merged, "classifier_path", "")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
@@ -90,13 +88,13 @@ def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], sour
     mode = stored.get("training_mode")
     if mode is None and not given and isinstance(config, SampleConfig):
         raise UserError(f"{source} does not say how it was trained: give --training_mode or --preset")
-    if mode and given and is_consistency(mode) != is_consistency(config.training_mode):
+    if mode and given and OBJECTIVES[mode].consistency != OBJECTIVES[config.training_mode].consistency:
         raise UserError(
             f"--training_mode {config.training_mode} contradicts {source}, which was trained with {mode}"
         )
     if given or mode is None:
         mode = config.training_mode
-    taken = {"training_mode": mode, "sampler": DEFAULT_SAMPLER[mode]}
+    taken = {"training_mode": mode, "sampler": OBJECTIVES[mode].sampler}
     if "steps" in stored:
         taken["steps"] = stored["steps"]
         taken["end"] = str(stored["steps"] - 1)

@@ -1,54 +1,51 @@
 """Which networks and schedules are possible: rules that flags and library share, naming the flag. Pure Python."""
 
+from typing import Any
+
 from cm.config.parsing import parse_attention, parse_channel_mult
+from cm.config.registry import resolve
+from cm.config.rows import DISTANCES, NETWORKS
 from cm.errors import UserError
 
 
-def check_architecture(
-    *,
-    network: str = "adm",
-    image_size: int,
-    num_channels: int,
-    channel_mult: str,
-    attention_resolutions: str,
-    num_heads: int,
-    num_heads_upsample: int = -1,
-    num_head_channels: int = -1,
-    augment_dim: int = 0,
-) -> None:
-    """Raise UserError where the levels do not divide the image, or heads and groups the widths of a network."""
-    mult = parse_channel_mult(channel_mult, image_size)
-    divisor = 2 ** (len(mult) - 1)
-    if image_size % divisor:
-        raise UserError(
-            f"--image_size {image_size} is not a multiple of {divisor}, which the {len(mult)} levels of "
-            f"--channel_mult {','.join(map(str, mult))} need"
-        )
-    factors = parse_attention(attention_resolutions, image_size, len(mult))
-    if network != "adm":
-        return
-    if augment_dim:
-        raise UserError(f"--augment_dim {augment_dim}: --network adm takes no augmentation labels")
-    widths = [int(m * num_channels) for m in mult]
+def check_architecture(architecture: Any) -> None:
+    """Raise UserError where the flags of a network do not fit each other; `architecture` has them as attributes."""
+    a = architecture
+    row = NETWORKS[a.network]
+    if row.levels:
+        mult = parse_channel_mult(a.channel_mult, a.image_size)
+        divisor = 2 ** (len(mult) - 1)
+        if a.image_size % divisor:
+            raise UserError(
+                f"--image_size {a.image_size} is not a multiple of {divisor}, which the {len(mult)} levels of "
+                f"--channel_mult {','.join(map(str, mult))} need"
+            )
+        parse_attention(a.attention_resolutions, a.image_size, len(mult))
+    if a.augment_dim and not row.augment:
+        raise UserError(f"--augment_dim {a.augment_dim}: --network {a.network} takes no augmentation labels")
+    if row.check:
+        (resolve(row.check) if isinstance(row.check, str) else row.check)(a)
+
+
+def check_adm(a: Any) -> None:
+    """ADM's U-Net: heads and groups divide the widths of its levels."""
+    mult = parse_channel_mult(a.channel_mult, a.image_size)
+    factors = parse_attention(a.attention_resolutions, a.image_size, len(mult))
+    widths = [int(m * a.num_channels) for m in mult]
     for width in widths:
         if width < 32 or width % 32:
             raise UserError(
-                f"--num_channels {num_channels} times --channel_mult {','.join(map(str, mult))} gives a level of "
+                f"--num_channels {a.num_channels} times --channel_mult {','.join(map(str, mult))} gives a level of "
                 f"{width} channels; group normalisation needs multiples of 32"
             )
     attended = {widths[-1], *(width for level, width in enumerate(widths) if 2**level in factors)}
-    splits = {"num_head_channels": num_head_channels}
-    if num_head_channels == -1:
-        splits = {"num_heads": num_heads, "num_heads_upsample": num_heads_upsample}
+    splits = {"num_head_channels": a.num_head_channels}
+    if a.num_head_channels == -1:
+        splits = {"num_heads": a.num_heads, "num_heads_upsample": a.num_heads_upsample}
     for name, parts in splits.items():
         for width in sorted(attended):
             if parts != -1 and width % parts:
                 raise UserError(f"--{name} {parts} does not divide a level of {width} channels")
-
-
-# The distances that have a second derivative, and with it a pseudo-loss; the others have a loss only.
-CURVED_NORMS = ("l2", "l2-32", "lpips", "lpips-max")
-FLAT_NORMS = ("l1", "linf")
 
 
 def check_continuous(*, loss_norm: str, distillation: bool, stop_grad: bool) -> None:
@@ -58,10 +55,10 @@ def check_continuous(*, loss_norm: str, distillation: bool, stop_grad: bool) -> 
             "--stop_grad False is for continuous_distillation: without a teacher that loss is quadratic in the noise "
             "and has another minimum"
         )
-    if loss_norm not in (known := CURVED_NORMS if stop_grad else CURVED_NORMS + FLAT_NORMS):
+    if stop_grad and not DISTANCES[loss_norm].curved:
+        known = ", ".join(name for name, row in DISTANCES.items() if row.curved)
         raise UserError(
-            f"--loss_norm {loss_norm} has no continuous-time loss with --stop_grad {stop_grad}; "
-            f"choose one of {', '.join(known)}"
+            f"--loss_norm {loss_norm} has no continuous-time loss with --stop_grad True; choose one of {known}"
         )
 
 

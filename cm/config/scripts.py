@@ -1,17 +1,21 @@
-"""The configuration of every script as a frozen dataclass, put together from `cm.config.flags`. Imports no torch.
+"""The configuration of every script as a frozen dataclass, put together from groups of flags. Imports no torch.
 
-`cm.config.validation` refuses what makes no sense, `cm.commands.cli` makes flags of the fields.
+The class of a run's configuration also has the options of the rows that it names (`configuration_class`): those of its
+objective, sampler, network, distance ... `cm.config.validation` refuses what makes no sense, `cm.commands.cli` makes
+flags of the fields.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
+from cm.config.choices import PROBES
+from cm.config.fields import fixed, flag, flags_of, meta_of
 from cm.config.flags import (
-    EDIT_TASKS,
-    MODES,
     ConsistencyFlags,
     DataFlags,
     GuidanceFlags,
@@ -20,9 +24,14 @@ from cm.config.flags import (
     OptimFlags,
     RunFlags,
     SamplingFlags,
-    SolverFlags,
-    flag,
 )
+from cm.config.rows import NOISE_LEVELS, OBJECTIVES, TASKS, TIME_STEPS
+from cm.errors import choose
+
+
+def _drawing() -> list[str]:
+    """Objectives whose models draw images."""
+    return [name for name, row in OBJECTIVES.items() if row.draws]
 
 
 @dataclass(frozen=True)
@@ -33,32 +42,42 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
         "lognormal",
         "how training draws noise levels; uniform and loss-second-moment draw grid points; vp, ve and iddpm as those "
         "columns of EDM's Table 1",
-        choices=("uniform", "loss-second-moment", "lognormal", "lognormal-even", "vp", "ve", "iddpm"),
+        registry=NOISE_LEVELS,
     )
     augment: float = flag(
         0.0,
         "probability of each geometric augmentation, told to the network (ncsnpp, ddpmpp); replaces --random_flip",
+        low=0,
     )
-    p_mean: float = flag(-1.2, "mean of ln(sigma) of lognormal")
-    p_std: float = flag(1.2, "standard deviation of ln(sigma) of lognormal")
-    num_timesteps: int = flag(40, "grid points of uniform and loss-second-moment")
     total_training_steps: int = flag(
-        0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps"
+        0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps", low=0, main=True
     )
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(EdmTrainConfig):
+class ClassifierConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     """Train a classifier of noisy images, for guidance."""
 
     schedule_sampler: str = flag(
         "ve",
         "how training draws noise levels; ve: evenly in ln(sigma) from --sigma_min to --sigma_max",
-        choices=("ve", "lognormal", "lognormal-even", "vp", "iddpm"),
+        choices=lambda: [name for name, row in NOISE_LEVELS.items() if not row.grid],
+        registry=NOISE_LEVELS,
     )
-    class_cond: bool = flag(True, "always True: the labels are what is learned")
-    num_head_channels: int = flag(64, "width of an attention head", unit="channels")
-    preview_count: int = flag(0, "always 0: a classifier draws no images", result=False)
+    num_head_channels: int = flag(64, "width of an attention head", unit="channels", low=1)
+    total_training_steps: int = flag(
+        0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps", low=0, main=True
+    )
+    # What a classifier has no choice in: an adm network with edm's scalings that learns the labels and draws nothing
+    network: str = fixed("adm")
+    precond: str = fixed("edm")
+    class_cond: bool = fixed(True)
+    preview_count: int = fixed(0)
+    preview_interval: int = fixed(0)
+    diffusion_schedule: str = fixed("")
+    boundary: str = fixed("skip")
+    c_out_formula: str = fixed("code")
+    augment_dim: int = fixed(0)
 
 
 @dataclass(frozen=True)
@@ -67,17 +86,28 @@ class CmTrainConfig(ConsistencyFlags, LoopFlags, OptimFlags, DataFlags, ModelFla
 
 
 @dataclass(frozen=True)
-class SampleConfig(GuidanceFlags, SolverFlags, SamplingFlags, ModelFlags, RunFlags):
+class SampleConfig(GuidanceFlags, SamplingFlags, ModelFlags, RunFlags):
     """Draw images from a model."""
 
-    training_mode: str = flag("edm", "objective that the model was trained with", choices=("edm", *MODES))
-    ts: str = flag("", "time points of multistep as grid indices, 0 = sigma_max; the last must be steps-1")
-    sigmas: str = flag(
-        "", "noise levels of multistep, decreasing, instead of --ts; ends at sigma_min by itself"
+    training_mode: str = flag(
+        "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
     )
-    overwrite: bool = flag(False, "replace samples that are already there", result=False)
-    grid_images: int = flag(64, "images in the PNG grid; 0: no grid", unit="images", result=False)
-    grid_columns: int = flag(0, "columns of the PNG grid; 0: as many as rows", result=False)
+    time_steps: str = flag(
+        "",
+        "which noise levels the solvers of the flow visit: a column of EDM's Table 1; empty: as edm does",
+        choices=lambda: ("", *TIME_STEPS),
+    )
+    ts: str = flag(
+        "", "time points of multistep as grid indices, 0 = sigma_max; the last must be steps-1", main=True
+    )
+    sigmas: str = flag(
+        "", "noise levels of multistep, decreasing, instead of --ts; ends at sigma_min by itself", main=True
+    )
+    overwrite: bool = flag(False, "replace samples that are already there", result=False, main=True)
+    grid_images: int = flag(
+        64, "images in the PNG grid; 0: no grid", unit="images", result=False, main=True, low=0
+    )
+    grid_columns: int = flag(0, "columns of the PNG grid; 0: as many as rows", result=False, low=0)
 
 
 @dataclass(frozen=True)
@@ -85,18 +115,22 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
     """Search the time points of multistep sampling that minimise FID."""
 
     begin: str = flag(
-        "0", "time points before the searched one, as grid indices; it lies at the last or beyond"
+        "0", "time points before the searched one, as grid indices; it lies at the last or beyond", main=True
     )
     end: str = flag(
-        "39", "time points after the searched one, as grid indices; it lies at the first or before"
+        "39", "time points after the searched one, as grid indices; it lies at the first or before", main=True
     )
     training_mode: str = flag(
-        "consistency_distillation", "objective that the model was trained with", choices=("edm", *MODES)
+        "consistency_distillation",
+        "objective that the model was trained with",
+        choices=_drawing,
+        registry=OBJECTIVES,
+        main=True,
     )
-    ref_batch: str = flag("", "reference statistics or images (npz)")
-    points: int = flag(1, "time points to search, one after the other")
-    coarse: int = flag(0, "images per candidate in a first, coarse search; 0: none", unit="images")
-    protocol: str = flag("adm", "evaluation protocol", choices=("adm", "cifar10", "digits"))
+    ref_batch: str = flag("", "reference statistics or images (npz)", main=True)
+    points: int = flag(1, "time points to search, one after the other", main=True, low=1)
+    coarse: int = flag(0, "images per candidate in a first, coarse search; 0: none", unit="images", low=0)
+    protocol: str = flag("adm", "evaluation protocol", choices=("adm", "cifar10", "digits"), main=True)
     features: str = flag("", "NAME=PATH of another feature network; empty: the protocol's")
     inception_path: str = flag("", "file or URL of the Inception weights; empty: the user cache")
 
@@ -105,66 +139,82 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
 class LikelihoodConfig(ModelFlags, RunFlags):
     """Bits per dimension of images under a model."""
 
-    model_path: str = flag("", "model: file or run directory")
-    weights: str = flag("", "raw, ema:RATE or target; empty: the slowest average that the file has")
-    training_mode: str = flag("edm", "objective that the model was trained with", choices=("edm", *MODES))
-    data_dir: str = flag("", "images: folder, zip or npz, local or remote (gs://, az://)")
+    model_path: str = flag("", "model: file or run directory", main=True)
+    weights: str = flag(
+        "", "raw, ema:RATE or target; empty: the slowest average that the file has", main=True
+    )
+    training_mode: str = flag(
+        "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
+    )
+    data_dir: str = flag("", "images: folder, zip or npz, local or remote (gs://, az://)", main=True)
     labels: str = flag(
         "auto", "where class labels come from, as in training", choices=("auto", "folder", "prefix", "json")
     )
-    num_images: int = flag(0, "images to score, the first ones; 0: all", unit="images")
-    batch_size: int = flag(16, "images per batch and rank; they share the solver's steps", unit="images")
+    num_images: int = flag(0, "images to score, the first ones; 0: all", unit="images", main=True, low=0)
+    batch_size: int = flag(
+        16, "images per batch and rank; they share the solver's steps", unit="images", main=True, low=1
+    )
     probe: str = flag(
         "rademacher",
         "estimate of the divergence; exact: one backward pass per pixel and channel",
-        choices=("rademacher", "gaussian", "exact"),
+        choices=PROBES.names,
     )
-    tolerance: float = flag(1e-5, "relative and absolute tolerance of the solver")
-    seed: int = flag(42, "seed of dequantisation and probes")
+    tolerance: float = flag(1e-5, "relative and absolute tolerance of the solver", main=True, above=0)
+    seed: int = flag(42, "seed of dequantisation and probes", main=True, low=0)
 
 
 @dataclass(frozen=True)
 class EditConfig(ModelFlags, RunFlags):
     """Edit images with a consistency model that was not trained for it."""
 
-    task: str = flag("inpaint", "what to do; written as the first word", choices=EDIT_TASKS)
-    input: str = flag("", "image or folder of images; for superres also low-resolution ones")
-    model_path: str = flag("", "model: file or run directory")
-    weights: str = flag("", "raw, ema:RATE or target; empty: the slowest average that the file has")
+    task: str = flag("inpaint", "what to do; written as the first word", registry=TASKS, main=True)
+    input: str = flag("", "image or folder of images; for superres also low-resolution ones", main=True)
+    model_path: str = flag("", "model: file or run directory", main=True)
+    weights: str = flag(
+        "", "raw, ema:RATE or target; empty: the slowest average that the file has", main=True
+    )
     training_mode: str = flag(
-        "consistency_distillation", "objective that the model was trained with", choices=("edm", *MODES)
+        "consistency_distillation",
+        "objective that the model was trained with",
+        choices=_drawing,
+        registry=OBJECTIVES,
+        main=True,
     )
     classes: str = flag(
-        "", "labels of the input images in turn, as a list; empty: those that a prepared set or npz brings"
+        "",
+        "labels of the input images in turn, as a list; empty: those that a prepared set or npz brings",
+        main=True,
     )
-    num_results: int = flag(1, "results per image", unit="images")
-    seed: int = flag(42, "seed of all noise; result i depends on (seed, image, i) only")
-    steps: int = flag(40, "points of the grid that --ts indexes; our own model files know theirs")
-    ts: str = flag("", "time points as grid indices, 0 = sigma_max; empty: 17 evenly over the grid")
-    sigmas: str = flag("", "noise levels, decreasing, instead of --ts; ends at sigma_min by itself")
+    num_results: int = flag(1, "results per image", unit="images", main=True, low=1)
+    seed: int = flag(42, "seed of all noise; result i depends on (seed, image, i) only", main=True, low=0)
+    steps: int = flag(40, "points of the grid that --ts indexes; our own model files know theirs", low=1)
+    ts: str = flag(
+        "", "time points as grid indices, 0 = sigma_max; empty: 17 evenly over the grid", main=True
+    )
+    sigmas: str = flag(
+        "", "noise levels, decreasing, instead of --ts; ends at sigma_min by itself", main=True
+    )
     clip_denoised: bool = flag(True, "clamp every prediction to [-1, 1]")
-    final_project: bool = flag(True, "replace what is known once more at the very end")
-    mask: str = flag(
-        "center:0.5",
-        "inpaint: what to generate: a picture (white), box:x,y,w,h, center:F, random:F, left or text:S",
-    )
-    factor: int = flag(8, "superres: side of the patches whose mean is known", unit="pixels")
-    sigma_start: float = flag(1.0, "stroke: noise level from which the painting is completed")
-    repeat: int = flag(1, "stroke: how often the result is completed again")
-    sigma: float = flag(0.5, "denoise: noise level of the input")
-    noisy_input: bool = flag(False, "denoise: the input carries that noise already; else it is added")
-    between: str = flag("", "interpolate: seeds or .npy files of noise (C, H, W), as a list of two or more")
-    frames: int = flag(9, "interpolate: images from one noise to the next, both included", unit="images")
-    frame_ms: int = flag(120, "interpolate: time that a frame is shown", unit="milliseconds", result=False)
-    animation: str = flag("gif", "interpolate: animation format", choices=("gif", "apng"), result=False)
-    batch_size: int = flag(16, "images per batch and rank", unit="images", result=False)
+    batch_size: int = flag(16, "images per batch and rank", unit="images", result=False, main=True, low=1)
     resize: bool = flag(False, "crop and resize images of another resolution as training does")
     skip_unreadable: bool = flag(False, "leave out damaged images instead of stopping at the first")
-    overwrite: bool = flag(False, "replace results that are already there", result=False)
-    grid_images: int = flag(16, "images in the side-by-side grid; 0: no grid", unit="images", result=False)
+    overwrite: bool = flag(False, "replace results that are already there", result=False, main=True)
+    grid_images: int = flag(
+        16, "images in the side-by-side grid; 0: no grid", unit="images", result=False, main=True, low=0
+    )
 
 
-Config = EdmTrainConfig | CmTrainConfig | SampleConfig | SearchConfig | EditConfig | LikelihoodConfig
+Config = (
+    EdmTrainConfig
+    | ClassifierConfig
+    | CmTrainConfig
+    | SampleConfig
+    | SearchConfig
+    | EditConfig
+    | LikelihoodConfig
+)
+TrainConfig = EdmTrainConfig | ClassifierConfig | CmTrainConfig
+ConfigType = TypeVar("ConfigType", bound=RunFlags)
 
 SCRIPTS: dict[str, type[Config]] = {
     "edm_train": EdmTrainConfig,
@@ -177,15 +227,47 @@ SCRIPTS: dict[str, type[Config]] = {
 }
 
 
+def configuration_class(cls: type[ConfigType], values: Mapping[str, Any]) -> type[ConfigType]:
+    """The class with the options of every row that these values, or the defaults, name; UserError for unknown names."""
+    options = []
+    for name, f in flags_of(cls).items():
+        if (registry := meta_of(f).registry) is not None:
+            offered = {n: registry[n] for n in meta_of(f).names}
+            row = choose(offered, values.get(name, f.default), f"--{name}")
+            if row.options is not None and row.options not in options:
+                options.append(row.options)
+    base = plain_class(cls)
+    return _extended(base, tuple(o for o in options if not issubclass(base, o)))
+
+
+@cache
+def _extended(base: type[ConfigType], options: tuple[type, ...]) -> type[ConfigType]:
+    if not options:
+        return base
+    return dataclass(frozen=True)(type(base.__name__, (base, *options), {"__doc__": base.__doc__}))
+
+
+def plain_class(cls: type[ConfigType]) -> type[ConfigType]:
+    """The class of SCRIPTS that a configuration's class was made from."""
+    return next((c for c in cls.__mro__ if c in SCRIPTS.values()), cls)
+
+
+def configure(cls: type[ConfigType], **values: Any) -> ConfigType:
+    """A configuration with the options of the rows that it names."""
+    return configuration_class(cls, values)(**values)
+
+
+def changed(config: ConfigType, **changes: Any) -> ConfigType:
+    """The configuration with other values; where they name other rows, with the options of those at their defaults."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.init} | changes
+    cls = configuration_class(type(config), values)
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.init and f.name in values})
+
+
 def script_of(config: Config | type[Config]) -> str:
     """Name of the script that a configuration belongs to."""
-    cls = config if isinstance(config, type) else type(config)
+    cls = plain_class(config if isinstance(config, type) else type(config))
     return next(name for name, known in SCRIPTS.items() if known is cls)
-
-
-def flags_of(cls: type) -> dict[str, Any]:
-    """name -> dataclass field of every flag of a configuration class."""
-    return {f.name: f for f in fields(cls) if "help" in f.metadata}
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -196,10 +278,12 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def result_flags(config: Config) -> dict[str, Any]:
     """The flags that can change the result of a run: what two runs must share to be the same run."""
-    return {k: v for k, v in resolved(config).items() if flags_of(type(config))[k].metadata["result"]}
+    return {k: v for k, v in resolved(config).items() if meta_of(flags_of(type(config))[k]).result}
 
 
 def config_hash(config: Config) -> str:
-    """8 hexadecimal digits of the script and of every flag that can change the result."""
-    text = json.dumps([script_of(config), result_flags(config)], sort_keys=True)
+    """8 hexadecimal digits of the script and of every flag that can change the result and is not at its default."""
+    flags = flags_of(type(config))
+    chosen = {k: v for k, v in result_flags(config).items() if getattr(config, k) != flags[k].default}
+    text = json.dumps([script_of(config), chosen], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cm.diffusion.noise_schedules import CosineSchedule, VPSchedule
-from cm.errors import UserError
+from cm.config.choices import DIFFUSION_SCHEDULES
+from cm.diffusion.noise_schedules import NoiseSchedule
 from cm.nn import append_zero
 
-# Variance preserving: alpha^2 + sigma^2 = 1
-VARIANCE_PRESERVING = {
-    "cosine": CosineSchedule(),
-    "vp": VPSchedule(),
-}
+# Stands for alpha = 1 among DIFFUSION_SCHEDULES, whose other rows keep alpha^2 + sigma^2 = 1
+VARIANCE_EXPLODING = None
 
 
 @dataclass(frozen=True)
@@ -32,22 +29,25 @@ class AlphaSigma:
     sigma_max: float = 80.0
 
     def __post_init__(self):
-        if self.name != "ve" and self.name not in VARIANCE_PRESERVING:
-            known = ", ".join((*VARIANCE_PRESERVING, "ve"))
-            raise UserError(f"--diffusion_schedule must be one of {known}, got {self.name}")
+        DIFFUSION_SCHEDULES[self.name]  # refuses unknown names at once
+
+    @property
+    def _preserving(self) -> NoiseSchedule | None:
+        """sigma / alpha as a function of time where alpha^2 + sigma^2 = 1."""
+        found = DIFFUSION_SCHEDULES.load(self.name)
+        return found and found()
 
     def level(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t, increasing in t, float64."""
         t = t.double()
-        if self.name == "ve":
+        if (schedule := self._preserving) is None:
             return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
-        schedule = VARIANCE_PRESERVING[self.name]
         low, high = schedule.time(t.new_tensor([self.sigma_min, self.sigma_max]))
         return schedule.sigma(low + t * (high - low))
 
     def alpha(self, level: Tensor) -> Tensor:
         """alpha where sigma / alpha is `level`; sigma is alpha times level."""
-        return torch.ones_like(level) if self.name == "ve" else (1 + level**2).rsqrt()
+        return torch.ones_like(level) if self._preserving is None else (1 + level**2).rsqrt()
 
     def sigma(self, position: Tensor, intervals: int) -> Tensor:
         """fp32 levels at t = 1 - position / intervals: the grid of progressive distillation, 0 = sigma_max."""

@@ -4,13 +4,14 @@ importance-sampled grid positions."""
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.grid import karras_sigma
 from cm.diffusion.noise_schedules import VPSchedule, iddpm_levels
 from cm.errors import UserError
@@ -239,17 +240,28 @@ class UniformTimeSampler:
         """Nothing to restore."""
 
 
-def vp_levels(epsilon_t: float = 1e-5) -> UniformTimeSampler:
+def lognormal(source: Any) -> LogNormalSampler:
+    """Row lognormal; p_mean and p_std of a configuration, or the defaults."""
+    return LogNormalSampler(getattr(source, "p_mean", -1.2), getattr(source, "p_std", 1.2))
+
+
+def lognormal_even(source: Any) -> LogNormalSampler:
+    """Row lognormal-even."""
+    return LogNormalSampler(getattr(source, "p_mean", -1.2), getattr(source, "p_std", 1.2), even=True)
+
+
+def vp_levels(source: Any = None, epsilon_t: float = 1e-5) -> UniformTimeSampler:
     """t ~ U(epsilon_t, 1) of the VP schedule (Karras et al. 2022, Table 1, column VP)."""
     return UniformTimeSampler(lambda u: VPSchedule().sigma(epsilon_t + u * (1 - epsilon_t)))
 
 
-def ve_levels(sigma_min: float, sigma_max: float) -> UniformTimeSampler:
+def ve_levels(source: Any) -> UniformTimeSampler:
     """ln sigma ~ U(ln sigma_min, ln sigma_max) (Karras et al. 2022, Table 1, column VE)."""
-    return UniformTimeSampler(lambda u: sigma_min * (sigma_max / sigma_min) ** u)
+    low, high = source.sigma_min, source.sigma_max
+    return UniformTimeSampler(lambda u: low * (high / low) ** u)
 
 
-def iddpm_uniform_levels() -> UniformTimeSampler:
+def iddpm_uniform_levels(source: Any = None) -> UniformTimeSampler:
     """sigma = u_j with j ~ U{0..M-1} (Karras et al. 2022, Table 1, column iDDPM + DDIM)."""
 
     def level(u: Tensor) -> Tensor:
@@ -259,20 +271,10 @@ def iddpm_uniform_levels() -> UniformTimeSampler:
     return UniformTimeSampler(level)
 
 
-# --schedule_sampler: name -> sampler of a diffusion; ve needs its sigma_min and sigma_max
-SCHEDULE_SAMPLERS = {
-    "uniform": UniformSampler,
-    "loss-second-moment": LossSecondMomentResampler,
-    "lognormal": lambda diffusion: LogNormalSampler(),
-    "lognormal-even": lambda diffusion: LogNormalSampler(even=True),
-    "vp": lambda diffusion: vp_levels(),
-    "ve": lambda diffusion: ve_levels(diffusion.sigma_min, diffusion.sigma_max),
-    "iddpm": lambda diffusion: iddpm_uniform_levels(),
-}
+def create_named_schedule_sampler(name: str, diffusion: Any) -> NoiseSampler:
+    """Sampler by its flag value.
 
-
-def create_named_schedule_sampler(name: str, diffusion):
-    """Sampler by its flag value, with default constants."""
-    if name not in SCHEDULE_SAMPLERS:
-        raise UserError(f"--schedule_sampler must be one of {', '.join(SCHEDULE_SAMPLERS)}, got {name}")
-    return SCHEDULE_SAMPLERS[name](diffusion)
+    diffusion: a KarrasDenoiser or a configuration. Grid points need its num_timesteps, sigma_min, sigma_max and rho;
+    lognormal takes its p_mean and p_std, else the defaults.
+    """
+    return NOISE_LEVELS.load(name)(diffusion)

@@ -120,19 +120,6 @@ class VPScale:
         return -sigma * sigma_deriv * self.scale(sigma) ** 3
 
 
-# --noise_schedule and --state_scale of the general sampler
-NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
-    "linear": LinearSchedule(),
-    "ve": VESchedule(),
-    "vp": VPSchedule(),
-    "cosine": CosineSchedule(),
-}
-STATE_SCALES: dict[str, ConstantScale | VPScale] = {
-    "none": ConstantScale(),
-    "vp": VPScale(),
-}
-
-
 @lru_cache(maxsize=16)
 def iddpm_levels(
     num_levels: int = 1000, c1: float = 0.001, c2: float = 0.008, device: torch.device | str = "cpu"
@@ -196,12 +183,3 @@ def iddpm_steps(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) ->
     # Halves round up, as in the table.
     chosen = torch.floor((len(u) - 1) / max(n - 1, 1) * torch.arange(n, dtype=torch.float64) + 0.5)
     return u[chosen.long()]
-
-
-# --time_steps: (n, sigma_min, sigma_max, rho) -> n decreasing levels, float64
-TIME_STEPS = {
-    "edm": edm_steps,
-    "vp": vp_steps,
-    "ve": ve_steps,
-    "iddpm": iddpm_steps,
-}

@@ -6,13 +6,13 @@ sinusoidal embedding, 1 for NCSN++ and DDPM++). The columns VP, VE and iDDPM of 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from cm.config.rows import PRECONDS
 from cm.diffusion.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels, nearest_level
 from cm.errors import UserError
 
@@ -198,21 +198,24 @@ class BoundaryPrecond(Precond):
         return self.base.round_sigma(sigma)
 
 
-# --precond: the columns of EDM's Table 1 -> preconditioning(sigma_data, time_scale)
-PRECONDS: dict[str, Callable[[float, float], Precond]] = {
-    "edm": EDMPrecond,
-    "vp": lambda sigma_data, time_scale: VPPrecond(),
-    # The EDM column's clock runs at time_scale / 4 per unit of ln(sigma); NCSN++, with 1, has its own rate here.
-    "ve": lambda sigma_data, time_scale: VEPrecond(max(time_scale / 4, 1.0)),
-    "iddpm": lambda sigma_data, time_scale: IDDPMPrecond(),
-}
+def vp_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row vp; it has a clock of its own and assumes unit variance."""
+    return VPPrecond()
+
+
+def ve_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row ve. The EDM column's clock runs at time_scale / 4 per unit of ln(sigma); NCSN++, with 1, has its own here."""
+    return VEPrecond(max(time_scale / 4, 1.0))
+
+
+def iddpm_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row iddpm; its clock counts the levels that it was trained on."""
+    return IDDPMPrecond()
 
 
 def denoiser_precond(name: str, *, sigma_data: float = 0.5, time_scale: float = 1000.0) -> Precond:
-    """Preconditioning of a denoiser by its column of EDM's Table 1: edm, vp, ve, iddpm."""
-    if name not in PRECONDS:
-        raise UserError(f"--precond must be one of {', '.join(PRECONDS)}, got {name}")
-    return PRECONDS[name](sigma_data, time_scale)
+    """Preconditioning of a denoiser by its row of PRECONDS: edm, vp, ve, iddpm ..."""
+    return PRECONDS.load(name)(sigma_data, time_scale)
 
 
 def boundary_precond(

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cm.config.choices import SDES
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.noise_schedules import VPSchedule
-from cm.errors import UserError
 
 
 class Transition(NamedTuple):
@@ -184,17 +184,26 @@ class EDMSDE(SDE):
         return karras_sigmas(n, sigma_min, sigma_max, rho)
 
 
-# --sde: name -> SDE(sigma_min, sigma_max)
-SDES = {
-    "ve": lambda sigma_min, sigma_max: VESDE(sigma_min, sigma_max),
-    "vp": lambda sigma_min, sigma_max: VPSDE(),
-    "subvp": lambda sigma_min, sigma_max: SubVPSDE(),
-    "edm": lambda sigma_min, sigma_max: EDMSDE(sigma_max, sigma_min),
-}
+def ve_sde(sigma_min: float, sigma_max: float) -> SDE:
+    """Row ve."""
+    return VESDE(sigma_min, sigma_max)
+
+
+def vp_sde(sigma_min: float, sigma_max: float) -> SDE:
+    """Row vp, whose range is its own."""
+    return VPSDE()
+
+
+def subvp_sde(sigma_min: float, sigma_max: float) -> SDE:
+    """Row subvp, whose range is its own."""
+    return SubVPSDE()
+
+
+def edm_sde(sigma_min: float, sigma_max: float) -> SDE:
+    """Row edm."""
+    return EDMSDE(sigma_max, sigma_min)
 
 
 def create_sde(name: str, sigma_min: float = 0.002, sigma_max: float = 80.0) -> SDE:
     """SDE by name: ve, vp, subvp or edm; the range is that of ve and edm."""
-    if name not in SDES:
-        raise UserError(f"--sde must be one of {', '.join(SDES)}, got {name}")
-    return SDES[name](sigma_min, sigma_max)
+    return SDES.load(name)(sigma_min, sigma_max)

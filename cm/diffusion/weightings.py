@@ -1,20 +1,39 @@
-"""Loss weightings lambda(sigma), as functions of the signal-to-noise ratio 1 / sigma^2."""
-
-from collections.abc import Callable
+"""Loss weightings lambda(sigma), as functions of the signal-to-noise ratio 1 / sigma^2 or of the pair (t, r)."""
 
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
+from cm.config.rows import WEIGHTINGS
 
-# name -> weight(snr, sigma_data)
-WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "snr": lambda snr, sigma_data: snr,
-    "snr+1": lambda snr, sigma_data: snr + 1,
-    "karras": lambda snr, sigma_data: snr + 1 / sigma_data**2,
-    "truncated-snr": lambda snr, sigma_data: snr.clamp_min(1.0),
-    "uniform": lambda snr, sigma_data: torch.ones_like(snr),
-}
+
+def snr_weight(snr: Tensor, sigma_data: float) -> Tensor:
+    """The signal-to-noise ratio itself."""
+    return snr
+
+
+def snr_plus_one(snr: Tensor, sigma_data: float) -> Tensor:
+    """SNR + 1."""
+    return snr + 1
+
+
+def karras(snr: Tensor, sigma_data: float) -> Tensor:
+    """EDM's 1/c_out^2 = 1/sigma^2 + 1/sigma_data^2 (Karras et al. 2022, Table 1)."""
+    return snr + 1 / sigma_data**2
+
+
+def truncated_snr(snr: Tensor, sigma_data: float) -> Tensor:
+    """max(SNR, 1) (Salimans & Ho 2022, section 4)."""
+    return snr.clamp_min(1.0)
+
+
+def uniform(snr: Tensor, sigma_data: float) -> Tensor:
+    """1 everywhere."""
+    return torch.ones_like(snr)
+
+
+def inverse_gap(t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+    """1 / (t - r) of a pair t > r (Song & Dhariwal 2023, section 3.5)."""
+    return 1 / (t - r)
 
 
 def get_snr(sigmas: Tensor) -> Tensor:
@@ -23,7 +42,16 @@ def get_snr(sigmas: Tensor) -> Tensor:
 
 
 def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Tensor:
-    """Loss weights (B,) by name; `karras` is EDM's 1/c_out^2 = 1/sigma^2 + 1/sigma_data^2."""
-    if weight_schedule not in WEIGHTINGS:
-        raise UserError(f"--weight_schedule must be one of {', '.join(WEIGHTINGS)}, got {weight_schedule}")
-    return WEIGHTINGS[weight_schedule](snrs, sigma_data)
+    """Loss weights (B,) by name, for the weightings that are functions of the SNR."""
+    if WEIGHTINGS[weight_schedule].pairs:
+        raise ValueError(f"{weight_schedule} weighs pairs (t, r), not single noise levels")
+    return WEIGHTINGS.load(weight_schedule)(snrs, sigma_data)
+
+
+def pair_weight(weight_schedule: str, t: Tensor, r: Tensor | None, sigma_data: float) -> Tensor:
+    """Loss weights (B,) by name of pairs t > r; r None: of single levels t."""
+    if not WEIGHTINGS[weight_schedule].pairs:
+        return get_weightings(weight_schedule, get_snr(t), sigma_data)
+    if r is None:
+        raise ValueError(f"{weight_schedule} needs pairs (t, r), and this objective has none")
+    return WEIGHTINGS.load(weight_schedule)(t, r, sigma_data)

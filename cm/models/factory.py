@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from cm.config.derived import augmentation_labels
+from cm.config.fields import arguments_of
+from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.precond import Precond, boundary_precond, denoiser_precond
 from cm.errors import UserError
-from cm.networks.architecture import TIME_SCALES, Architecture, build_network
+from cm.networks.architecture import Architecture, build_network
 
 DEFAULT_CLASSES = 1000
 DEFAULT_CHANNELS = 3
@@ -35,12 +37,13 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
             num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
         ),
         classifier=isinstance(config, ClassifierConfig),
+        options=arguments_of(NETWORKS[config.network].options, config),
     )
 
 
 def create_precond(config: Config, *, consistency: bool) -> Precond:
     """Scalings of a consistency function, or of a denoiser, by --precond and on the clock of the configured network."""
-    time_scale = config.time_scale or TIME_SCALES[config.network]
+    time_scale = config.time_scale or NETWORKS[config.network].clock
     if not consistency:
         return denoiser_precond(config.precond, sigma_data=config.sigma_data, time_scale=time_scale)
     return boundary_precond(

@@ -1,9 +1,12 @@
 """Weights of guided-diffusion (Dhariwal & Nichol 2021): its attention as ours, and its classifiers of noisy images.
 
-A released classifier is a bare state dict. Flags with the names of the published commands describe its network; its
-time input is the discrete step t of a diffusion of 1000 steps, on whose states x_t = sqrt(abar_t) (x0 + sigma_t noise)
-it was trained. So c_in = sqrt(abar_t) = 1 / sqrt(1 + sigma^2) and c_noise = the t with the nearest sigma_t.
+A released classifier is a bare state dict, whose shapes tell its network. Its time input is the discrete step t of a
+diffusion of 1000 steps, on whose states x_t = sqrt(abar_t) (x0 + sigma_t noise) it was trained. So c_in is
+sqrt(abar_t) = 1 / sqrt(1 + sigma^2) and c_noise the t with the nearest sigma_t.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +14,8 @@ from torch import Tensor
 from cm.config.flags import GuidanceFlags
 from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.precond import DDPMPrecond, IDDPMPrecond, Precond
-from cm.models.identify import HEAD_CHANNELS
+from cm.errors import UserError
+from cm.models.identify import HEAD_CHANNELS, count_blocks, ratio, uses_scale_shift
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.attention import qkv_legacy_to_new
 from cm.storage.weights import check_matching
@@ -46,6 +50,34 @@ def is_classifier(state: dict[str, Tensor]) -> bool:
     return "out.2.positional_embedding" in state and "out.2.c_proj.weight" in state
 
 
+def encoder_flags(state: dict[str, Tensor], source: str, image_size: int) -> dict[str, Any]:
+    """Flags of a classifier's network from the shapes of its tensors.
+
+    Its pooling knows one position more than the coarsest level has pixels; with the image size that counts the levels.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    coarsest = math.isqrt(shapes["out.2.positional_embedding"][1] - 1)
+    levels = (image_size // coarsest).bit_length()
+    total = count_blocks(shapes, "input_blocks")
+    if coarsest << (levels - 1) != image_size or total % levels or total // levels < 2:
+        raise UserError(
+            f"--classifier_path {source} does not fit images of {image_size} pixels: its coarsest level has {coarsest}"
+        )
+    stride, base = total // levels, shapes["input_blocks.0.0.weight"][0]
+    firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
+    widths = [shapes.get(f"{first}.0.in_layers.2.weight", (0,))[0] for first in firsts]
+    attended = [image_size >> i for i, first in enumerate(firsts) if f"{first}.1.qkv.weight" in shapes]
+    return {
+        "image_size": image_size,
+        "num_channels": base,
+        "num_res_blocks": stride - 1,
+        "channel_mult": ",".join(str(ratio(width, base)) for width in widths),
+        "attention_resolutions": ",".join(map(str, attended)),
+        "use_scale_shift_norm": uses_scale_shift(shapes),
+        "resblock_updown": not any(name.endswith(".0.op.weight") for name in shapes),
+    }
+
+
 def released_classifier(
     state: dict[str, Tensor], flags: GuidanceFlags, *, image_size: int, source: str
 ) -> tuple[NoisyClassifier, int]:
@@ -54,19 +86,14 @@ def released_classifier(
     with torch.device("meta"):
         network = build_network(
             Architecture(
-                image_size=image_size,
-                num_channels=flags.classifier_width,
-                num_res_blocks=flags.classifier_depth,
-                attention_resolutions=flags.classifier_attention_resolutions,
+                **encoder_flags(state, source, image_size),
                 num_head_channels=HEAD_CHANNELS,
-                use_scale_shift_norm=flags.classifier_use_scale_shift_norm,
-                resblock_updown=flags.classifier_resblock_updown,
                 num_classes=num_classes,
             ),
             classifier=True,
         )
     state = guided_to_ours(state, "legacy")
-    check_matching(network, state, f"--classifier_path {source} (see the other --classifier_... flags)")
+    check_matching(network, state, f"--classifier_path {source}")
     network = network.to_empty(device="cpu").float()
     network.load_state_dict(state)
     schedule = flags.classifier_noise_schedule or ("cosine" if image_size == COSINE_SIZE else "linear")

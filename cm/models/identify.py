@@ -43,7 +43,7 @@ def identify(
         )
     num_channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
     encoder = _encoder(shapes, source)
-    mult = tuple(_ratio(width, num_channels) for width in encoder.widths)
+    mult = tuple(ratio(width, num_channels) for width in encoder.widths)
     size = image_size or IMAGE_SIZES.get(mult, 0)
     if not size:
         raise UserError(
@@ -66,17 +66,18 @@ def identify(
         "num_head_channels": HEAD_CHANNELS,
         "class_cond": "label_emb.weight" in shapes,
         "num_classes": shapes.get("label_emb.weight", (0,))[0],
-        "use_scale_shift_norm": _uses_scale_shift(shapes),
+        "use_scale_shift_norm": uses_scale_shift(shapes),
         "resblock_updown": encoder.resblock_updown,
         "learn_sigma": shapes["out.2.weight"][0] == 2 * in_channels,
     }
 
 
-def _ratio(width: int, base: int) -> int | float:
+def ratio(width: int, base: int) -> int | float:
+    """A width in units of the finest one, as --channel_mult writes it."""
     return width // base if width % base == 0 else width / base
 
 
-def _uses_scale_shift(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def uses_scale_shift(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """The embedding gives a scale and a shift per channel instead of one summand."""
     return (
         shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * shapes["middle_block.0.out_layers.0.weight"][0]
@@ -89,14 +90,14 @@ def _encoder(shapes: Mapping[str, tuple[int, ...]], source: str) -> Encoder:
     There are levels * (blocks + 1) blocks on either way: per level one residual block less on the way down, where the
     last place holds the step to the next level. On the way up such steps sit behind the blocks, which counts levels.
     """
-    total = _count_blocks(shapes, "input_blocks")
+    total = count_blocks(shapes, "input_blocks")
     ups = [
         name
         for name in shapes
         if re.fullmatch(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight", name)
     ]
     levels = len(ups) + 1
-    if total % levels or _count_blocks(shapes, "output_blocks") != total:
+    if total % levels or count_blocks(shapes, "output_blocks") != total:
         raise UserError(f"{source} is not an ADM U-Net with equally many residual blocks on each level")
     stride = total // levels
     firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
@@ -111,5 +112,6 @@ def _encoder(shapes: Mapping[str, tuple[int, ...]], source: str) -> Encoder:
     )
 
 
-def _count_blocks(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+def count_blocks(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+    """How many blocks a stack such as input_blocks has."""
     return len({name.split(".")[1] for name in shapes if name.startswith(f"{stack}.")})

@@ -1,11 +1,14 @@
 """Networks by name: the arguments that flags give, turned into a module."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from cm.config.parsing import parse_attention, parse_channel_mult
+from cm.config.registry import resolve
+from cm.config.rows import NETWORKS
 from cm.config.rules import check_architecture
 from cm.errors import UserError
 from cm.networks.classifier import EncoderUNetModel
@@ -126,41 +129,17 @@ def _song_unet(
     )
 
 
-# --network
-NETWORKS: dict[str, Callable[[Architecture], nn.Module]] = {
-    "adm": adm,
-    "ncsnpp": ncsnpp,
-    "ddpmpp": ddpmpp,
-}
-# The clock of each network: c_noise = time_scale * ln(sigma) / 4
-TIME_SCALES: dict[str, float] = {
-    "adm": 1000.0,
-    "ncsnpp": 1.0,
-    "ddpmpp": 1.0,
-}
-
-
-def build_network(architecture: Architecture, *, classifier: bool = False) -> nn.Module:
+def build_network(
+    architecture: Architecture, *, classifier: bool = False, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The network with fresh weights, on torch's default device; UserError names a flag that does not fit.
 
-    classifier: the classifier that goes with an ADM U-Net, not the U-Net.
+    classifier: the classifier that goes with the network, not the network. options: what its row brings.
     """
-    a = architecture
-    if a.network not in NETWORKS:
-        raise UserError(f"--network must be one of {', '.join(NETWORKS)}, got {a.network}")
-    check_architecture(
-        network=a.network,
-        image_size=a.image_size,
-        num_channels=a.num_channels,
-        channel_mult=a.channel_mult,
-        attention_resolutions=a.attention_resolutions,
-        num_heads=a.num_heads,
-        num_heads_upsample=a.num_heads_upsample,
-        num_head_channels=a.num_head_channels,
-        augment_dim=a.augment_dim,
-    )
+    row = NETWORKS[architecture.network]
+    check_architecture(architecture)
     if not classifier:
-        return NETWORKS[a.network](a)
-    if a.network != "adm":
-        raise UserError(f"--network {a.network} has no classifier; adm has")
-    return adm_classifier(a)
+        return row.load()(architecture, **(options or {}))
+    if not row.classifier:
+        raise UserError(f"network {architecture.network} has no classifier; adm has")
+    return resolve(row.classifier)(architecture)

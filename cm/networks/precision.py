@@ -2,18 +2,9 @@
 
 import torch
 
-from cm.errors import UserError
-
-# --precision: dtype of the network's torso
-PRECISIONS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+from cm.config.choices import PRECISIONS
 
 
 def torso_dtype(precision: str) -> torch.dtype:
-    """dtype by its flag value."""
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision}")
-    return PRECISIONS[precision]
+    """dtype by its flag value: fp32, fp16 or bf16."""
+    return PRECISIONS.load(precision)

@@ -11,8 +11,9 @@ from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.consistency import Distance, Weight
 from cm.objectives.curricula import EmaAndScales
+from cm.objectives.distances import Distance
+from cm.objectives.parts import Weight
 from cm.objectives.progressive import ProgressiveObjective
 from cm.seeding import StepRandom
 
@@ -79,7 +80,7 @@ def progressive_losses(
             z_mid, predict_x(roles.teacher, z_mid, t_mid, schedule, **cond), t_mid, draw.r, schedule
         )
         target = ddim_target(z, z_end, draw.t, draw.r, schedule)
-    return {"loss": distance(prediction, target) * weight(draw.t)}
+    return {"loss": distance(prediction, target) * weight(draw.t, draw.r)}
 
 
 class AlphaSigmaObjective(Objective):

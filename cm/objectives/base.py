@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from cm.diffusion.denoiser import Denoiser
 from cm.objectives.curricula import Stage
-from cm.objectives.lpips import Lpips
+from cm.objectives.distances import Distance
 from cm.seeding import StepRandom
 
 
@@ -46,16 +47,22 @@ class Roles:
     teacher: Denoiser | None = None
 
 
+def bare(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without DistributedDataParallel around its network: for passes whose gradients nobody averages."""
+    net = denoiser.net
+    return Denoiser(net.module, denoiser.precond) if isinstance(net, DistributedDataParallel) else denoiser
+
+
 class Objective(ABC):
     """A loss with its draws and its schedules; the training loop calls it through these methods only."""
 
     needs_target = False
     needs_teacher = False
-    distance = None  # how images are compared, where the loss compares two
+    distance: Distance | None = None  # how images are compared, where the loss compares two
 
     def load(self, device: torch.device) -> None:
         """Load the networks that the distance needs; all ranks call it once, so that nothing is missing later."""
-        if isinstance(self.distance, Lpips):
+        if self.distance is not None:
             self.distance.load(device)
 
     def prepare(

@@ -1,9 +1,12 @@
 """Training of a classifier of noisy images, for guidance (Dhariwal & Nichol 2021, section 4.1)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.noise_levels import NoiseSampler
 from cm.nn import append_dims
@@ -30,3 +33,8 @@ class ClassifierObjective(Objective):
         logits = classifier.logits(x0 + draw.noise * append_dims(draw.t, x0.ndim), draw.t)
         correct = (logits.argmax(1) == cond["y"]).to(torch.float32)
         return {"loss": F.cross_entropy(logits, cond["y"], reduction="none"), "accuracy": correct}
+
+
+def classification(config: Any) -> Objective:
+    """Row classifier."""
+    return ClassifierObjective(NOISE_LEVELS.load(config.schedule_sampler)(config))

@@ -6,20 +6,21 @@ training re-noises the clean image with the same noise.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cm.config.choices import ODE_SOLVERS
+from cm.config.rows import PAIRS
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import Grid
-from cm.errors import UserError
 from cm.nn import append_dims
-from cm.objectives.base import Draw, Objective, Roles, replayed_rng, rng_state
+from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.curricula import EmaAndScales
+from cm.objectives.distances import Distance
+from cm.objectives.pairs import Pairs
+from cm.objectives.parts import Weight, distance_of, schedule_of, weight_of
 from cm.seeding import StepRandom
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-Weight = Callable[[Tensor], Tensor]
 
 
 def euler_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -37,20 +38,6 @@ def heun_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor,
     return x + dt * (slope + slope_end) / 2
 
 
-# --ode_solver: the one-step solver Phi of consistency distillation
-SOLVERS = {
-    "heun": heun_step,
-    "euler": euler_step,
-}
-
-
-def solver_by_name(name: str) -> Callable[..., Tensor]:
-    """One-step ODE solver by its flag value."""
-    if name not in SOLVERS:
-        raise UserError(f"--ode_solver must be one of {', '.join(SOLVERS)}, got {name}")
-    return SOLVERS[name]
-
-
 def consistency_losses(
     roles: Roles,
     x0: Tensor,
@@ -64,7 +51,8 @@ def consistency_losses(
     """lambda(t) d(f(x_t, t), f-(x_r, r)) per sample (Song et al. 2023, Eq. 7 and Eq. 10).
 
     With a teacher x_r is one `ode_solver` step from x_t (Algorithm 2); without, x_r = x0 + r noise (Algorithm 3).
-    Student and target share their dropout masks. Gradients flow through the student only.
+    Without a target network the student stands for it, as mu = 0 makes both the same. Student and target share their
+    dropout masks. Gradients flow through the student only.
     """
     x_t = x0 + draw.noise * append_dims(draw.t, x0.ndim)
     masks = rng_state(x0.device)
@@ -72,8 +60,8 @@ def consistency_losses(
     with torch.no_grad():
         x_r = _lower_point(roles.teacher, x0, x_t, draw, ode_solver, **cond)
         with replayed_rng(x0.device, masks):
-            target = roles.target(x_r, draw.r, **cond)
-    return {"loss": distance(student, target) * weight(draw.t)}
+            target = (roles.target or bare(roles.student))(x_r, draw.r, **cond)
+    return {"loss": distance(student, target) * weight(draw.t, draw.r)}
 
 
 def _lower_point(
@@ -83,13 +71,14 @@ def _lower_point(
     if teacher is None:
         # Algorithm 3; the same point as an Euler step whose denoiser returns the clean image.
         return x0 + draw.noise * append_dims(draw.r, x0.ndim)
-    return solver_by_name(ode_solver)(lambda x, t: teacher(x, t, **cond), x_t, draw.t, draw.r)
+    return ODE_SOLVERS.load(ode_solver)(lambda x, t: teacher(x, t, **cond), x_t, draw.t, draw.r)
 
 
 class ConsistencyObjective(Objective):
-    """Algorithm 2 (with a teacher) or Algorithm 3 (without) on the grid of N(k) points, target decay mu(k)."""
+    """Algorithm 2 (with a teacher) or Algorithm 3 (without), with target decay mu(k).
 
-    needs_target = True
+    What papers vary are three arguments: how `pairs` (t, r) are drawn, the `distance`, and `weight`(t, r).
+    """
 
     def __init__(
         self,
@@ -97,20 +86,21 @@ class ConsistencyObjective(Objective):
         distance: Distance,
         weight: Weight,
         *,
-        grid: Grid,
+        pairs: Pairs,
         distillation: bool,
         ode_solver: str = "heun",
     ):
-        solver_by_name(ode_solver)
+        ODE_SOLVERS[ode_solver]  # refuses unknown names at once
         self.schedule = schedule
         self.distance = distance
         self.weight = weight
-        self.grid = grid
+        self.pairs = pairs
         self.needs_teacher = distillation
+        self.needs_target = not schedule.copies_student
         self.ode_solver = ode_solver
 
     def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
-        return draw_pair(self.grid, self.num_scales(step), x0, random)
+        return self.pairs.draw(x0, step, self.num_scales(step), random)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
         if self.needs_teacher != (roles.teacher is not None):
@@ -126,15 +116,22 @@ class ConsistencyObjective(Objective):
         return self.schedule(step)[1]
 
 
-def draw_pair(grid: Grid, num_scales: int, x0: Tensor, random: StepRandom) -> Draw:
-    """n ~ U{0..N-2} on the grid of N points (0 = sigma_max), t and r its two ends, and the noise."""
-    index = random.randint(0, num_scales - 1)
-    return pair_at(grid, num_scales, index, random.noise(tuple(x0.shape[1:])))
+def distillation(config: Any) -> Objective:
+    """Row consistency_distillation."""
+    return _consistency(config, distillation=True)
 
 
-def pair_at(grid: Grid, num_scales: int, index: Tensor, noise: Tensor) -> Draw:
-    """The Draw of given grid positions (B,) int64 in 0..num_scales-2 and noise."""
-    if num_scales < 2:
-        raise ValueError(f"a consistency loss needs num_scales >= 2, got {num_scales}")
-    t, r = (grid.sigma(index + shift, num_scales - 1) for shift in (0, 1))
-    return Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), index=index)
+def training(config: Any) -> Objective:
+    """Row consistency_training."""
+    return _consistency(config, distillation=False)
+
+
+def _consistency(config: Any, *, distillation: bool) -> Objective:
+    return ConsistencyObjective(
+        schedule_of(config),
+        distance_of(config),
+        weight_of(config),
+        pairs=PAIRS.load(config.pairs)(config),
+        distillation=distillation,
+        ode_solver=config.ode_solver,
+    )

@@ -94,6 +94,11 @@ class EmaAndScales:
         if self.scale_mode == "progressive" and self.total_steps < 1:
             raise UserError(f"--total_training_steps must be positive, got {self.total_steps}")
 
+    @property
+    def copies_student(self) -> bool:
+        """mu is 0 at every step: the target network is the student."""
+        return self.target_ema_mode == "fixed" and self.start_ema == 0 and self.scale_mode != "progdist"
+
     def __call__(self, step: int) -> tuple[float, int]:
         return MODES[self.target_ema_mode, self.scale_mode](self, step)
 

@@ -1,14 +1,17 @@
 """EDM's denoising score matching, the objective of teachers (Karras et al. 2022, Eq. 8)."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.noise_levels import NoiseSampler, ScheduleSampler
 from cm.nn import append_dims, mean_flat
 from cm.objectives.augmentation import augment
 from cm.objectives.base import Draw, Objective, Roles
+from cm.objectives.parts import alpha_sigma_of, weight_of
 from cm.seeding import StepRandom
 
 
@@ -63,3 +66,12 @@ class EDMObjective(Objective):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sampler.load_state_dict(state)
+
+
+def denoising(config: Any) -> Objective:
+    """Row edm: in x = x0 + sigma noise, or in z = alpha x + sigma e with --diffusion_schedule."""
+    if config.diffusion_schedule:
+        from cm.objectives.alpha_sigma import AlphaSigmaObjective
+
+        return AlphaSigmaObjective(alpha_sigma_of(config), weight_of(config))
+    return EDMObjective(NOISE_LEVELS.load(config.schedule_sampler)(config), weight_of(config), config.augment)

@@ -8,23 +8,20 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
+from cm.config.choices import PRECISIONS
 from cm.errors import UserError
+from cm.objectives.distances import Distance, at_least_fp32, resize
 
 # Smaller images are enlarged before they are compared.
 NATIVE_SIZE = 256
 # VGG16 halves its input four times before its last features.
 SMALLEST_SIZE = 16
-PRECISIONS = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 # Position in torchvision's stack of the last ReLU of each VGG16 stage, and the number of channels there.
 FEATURES = {"3": 64, "8": 128, "15": 256, "22": 512, "29": 512}
@@ -54,15 +51,12 @@ class LpipsOptions:
     def __post_init__(self):
         if self.size != 0 and self.size < SMALLEST_SIZE:
             raise UserError(f"--lpips_size {self.size} is too small: VGG16 needs {SMALLEST_SIZE} pixels")
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"--lpips_precision {self.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-            )
+        PRECISIONS[self.precision]  # refuses unknown names at once
         if self.path:
             check_files(Path(self.path))
 
 
-class Lpips:
+class Lpips(Distance):
     """Perceptual distance of images in [-1, 1]: features of VGG16, compared by learned weights.
 
     average_pool: VGG16 with average pooling, as piq's `replace_pooling` and the released ImageNet and LSUN
@@ -85,7 +79,7 @@ class Lpips:
             )
         if self._device != a.device:
             self.load(a.device)
-        precision = PRECISIONS[self.options.precision]
+        precision = PRECISIONS.load(self.options.precision)
         # Entered in fp32 too, where it switches a caller's autocast off.
         with torch.autocast(a.device.type, precision, enabled=precision != torch.float32):
             return _compare(self._network, self._prepare(a), self._prepare(b))
@@ -120,14 +114,14 @@ class Lpips:
         return ((x + 1) / 2).expand(-1, 3, -1, -1)
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half-precision tensors in fp32; others as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def average_pooled(**options: Any) -> Lpips:
+    """Row lpips; the keywords are those of `LpipsOptions`."""
+    return Lpips(LpipsOptions(**options), average_pool=True)
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) at size x size, bilinearly without antialiasing."""
-    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+def max_pooled(**options: Any) -> Lpips:
+    """Row lpips-max."""
+    return Lpips(LpipsOptions(**options), average_pool=False)
 
 
 def check_files(folder: Path) -> None:

@@ -1,13 +1,17 @@
 """Progressive distillation in x = x0 + sigma noise coordinates (Salimans & Ho 2022, Algorithm 2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cm.diffusion.grid import Grid
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.consistency import Distance, Weight, euler_step
+from cm.objectives.consistency import euler_step
 from cm.objectives.curricula import EmaAndScales, Stage, progdist_stage
+from cm.objectives.distances import Distance
+from cm.objectives.parts import Weight, alpha_sigma_of, distance_of, grid_of, schedule_of, weight_of
 from cm.seeding import StepRandom
 
 
@@ -26,7 +30,7 @@ def progressive_losses(
         x_r = euler_step(lambda x, t: roles.teacher(x, t, **cond), x_mid, t_mid, draw.r)
         t, r = append_dims(draw.t, x0.ndim), append_dims(draw.r, x0.ndim)
         target = x_t - t * (x_r - x_t) / (r - t)
-    return {"loss": distance(denoised, target) * weight(draw.t)}
+    return {"loss": distance(denoised, target) * weight(draw.t, draw.r)}
 
 
 class ProgressiveObjective(Objective):
@@ -62,3 +66,13 @@ def interval_at(grid: Grid, intervals: int, index: Tensor, noise: Tensor) -> Dra
         raise ValueError(f"progressive distillation needs at least 1 interval, got {intervals}")
     t, r = (grid.sigma(index + shift, intervals) for shift in (0, 1))
     return Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), index=index)
+
+
+def progressive(config: Any) -> Objective:
+    """Row progdist: on Karras's grid, or in z = alpha x + sigma e with --diffusion_schedule."""
+    parts = schedule_of(config), distance_of(config), weight_of(config)
+    if config.diffusion_schedule:
+        from cm.objectives.alpha_sigma import AlphaSigmaProgressive
+
+        return AlphaSigmaProgressive(*parts, alpha_sigma=alpha_sigma_of(config))
+    return ProgressiveObjective(*parts, grid=grid_of(config))

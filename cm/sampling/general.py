@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cm.config.choices import NOISE_SCHEDULES, STATE_SCALES
 from cm.diffusion.denoiser import DenoiseFn
-from cm.diffusion.noise_schedules import NOISE_SCHEDULES, STATE_SCALES
 from cm.errors import UserError
 from cm.sampling.common import Callback, evaluate, intervals, report, start
 from cm.sampling.ode import churn
@@ -39,15 +39,11 @@ def sample_general(
     step to sigma = 0 is an Euler step. round_sigma: to the levels that the network knows, for churn's; `sigmas` come
     rounded. x has noise level sigmas[0] and is not scaled; nor is the sample.
     """
-    if noise_schedule not in NOISE_SCHEDULES:
-        raise UserError(f"--noise_schedule must be one of {', '.join(NOISE_SCHEDULES)}, got {noise_schedule}")
-    if state_scale not in STATE_SCALES:
-        raise UserError(f"--state_scale must be one of {', '.join(STATE_SCALES)}, got {state_scale}")
     if order not in (1, 2) or not 0 < alpha <= 1:
         raise UserError(
             f"--solver_order must be 1 or 2 and --solver_alpha in (0, 1], got {order} and {alpha}"
         )
-    schedule, scaling = NOISE_SCHEDULES[noise_schedule], STATE_SCALES[state_scale]
+    schedule, scaling = NOISE_SCHEDULES.load(noise_schedule)(), STATE_SCALES.load(state_scale)()
 
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(dz/dt, denoised) at time t."""

@@ -1,13 +1,13 @@
 """Learning rates as functions of the step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from cm.config.choices import LR_SCHEDULES
 from cm.errors import UserError
 
 
 def constant(step: int, total: int) -> float:
-    """Factor 1."""
+    """1 at every step: the rate stays."""
     return 1.0
 
 
@@ -21,13 +21,6 @@ def late_decay(step: int, total: int) -> float:
     return min(1.0, max(0.1, 1.25 * (1.0 - step / total)))
 
 
-LEARNING_RATES: dict[str, Callable[[int, int], float]] = {
-    "constant": constant,
-    "linear": linear_to_zero,
-    "late_decay": late_decay,
-}
-
-
 @dataclass(frozen=True)
 class LearningRate:
     """step -> learning rate: a named decay over `total` steps times a linear warm-up."""
@@ -38,12 +31,11 @@ class LearningRate:
     warmup: int = 0
 
     def __post_init__(self):
-        if self.schedule not in LEARNING_RATES:
-            raise UserError(f"--lr_schedule must be one of {', '.join(LEARNING_RATES)}, got {self.schedule}")
+        LR_SCHEDULES[self.schedule]  # refuses unknown names at once
         if self.schedule != "constant" and self.total < 1:
             raise UserError(f"--lr_schedule {self.schedule} needs a number of steps to decay over")
 
     def __call__(self, step: int, total: int | None = None) -> float:
         """Rate for step k; `total` replaces the decay length (stages of progressive distillation)."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return self.base * warm * LEARNING_RATES[self.schedule](step, total or self.total)
+        return self.base * warm * LR_SCHEDULES.load(self.schedule)(step, total or self.total)

@@ -20,7 +20,7 @@ from cm.diffusion.noise_schedules import iddpm_levels
 from cm.diffusion.precond import BoundaryPrecond
 from cm.errors import UserError
 from cm.models.pretrained import load_classifier, load_pretrained
-from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive
+from cm.objectives.alpha_sigma import AlphaSigmaObjective, AlphaSigmaProgressive
 from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.training.factory import create_objective

@@ -11,12 +11,19 @@ from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.errors import UserError
 from cm.nn import append_dims, mean_flat
-from cm.objectives import AlphaSigmaObjective, AlphaSigmaProgressive, ProgressiveObjective, Roles
-from cm.objectives.alpha_sigma import ddim_step, ddim_target, diffusion_losses, predict_x, progressive_losses
-from cm.objectives.base import Draw
+from cm.objectives.alpha_sigma import (
+    AlphaSigmaObjective,
+    AlphaSigmaProgressive,
+    ddim_step,
+    ddim_target,
+    diffusion_losses,
+    predict_x,
+    progressive_losses,
+)
+from cm.objectives.base import Draw, Roles
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import edm_losses
-from cm.objectives.progressive import interval_at
+from cm.objectives.progressive import ProgressiveObjective, interval_at
 from cm.objectives.progressive import progressive_losses as sigma_form
 from cm.sampling.consistency import sample_progdist
 from cm.seeding import StepRandom

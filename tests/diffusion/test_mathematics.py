@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.grid import karras_sigmas
+from cm.diffusion.grid import Grid, karras_sigmas
 from cm.diffusion.noise_levels import LogNormalSampler
-from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
-from cm.objectives.base import Draw
-from cm.objectives.consistency import pair_at
+from cm.objectives.base import Draw, Roles
+from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales, mu_adaptive, num_scales_progressive, progdist_stage
 from cm.objectives.distances import make_distance
-from cm.objectives.edm import edm_losses
-from cm.objectives.progressive import interval_at
+from cm.objectives.edm import EDMObjective, edm_losses
+from cm.objectives.pairs import pair_at
+from cm.objectives.progressive import ProgressiveObjective, interval_at
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
 from tests.helpers.analytic import Gaussian, free, ones

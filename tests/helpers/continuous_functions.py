@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cm.diffusion.denoiser import Denoiser
-from cm.objectives import Grid
+from cm.diffusion.grid import Grid
 from cm.objectives.base import Draw
 from tests.helpers.analytic import Gaussian, free
 

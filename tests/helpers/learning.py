@@ -16,19 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
-from cm.objectives import (
-    ConsistencyObjective,
-    ContinuousObjective,
-    EDMObjective,
-    Grid,
-    Objective,
-    ProgressiveObjective,
-)
+from cm.objectives.base import Objective
+from cm.objectives.consistency import ConsistencyObjective
+from cm.objectives.continuous import ContinuousObjective
 from cm.objectives.curricula import EmaAndScales, progdist_steps
 from cm.objectives.distances import make_distance
+from cm.objectives.edm import EDMObjective
+from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import logger
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler

@@ -8,12 +8,14 @@ from cm.commands.cli import parse_config
 from cm.config.rules import CURVED_NORMS, FLAT_NORMS
 from cm.config.scripts import CmTrainConfig
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import Grid
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
-from cm.objectives import ContinuousObjective, Grid, Roles
+from cm.objectives.base import Roles
 from cm.objectives.continuous import (
     DIRECTIONS,
     LOSSES,
+    ContinuousObjective,
     continuous_losses,
     curvature_product,
     total_derivative,

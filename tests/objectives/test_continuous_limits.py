@@ -5,11 +5,11 @@ import torch
 
 from cm.config.rules import FLAT_NORMS
 from cm.diffusion.denoiser import Denoiser
-from cm.objectives import Roles
-from cm.objectives.base import Draw
-from cm.objectives.consistency import consistency_losses, pair_at
+from cm.objectives.base import Draw, Roles
+from cm.objectives.consistency import consistency_losses
 from cm.objectives.continuous import ContinuousObjective, continuous_losses
 from cm.objectives.distances import make_distance
+from cm.objectives.pairs import pair_at
 from tests.helpers.analytic import free, ones
 from tests.helpers.continuous_functions import (
     DATA,

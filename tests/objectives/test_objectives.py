@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import EDMPrecond
 from cm.karras_diffusion import KarrasDenoiser
 from cm.nn import append_dims
-from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
-from cm.objectives.consistency import consistency_losses, euler_step, heun_step, pair_at
+from cm.objectives.base import Roles
+from cm.objectives.consistency import ConsistencyObjective, consistency_losses, euler_step, heun_step
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import make_distance
-from cm.objectives.progressive import interval_at, progressive_losses
+from cm.objectives.edm import EDMObjective
+from cm.objectives.pairs import pair_at
+from cm.objectives.progressive import ProgressiveObjective, interval_at, progressive_losses
 from cm.seeding import StepRandom
 from tests.helpers import golden_data
 from tests.helpers.analytic import Gaussian

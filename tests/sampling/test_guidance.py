@@ -10,8 +10,8 @@ from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.noise_levels import ve_levels
 from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.networks.classifier import EncoderUNetModel
-from cm.objectives import ClassifierObjective, Roles
-from cm.objectives.base import Draw
+from cm.objectives.base import Draw, Roles
+from cm.objectives.classifier import ClassifierObjective
 from cm.sampling.ancestral import sample_euler_ancestral
 from cm.sampling.guidance import guided
 from cm.sampling.noise import get_generator

@@ -9,7 +9,7 @@ from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResample
 from cm.diffusion.precond import EDMPrecond
 from cm.errors import BadNumbers, UserError
 from cm.karras_diffusion import KarrasDenoiser
-from cm.objectives import EDMObjective
+from cm.objectives.edm import EDMObjective
 from cm.runtime import logger
 from cm.training.anomalies import LEAP, LEAST_ROWS, NumberGuard
 from cm.training.learning_rate import LearningRate

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cm.diffusion.denoiser import Denoiser, NoisyClassifier, clamped
+from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler, UniformSampler, ve_levels, vp_levels
 from cm.diffusion.precond import (
     BoundaryPrecond,
@@ -22,8 +23,11 @@ from cm.diffusion.precond import (
 )
 from cm.diffusion.sde import create_sde
 from cm.diffusion.weightings import get_snr, get_weightings
-from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective, Roles
+from cm.objectives.base import Roles
+from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales
+from cm.objectives.edm import EDMObjective
+from cm.objectives.progressive import ProgressiveObjective
 from cm.sampling.noise import DummyGenerator
 from cm.sampling.registry import SAMPLERS, sampling_grid
 from cm.seeding import StepRandom

@@ -7,11 +7,14 @@ from PIL import Image
 from cm.commands.train import open_training_data
 from cm.config.scripts import CmTrainConfig
 from cm.data.sources import FolderSource
+from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.karras_diffusion import KarrasDenoiser
-from cm.objectives import ConsistencyObjective, EDMObjective, Grid, ProgressiveObjective
+from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales
+from cm.objectives.edm import EDMObjective
+from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import distributed, logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.training.learning_rate import LearningRate

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cm.config.derived import precision
 from cm.networks.precision import torso_dtype
-from cm.objectives import Roles
+from cm.objectives.base import Roles
 from cm.runtime.distributed import get_world_size
 from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
 from cm.tools.profiling.flops import network_cost, step_cost

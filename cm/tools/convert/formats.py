@@ -13,7 +13,9 @@ from typing import Any
 
 from cm.config import presets
 from cm.config.derived import is_consistency
-from cm.config.scripts import MODES, ModelFlags, flags_of
+from cm.config.fields import flags_of
+from cm.config.flags import ModelFlags
+from cm.config.rows import OBJECTIVES
 from cm.errors import UserError
 from cm.models.files import load_model_file
 from cm.models.guided_diffusion import guided_to_ours
@@ -23,7 +25,6 @@ from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
 from cm.tools.convert.layout import Config, State, check_fits
 from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
 
-OBJECTIVES = ("edm", *MODES)
 TORCH_LEGACY = b"\x80\x02\x8a\x0a"  # how files of torch.save began before they were zips
 
 

@@ -11,7 +11,7 @@ from cm.commands.cli import parse_config
 from cm.commands.sample import CallCounter, noise_levels, sample_batches, solver_options
 from cm.config import presets
 from cm.config.derived import is_consistency, precision, stop_step, training_mode, with_counts
-from cm.config.flags import CONTINUOUS_MODES
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, SampleConfig, flags_of
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
@@ -184,7 +184,7 @@ def _ways(config: TrainConfig, cluster: Cluster, slowdown: float) -> list[Way]:
 
 def needs_whole_graph(config: TrainConfig) -> bool:
     """Whether checkpointing is refused: continuous time without --stop_grad."""
-    return training_mode(config) in CONTINUOUS_MODES and not config.stop_grad
+    return OBJECTIVES[training_mode(config)].continuous and not config.stop_grad
 
 
 def first_way(plan: Plan) -> Way | None:

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cm.config.derived import precision, training_mode
-from cm.config.flags import CONTINUOUS_MODES
-from cm.config.scripts import CmTrainConfig, Config
+from cm.config.registry import Objective
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import Config
 from cm.models.factory import create_network
 from cm.networks.precision import torso_dtype
 from cm.objectives.lpips import NATIVE_SIZE
@@ -107,25 +108,27 @@ class StepCost:
 
 
 # Evaluations of the teacher in a step, by --training_mode; consistency distillation: by --ode_solver
-TEACHER_CALLS = {"progdist": 2, "heun": 2, "euler": 1, "continuous_distillation": 1}
+def _teacher_calls(row: Objective, config: Config) -> int:
+    """Evaluations of the teacher in a step: two Euler steps of a stage, one slope, or those of --ode_solver."""
+    if not row.teacher:
+        return 0
+    return 2 if row.stages or (not row.continuous and config.ode_solver == "heun") else 1
 
 
 def step_cost(config: Config, network: NetworkCost) -> StepCost:
     """FLOPs of one image through a step of the configured objective."""
-    mode = training_mode(config)
-    consistency = mode in ("consistency_distillation", "consistency_training")
-    solver = config.ode_solver if mode == "consistency_distillation" else mode
+    row = OBJECTIVES[training_mode(config)]
     distance = 0
-    if isinstance(config, CmTrainConfig) and config.loss_norm.startswith("lpips"):
-        distance = 3 * lpips_forward(config.image_size, config.lpips_size)
+    if (size := getattr(config, "lpips_size", None)) is not None:
+        distance = 3 * lpips_forward(config.image_size, size)
     passes, backwards = 1, 1
-    if mode in CONTINUOUS_MODES:
+    if row.continuous:
         # Forward mode is two passes, f and its tangent; then a plain one, or the way back through both.
         passes, backwards = (3, 1) if config.stop_grad else (2, 2)
     return StepCost(
         student=passes * network.forward,
         backward=backwards * network.backward,
-        target=network.forward if consistency else 0,
-        teacher=TEACHER_CALLS.get(solver, 0) * network.forward,
+        target=network.forward if row.consistency and not row.continuous else 0,
+        teacher=_teacher_calls(row, config) * network.forward,
         distance=distance,
     )

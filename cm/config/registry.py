@@ -1,0 +1,215 @@
+"""Everything that has a name, one row per name: objectives, samplers, networks, preconditionings, distances ...
+
+A row says where the thing is (`module:attribute`, imported when it is first used), which options it brings (a
+dataclass of flags), and the facts that other code asks for instead of the name. `cm.config.rows` holds the built-in
+rows, `cm.register` adds rows from outside. Imports no torch.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from cm.errors import UserError, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One name. make: `module:attribute`, or the object itself. options: dataclass of flags that come with the name.
+
+    origin: the plug-in that brought it; empty for built-in rows.
+    """
+
+    make: str | Callable[..., Any]
+    options: type | None = None
+    origin: str = ""
+
+    def load(self) -> Any:
+        """The object that `make` names."""
+        return resolve(self.make) if isinstance(self.make, str) else self.make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Row):
+    """make(config) -> cm.objectives.base.Objective.
+
+    consistency: its models are consistency functions, under the boundary condition. teacher: it needs one. sampler:
+    how its models are sampled unless the command says otherwise. script: the training script that offers it. stages:
+    the student becomes the teacher stage by stage. continuous: no grid of noise levels. draws: its models draw images.
+    """
+
+    consistency: bool = False
+    teacher: bool = False
+    sampler: str = "heun"
+    script: str = "cm_train"
+    stages: bool = False
+    continuous: bool = False
+    draws: bool = True
+
+    @property
+    def can_teach(self) -> bool:
+        """Whether its models are denoisers, which consistency models can be distilled from."""
+        return self.draws and not self.consistency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Row):
+    """make(denoise, x, sigmas, generator, progress, callback, **options) -> x: see `cm.sampling.driver`.
+
+    grid: the row of GRIDS that it walks along. order: of convergence as a solver of the flow; 0 where it is none.
+    guidance: a classifier can steer it. other_grids: --time_steps may replace its grid. bind: `module:attribute`, a
+    function (config, precond) -> keyword arguments beyond its options.
+    """
+
+    grid: str = "karras"
+    order: int = 0
+    guidance: bool = True
+    other_grids: bool = False
+    bind: str | Callable[..., Mapping[str, Any]] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Row):
+    """make(architecture, **options) -> module: forward(x, c_noise, y=None), images in, prediction out.
+
+    clock: c_noise = clock * ln(sigma) / 4. half: it has `convert_torso(dtype)` and `.dtype`. levels: it halves the
+    image from level to level (--channel_mult). augment: it takes augmentation labels. check: `module:attribute`, a
+    function (architecture) that raises UserError where flags do not fit. classifier: the classifier that goes with it.
+    """
+
+    clock: float = 1.0
+    half: bool = True
+    levels: bool = True
+    augment: bool = False
+    check: str | Callable[..., None] = ""
+    classifier: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precond(Row):
+    """make(sigma_data, time_scale) -> preconditioning of a denoiser; a column of EDM's Table 1 (Karras et al. 2022).
+
+    span: the noise levels that its network can tell apart; None: as it was trained. model: flags of every training
+    script that its range needs. training: its noise distribution and weighting, flags of edm_train. piecewise: Eq. 4 of
+    the consistency paper is defined on it.
+    """
+
+    span: tuple[float, float] | None = None
+    model: Mapping[str, Any] = None
+    training: Mapping[str, Any] = None
+    piecewise: bool = False
+
+    def implied(self, script: str) -> dict[str, Any]:
+        """Flags that choosing it sets for a training script; other scripts learn them from the model file."""
+        if script not in ("edm_train", "cm_train"):
+            return {}
+        return {**(self.model or {}), **((self.training or {}) if script == "edm_train" else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance(Row):
+    """make(**options) -> cm.objectives.distances.Distance. curved: it has a second derivative, so a pseudo-loss."""
+
+    curved: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting(Row):
+    """make: a function of (snr, sigma_data), or, for pairs, of (t, r, sigma_data)."""
+
+    pairs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels(Row):
+    """make(config) -> sampler of noise levels. grid: it draws points of a grid."""
+
+    grid: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource(Row):
+    """make(path) -> cm.data.sources.Source. matches: `module:attribute`, path -> whether this source reads it."""
+
+    matches: str | Callable[[str], bool] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Row):
+    """make(context) -> value or (value, interval): see `evaluations.metrics`.
+
+    title and digits: how it is printed. needs: what the reference must hold: "pool", "spatial", "images" or "".
+    labels: the samples must say their classes.
+    """
+
+    title: str = ""
+    digits: int = 4
+    needs: str = ""
+    labels: bool = False
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Registry(Mapping[str, R], Generic[R]):
+    """The rows of one kind by name. what: how messages call the kind."""
+
+    def __init__(self, what: str, rows: Mapping[str, R]):
+        self.what = what
+        self._rows = dict(rows)
+
+    def __getitem__(self, name: str) -> R:
+        """UserError with all names, and the one most like it, where there is none."""
+        return choose(self._rows, name, self.what)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, built-in ones first."""
+        return tuple(self._rows)
+
+    def load(self, name: str) -> Any:
+        """The object that a name stands for."""
+        return self[name].load()
+
+    def add(self, name: str, row: R) -> None:
+        """One more row; UserError for a name that is taken by another origin, or that no command line could hold."""
+        if not name or name.strip() != name or any(c in name for c in ", \t\n=") or name.startswith("-"):
+            raise UserError(f"{self.what} {name!r}: a name must be one word without commas")
+        taken = self._rows.get(name)
+        if taken is not None and not (taken.origin and taken.origin == row.origin):
+            raise UserError(
+                f"{self.what} {name} is there already" + (f", from {taken.origin}" if taken.origin else "")
+            )
+        self._rows[name] = row
+
+    def drop(self, name: str) -> None:
+        """Take a row out that `add` put in; built-in ones stay."""
+        if self._rows[name].origin:
+            del self._rows[name]
+
+
+def resolve(path: str) -> Any:
+    """The object at `module:attribute`."""
+    module, _, attribute = path.partition(":")
+    found = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def with_origin(row: R, origin: str) -> R:
+    """The same row, from a plug-in."""
+    return replace(row, origin=origin)
+
+
+def simple(what: str, rows: Mapping[str, str]) -> Registry[Row]:
+    """A registry of rows that say no more than where they are."""
+    return Registry(what, {name: Row(make=path) for name, path in rows.items()})

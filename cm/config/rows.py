@@ -1,0 +1,236 @@
+"""The built-in rows of the registry. A newcomer adds one here, or from outside with `cm.register`. Imports no torch."""
+
+from cm.config import options
+from cm.config.registry import (
+    DataSource,
+    Distance,
+    Metric,
+    Network,
+    NoiseLevels,
+    Objective,
+    Precond,
+    Registry,
+    Row,
+    Sampler,
+    Weighting,
+)
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "training_mode",
+    {
+        "consistency_distillation": Objective(
+            make="cm.objectives.consistency:distillation", consistency=True, teacher=True, sampler="onestep"
+        ),
+        "consistency_training": Objective(
+            make="cm.objectives.consistency:training", consistency=True, sampler="onestep"
+        ),
+        "continuous_distillation": Objective(
+            make="cm.objectives.continuous:distillation",
+            consistency=True,
+            teacher=True,
+            sampler="onestep",
+            continuous=True,
+            options=options.ContinuousOptions,
+        ),
+        "continuous_training": Objective(
+            make="cm.objectives.continuous:training",
+            consistency=True,
+            sampler="onestep",
+            continuous=True,
+            options=options.ContinuousOptions,
+        ),
+        "progdist": Objective(
+            make="cm.objectives.progressive:progressive", teacher=True, sampler="progdist", stages=True
+        ),
+        "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train"),
+        "classifier": Objective(
+            make="cm.objectives.classifier:classification", script="classifier_train", draws=False
+        ),
+    },
+)
+
+SAMPLERS: Registry[Sampler] = Registry(
+    "sampler",
+    {
+        "heun": Sampler(
+            make="cm.sampling.ode:sample_heun", order=2, other_grids=True, options=options.ChurnOptions
+        ),
+        "euler": Sampler(make="cm.sampling.ode:sample_euler", order=1, other_grids=True),
+        "dpm": Sampler(
+            make="cm.sampling.ode:sample_dpm", order=2, other_grids=True, options=options.ChurnOptions
+        ),
+        "ancestral": Sampler(make="cm.sampling.ancestral:sample_euler_ancestral", other_grids=True),
+        "onestep": Sampler(make="cm.sampling.consistency:sample_onestep", guidance=False),
+        "multistep": Sampler(
+            make="cm.sampling.consistency:sample_multistep",
+            grid="ts",
+            guidance=False,
+            bind="cm.sampling.consistency:end_of_noise",
+        ),
+        "progdist": Sampler(
+            make="cm.sampling.consistency:sample_progdist", grid="intervals", order=1, guidance=False
+        ),
+        "general": Sampler(
+            make="cm.sampling.general:sample_general",
+            order=2,
+            other_grids=True,
+            options=options.GeneralOptions,
+            bind="cm.sampling.general:known_levels",
+        ),
+        "pc": Sampler(
+            make="cm.sampling.predictor_corrector:sample_pc",
+            grid="sde",
+            options=options.PredictorCorrectorOptions,
+            bind="cm.sampling.predictor_corrector:sde_of",
+        ),
+        "rk45": Sampler(
+            make="cm.sampling.predictor_corrector:sample_rk45",
+            order=5,
+            options=options.RungeKuttaOptions,
+            bind="cm.sampling.predictor_corrector:sde_of",
+        ),
+    },
+)
+
+# Noise levels that a sampler walks along: make(config) -> decreasing levels with the last one where sampling ends
+GRIDS: Registry[Row] = Registry(
+    "grid",
+    {
+        "karras": Row(make="cm.sampling.levels:karras"),
+        "ts": Row(make="cm.sampling.levels:chosen"),
+        "intervals": Row(make="cm.sampling.levels:intervals"),
+        "sde": Row(make="cm.sampling.levels:of_sde"),
+    },
+)
+
+# --time_steps: other grids, columns of EDM's Table 1: make(n, sigma_min, sigma_max, rho)
+TIME_STEPS: Registry[Row] = Registry(
+    "time_steps",
+    {name: Row(make=f"cm.diffusion.noise_schedules:{name}_steps") for name in ("edm", "vp", "ve", "iddpm")},
+)
+
+NETWORKS: Registry[Network] = Registry(
+    "network",
+    {
+        "adm": Network(
+            make="cm.networks.architecture:adm",
+            clock=1000.0,
+            check="cm.config.rules:check_adm",
+            classifier="cm.networks.architecture:adm_classifier",
+        ),
+        "ncsnpp": Network(make="cm.networks.architecture:ncsnpp", augment=True),
+        "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True),
+    },
+)
+
+PRECONDS: Registry[Precond] = Registry(
+    "precond",
+    {
+        "edm": Precond(make="cm.diffusion.precond:EDMPrecond", piecewise=True),
+        # sigma(t) for t from 1e-5 to 1
+        "vp": Precond(
+            make="cm.diffusion.precond:vp_column",
+            span=(0.001, 152.17),
+            training={"schedule_sampler": "vp", "weight_schedule": "snr"},
+        ),
+        "ve": Precond(
+            make="cm.diffusion.precond:ve_column",
+            model={"sigma_min": 0.02, "sigma_max": 100.0},
+            training={"schedule_sampler": "ve", "weight_schedule": "snr"},
+        ),
+        # u_999 and u_0
+        "iddpm": Precond(
+            make="cm.diffusion.precond:iddpm_column",
+            span=(0.0064, 20291.2),
+            model={"sigma_min": 0.0065},
+            training={"schedule_sampler": "iddpm", "weight_schedule": "snr"},
+        ),
+    },
+)
+
+DISTANCES: Registry[Distance] = Registry(
+    "loss_norm",
+    {
+        "l1": Distance(make="cm.objectives.distances:L1", curved=False),
+        "l2": Distance(make="cm.objectives.distances:L2"),
+        "l2-32": Distance(make="cm.objectives.distances:L2At32"),
+        "linf": Distance(make="cm.objectives.distances:LInf", curved=False),
+        "lpips": Distance(make="cm.objectives.lpips:average_pooled", options=options.LpipsOptions),
+        "lpips-max": Distance(make="cm.objectives.lpips:max_pooled", options=options.LpipsOptions),
+    },
+)
+
+WEIGHTINGS: Registry[Weighting] = Registry(
+    "weight_schedule",
+    {
+        "snr": Weighting(make="cm.diffusion.weightings:snr_weight"),
+        "snr+1": Weighting(make="cm.diffusion.weightings:snr_plus_one"),
+        "karras": Weighting(make="cm.diffusion.weightings:karras"),
+        "truncated-snr": Weighting(make="cm.diffusion.weightings:truncated_snr"),
+        "uniform": Weighting(make="cm.diffusion.weightings:uniform"),
+        "inverse-gap": Weighting(make="cm.diffusion.weightings:inverse_gap", pairs=True),
+    },
+)
+
+NOISE_LEVELS: Registry[NoiseLevels] = Registry(
+    "schedule_sampler",
+    {
+        "uniform": NoiseLevels(
+            make="cm.diffusion.noise_levels:UniformSampler", grid=True, options=options.GridOptions
+        ),
+        "loss-second-moment": NoiseLevels(
+            make="cm.diffusion.noise_levels:LossSecondMomentResampler", grid=True, options=options.GridOptions
+        ),
+        "lognormal": NoiseLevels(
+            make="cm.diffusion.noise_levels:lognormal", options=options.LogNormalOptions
+        ),
+        "lognormal-even": NoiseLevels(
+            make="cm.diffusion.noise_levels:lognormal_even", options=options.LogNormalOptions
+        ),
+        "vp": NoiseLevels(make="cm.diffusion.noise_levels:vp_levels"),
+        "ve": NoiseLevels(make="cm.diffusion.noise_levels:ve_levels"),
+        "iddpm": NoiseLevels(make="cm.diffusion.noise_levels:iddpm_uniform_levels"),
+    },
+)
+
+# How a consistency loss draws its pairs t > r: make(config) -> cm.objectives.pairs.Pairs
+PAIRS: Registry[Row] = Registry("pairs", {"grid": Row(make="cm.objectives.pairs:grid_pairs")})
+
+# What image_edit does: make(config) -> LinearEdit, or None where nothing is held fixed
+TASKS: Registry[Row] = Registry(
+    "task",
+    {
+        "inpaint": Row(make="cm.commands.edit:inpaint_task", options=options.InpaintTask),
+        "colorize": Row(make="cm.commands.edit:colorize_task", options=options.ProjectOptions),
+        "superres": Row(make="cm.commands.edit:superres_task", options=options.SuperresOptions),
+        "stroke": Row(make="cm.commands.edit:free_task", options=options.StrokeOptions),
+        "denoise": Row(make="cm.commands.edit:free_task", options=options.DenoiseOptions),
+        "interpolate": Row(make="cm.commands.edit:free_task", options=options.InterpolateOptions),
+    },
+)
+
+# Tried in this order; a plug-in's come first
+DATA_SOURCES: Registry[DataSource] = Registry(
+    "data source",
+    {
+        "store": DataSource(make="cm.data.sources:StoreSource", matches="cm.data.sources:is_prepared"),
+        "folder": DataSource(make="cm.data.sources:FolderSource", matches="cm.storage.filesystem:isdir"),
+        "zip": DataSource(make="cm.data.sources:ZipSource", matches="cm.data.sources:is_zip"),
+        "npz": DataSource(make="cm.data.sources:NpzSource", matches="cm.data.sources:is_npz"),
+    },
+)
+
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {
+        "inception_score": Metric(
+            make="evaluations.metrics:measure_inception_score", title="Inception Score"
+        ),
+        "fid": Metric(make="evaluations.metrics:measure_fid", title="FID", needs="pool"),
+        "sfid": Metric(make="evaluations.metrics:measure_sfid", title="sFID", needs="spatial"),
+        "precision": Metric(make="evaluations.metrics:measure_precision", title="Precision", needs="images"),
+        "recall": Metric(make="evaluations.metrics:measure_recall", title="Recall", needs="images"),
+        "kid": Metric(make="evaluations.metrics:measure_kid", title="KID", digits=6, needs="images"),
+        "accuracy": Metric(make="evaluations.metrics:measure_accuracy", title="Accuracy", labels=True),
+    },
+)
