@@ -72,13 +72,15 @@ def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = No
     file = read_json(first["config"]) if first.get("config") else {}
     plugins.load(str(first.get("plugin") or file.get("plugin") or ""))
     from_preset = _preset_values({**file, **first}, script)
-    cls = configuration_class(config_class, {**from_preset, **_texts(file), **first})
+    chosen = {**from_preset, **_texts(file), **first}
+    cls = configuration_class(config_class, chosen)
     parser = build_parser(cls)
     given, unknown = _given(parser, argv)
     if "help" in given:
-        parser.exit(message=_help(cls, given["help"]))
+        print(help_page(cls, given["help"]))
+        sys.exit(0)
     if unknown:
-        raise UserError(_unknown_flag(unknown[0], config_class, cls))
+        raise UserError(_unknown_flag(unknown[0], cls, chosen))
     from_preset = {name: value for name, value in from_preset.items() if not is_fixed(cls, name)}
     from_file = read_config(file, first.get("config", ""), cls)
     named = {**from_file, **given}
@@ -133,7 +135,7 @@ def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dic
             continue
         others = [f for _, _, f in _other_rows(cls) if f.name == name]
         if not any(value == f.default or value == str(f.default) for f in others):
-            hint = nearest(name, flags) if not others else f": {_whose(name, cls)}"
+            hint = nearest(name, flags) if not others else f": it is {_whose(name, cls, content)}"
             raise UserError(f"--config {path}: unknown flag {name}{hint}")
     return values
 
@@ -181,22 +183,26 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[s
     return vars(namespace), unknown
 
 
-def _unknown_flag(word: str, config_class: type[Config], cls: type[Config]) -> str:
+def _unknown_flag(word: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:
     """What to say of an argument that is no flag of this configuration."""
     name = word.lstrip("-").partition("=")[0]
-    if whose := _whose(name, cls):
+    if whose := _whose(name, cls, chosen):
         return f"--{name} is {whose}"
     hint = nearest(name, flags_of(cls), prefix="--") if word.startswith("--") else ""
     return f"unknown argument {word}{hint}"
 
 
-def _whose(name: str, cls: type[Config]) -> str:
+def _whose(name: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:
     """`for --sampler pc, not for heun` for an option of a row that was not chosen; empty for others."""
     found: dict[str, list[str]] = {}
     for flag, row, f in _other_rows(cls):
         if f.name == name:
             found.setdefault(flag, []).append(row)
-    return "; ".join(f"for --{flag} {' or '.join(rows)}" for flag, rows in found.items())
+    flags = flags_of(cls)
+    return "; ".join(
+        f"for --{flag} {' or '.join(rows)}, not for {chosen.get(flag, flags[flag].default)}"
+        for flag, rows in found.items()
+    )
 
 
 def _other_rows(cls: type[Config]) -> list[tuple[str, str, Field]]:
@@ -226,7 +232,7 @@ def build_parser(cls: type[Config], *, main: bool = True) -> argparse.ArgumentPa
     return parser
 
 
-def _help(cls: type[Config], which: str) -> str:
+def help_page(cls: type[Config], which: str) -> str:
     """The text of --help: the main flags, or all, grouped as the classes group them."""
     parser = argparse.ArgumentParser(
         prog=script_of(cls),

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cm.config.registry import resolve
+from cm.config.rows import DATA_SOURCES
 from cm.data import labels as label_modes
 from cm.data import store
 from cm.data.decode import EXTENSIONS, readable
@@ -215,18 +217,34 @@ class StoreSource:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
 
+def is_prepared(path: str) -> bool:
+    """Whether a path is a folder that scripts/prepare_data.py wrote."""
+    return filesystem.isdir(path) and store.is_store(path)
+
+
+def is_zip(path: str) -> bool:
+    """Whether a path names a zip file."""
+    return path.lower().endswith(".zip")
+
+
+def is_npz(path: str) -> bool:
+    """Whether a path names an npz file."""
+    return path.lower().endswith(".npz")
+
+
 def open_source(path: str) -> Source:
-    """The source that a path is: a prepared store, a folder, a .zip or an .npz."""
+    """The source that reads a path: the first row of DATA_SOURCES that matches it, plug-ins' first.
+
+    Ours are a prepared store, a folder, a .zip and an .npz; those must exist, a plug-in's path may be any text.
+    """
     if not path:
         raise UserError("--data_dir is missing: give a folder, a .zip or an .npz of images")
-    if not filesystem.exists(path):
-        raise UserError(f"{path}: no such folder or file")
-    if filesystem.isdir(path):
-        return StoreSource(path) if store.is_store(path) else FolderSource(path)
-    if path.lower().endswith(".zip"):
-        return ZipSource(path)
-    if path.lower().endswith(".npz"):
-        return NpzSource(path)
+    rows = sorted(DATA_SOURCES.values(), key=lambda row: not row.origin)
+    for row in rows:
+        if not row.origin and not filesystem.exists(path):
+            raise UserError(f"{path}: no such folder or file")
+        if (resolve(row.matches) if isinstance(row.matches, str) else row.matches)(path):
+            return row.load()(path)
     raise UserError(
         f"{path}: not a folder, .zip or .npz; scripts/prepare_data.py reads tars, lmdb and CIFAR-10"
     )

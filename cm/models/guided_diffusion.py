@@ -63,7 +63,7 @@ def encoder_flags(state: dict[str, Tensor], source: str, image_size: int) -> dic
         raise UserError(
             f"--classifier_path {source} does not fit images of {image_size} pixels: its coarsest level has {coarsest}"
         )
-    stride, base = total // levels, shapes["input_blocks.0.0.weight"][0]
+    stride, base = total // levels, shapes["time_embed.0.weight"][1]
     firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
     widths = [shapes.get(f"{first}.0.in_layers.2.weight", (0,))[0] for first in firsts]
     attended = [image_size >> i for i, first in enumerate(firsts) if f"{first}.1.qkv.weight" in shapes]

@@ -9,7 +9,7 @@ from torch import nn
 from cm.config.derived import channels_last, is_consistency, precision
 from cm.config.flags import GuidanceFlags
 from cm.config.inherit import inherit
-from cm.config.scripts import ClassifierConfig, ModelFlags, flags_of
+from cm.config.scripts import ClassifierConfig, ModelFlags, configure, flags_of
 from cm.diffusion.denoiser import Denoiser, NoisyClassifier
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network, create_precond
@@ -87,7 +87,7 @@ def _own_classifier(file: ModelFile, flags: GuidanceFlags) -> tuple[NoisyClassif
                 f"--{name} is for classifiers of guided-diffusion; --classifier_path {path} describes itself"
             )
     known = flags_of(ClassifierConfig)
-    config = ClassifierConfig(**{name: value for name, value in stored.items() if name in known})
+    config = configure(ClassifierConfig, **{name: value for name, value in stored.items() if name in known})
     network = create_network(config)
     check_matching(network, file.state, f"--classifier_path {file.path}")
     network.load_state_dict(file.state)

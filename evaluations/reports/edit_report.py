@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.masks import known_mask
-from cm.config.scripts import EditConfig
+from cm.config.scripts import EditConfig, configure
 from cm.data.decode import Decoder
 from cm.data.images import from_uint8, save_json, to_uint8
 from cm.errors import UserError
@@ -124,7 +124,7 @@ def read_results(folder: Path) -> tuple[EditConfig, list[Input], dict[str, list[
     """How a folder was made, its inputs, and the name of each input -> its result files."""
     try:
         metadata = json.loads((folder / "edit.json").read_text())
-        config = EditConfig(**metadata["config"])
+        config = configure(EditConfig, **metadata["config"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: not a folder of image_edit's results (edit.json: {error})") from None
     if config.task not in TASKS:

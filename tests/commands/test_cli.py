@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from cm.commands.cli import build_parser, parse, parse_config
+from cm.commands.cli import help_page, parse, parse_config
 from cm.config import presets
+from cm.config.fields import flags_of, meta_of
 from cm.config.parsing import str2bool
-from cm.config.scripts import SCRIPTS, CmTrainConfig, EdmTrainConfig, SampleConfig, flags_of, resolved
+from cm.config.scripts import (
+    SCRIPTS,
+    CmTrainConfig,
+    EdmTrainConfig,
+    SampleConfig,
+    configuration_class,
+    resolved,
+)
 from cm.errors import UserError
 from tests.helpers import golden_data
 
@@ -55,7 +63,7 @@ def test_dry_run_of_published_commands_counts_the_released_parameters(number, pa
     command = golden_data.json("launch_commands")[number]
     printed = dry_run(SCRIPTS[command["script"]], command["argv"], capsys)
     assert printed.pop("num_parameters") == parameters
-    assert set(printed) == set(flags_of(SCRIPTS[command["script"]]))
+    assert set(printed) >= set(flags_of(SCRIPTS[command["script"]]))
 
 
 def test_precedence_is_flag_config_preset_default(tmp_path):
@@ -135,16 +143,39 @@ def test_bad_config_files_give_one_line(content, message, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag(script):
-    text = "".join(
-        build_parser(SCRIPTS[script]).format_help().split()
-    )  # lines are wrapped, also after hyphens
-    for name, field in flags_of(SCRIPTS[script]).items():
-        meta = field.metadata
+def test_help_all_explains_every_flag_and_help_the_main_ones(script):
+    cls = configuration_class(SCRIPTS[script], {})
+    # Lines are wrapped, also after hyphens.
+    everything, main = ("".join(help_page(cls, which).split()) for which in ("all", "main"))
+    for name, field in flags_of(cls).items():
+        meta = meta_of(field)
         default = '""' if field.default == "" else field.default
-        parts = [f"--{name}", meta["help"], f"[{meta['unit']}]" * bool(meta["unit"]), f"(default: {default})"]
-        for part in (*parts, ", ".join(c for c in meta["choices"] if c)):
-            assert "".join(part.split()) in text, name
+        parts = [f"--{name}", meta.help, f"[{meta.unit}]" * bool(meta.unit), f"(default: {default})"]
+        for part in (*parts, ", ".join(c for c in meta.names if c)):
+            assert "".join(part.split()) in everything, name
+        assert (f"--{name}{'BOOL' if type(field.default) is bool else ''}" in main) >= meta.main
+
+
+def test_options_are_flags_where_their_row_is_chosen():
+    config = parse_config(SampleConfig, ["--sampler", "pc", "--snr", "0.3"])
+    assert config.snr == 0.3 and config.corrector_steps == 1
+    with pytest.raises(UserError, match="--snr is for --sampler pc, not for heun"):
+        parse_config(SampleConfig, ["--snr", "0.3"])
+    with pytest.raises(
+        UserError, match="--clock is for --training_mode continuous_distillation or continuous_tr"
+    ):
+        parse_config(CmTrainConfig, ["--clock", "grid"])
+    assert "sampler pc: sde, predictor" in " ".join(help_page(SampleConfig, "all").split())
+
+
+def test_a_configuration_file_of_an_earlier_version_is_read(tmp_path):
+    """It names every flag that there was; those of rows that are not chosen were at their defaults."""
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"sampler": "euler", "snr": 0.16, "classifier_width": 128, "steps": 7}))
+    assert parse_config(SampleConfig, ["--config", str(path)]).steps == 7
+    path.write_text(json.dumps({"sampler": "euler", "snr": 0.5}))
+    with pytest.raises(UserError, match="unknown flag snr: it is for --sampler pc, not for euler"):
+        parse_config(SampleConfig, ["--config", str(path)])
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("[a-z]*.py")))

@@ -12,7 +12,7 @@ from cm.commands.edit import noise_levels, run_image_edit
 from cm.commands.edit_inputs import result_stems
 from cm.commands.interpolate import corner_noise, path_between
 from cm.commands.masks import known_mask
-from cm.config.scripts import EditConfig
+from cm.config.scripts import EditConfig, configure
 from cm.data.images import from_uint8
 from cm.errors import UserError
 from cm.runtime import distributed, logger
@@ -205,11 +205,11 @@ def test_path_passes_every_corner_once():
 
 def test_noise_levels():
     def levels(**flags):
-        return noise_levels(EditConfig(steps=18, **flags))
+        return noise_levels(configure(EditConfig, steps=18, **flags))
 
     assert len(levels(task="inpaint")) == 18
-    assert len(noise_levels(EditConfig(steps=201))) == 18
-    assert len(noise_levels(EditConfig(steps=5))) == 5
+    assert len(noise_levels(configure(EditConfig, steps=201))) == 18
+    assert len(noise_levels(configure(EditConfig, steps=5))) == 5
     assert levels(task="stroke").tolist() == [1.0, 0.002]
     assert levels(task="interpolate").tolist() == [80, 0.002]
     assert levels(task="inpaint", ts="0,9").tolist() == levels(task="inpaint", ts="0,9,17").tolist()

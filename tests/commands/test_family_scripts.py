@@ -15,7 +15,14 @@ from cm.commands.sample import run_image_sample
 from cm.commands.train import run_train
 from cm.config.derived import stored_config
 from cm.config.inherit import adopt_teacher
-from cm.config.scripts import ClassifierConfig, CmTrainConfig, EdmTrainConfig, LikelihoodConfig, SampleConfig
+from cm.config.scripts import (
+    ClassifierConfig,
+    CmTrainConfig,
+    EdmTrainConfig,
+    LikelihoodConfig,
+    SampleConfig,
+    configure,
+)
 from cm.diffusion.noise_schedules import iddpm_levels
 from cm.diffusion.precond import BoundaryPrecond
 from cm.errors import UserError
@@ -137,11 +144,11 @@ def test_a_teacher_that_does_not_fit(teachers, data_dir, tmp_path):
     refuses("leave the noise levels that the teacher .* 0.02 to 100.0", distill("ve", "--sigma_max", "80"))
     refuses("leave the noise levels of --precond iddpm", distill("iddpm"))
     # What is known of the teacher decides; a bare state dict leaves it to the flags.
-    config = CmTrainConfig(precond="vp", explicit=frozenset({"precond"}))
+    config = configure(CmTrainConfig, precond="vp", explicit=frozenset({"precond"}))
     assert adopt_teacher(config, None, "x.pt") is config
-    stored = stored_config(EdmTrainConfig())
+    stored = stored_config(configure(EdmTrainConfig))
     del stored["precond"]
-    assert adopt_teacher(CmTrainConfig(), stored, "old").precond == "edm"
+    assert adopt_teacher(configure(CmTrainConfig), stored, "old").precond == "edm"
 
 
 def test_levels_are_rounded_to_those_the_network_knows(teachers, tmp_path):

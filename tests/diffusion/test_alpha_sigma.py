@@ -39,7 +39,7 @@ def levels(*values):
 
 
 def weight(name):
-    return lambda t: get_weightings(name, get_snr(t), 0.5)
+    return lambda t, r=None: get_weightings(name, get_snr(t), 0.5)
 
 
 def distance(a, b):
@@ -83,7 +83,7 @@ def test_log_snr_by_hand():
     expected = math.exp(-(19.9 * t**2 / 4 + 0.1 * t / 2))
     assert vp.alpha(vp.level(levels(0.4))).item() == pytest.approx(expected, rel=1e-4)
     assert AlphaSigma("ve", 0.01, 100.0).level(levels(0.5)).item() == pytest.approx(1.0)
-    with pytest.raises(UserError, match="--diffusion_schedule must be one of cosine, vp, ve"):
+    with pytest.raises(UserError, match="diffusion_schedule must be one of cosine, vp, ve"):
         AlphaSigma("quadratic")
 
 

@@ -18,7 +18,7 @@ from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales, mu_adaptive, num_scales_progressive, progdist_stage
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import EDMObjective, edm_losses
-from cm.objectives.pairs import pair_at
+from cm.objectives.pairs import GridPairs, pair_at
 from cm.objectives.progressive import ProgressiveObjective, interval_at
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
@@ -100,7 +100,7 @@ def train(points, *, distillation, solver="euler"):
         EmaAndScales("fixed", 0.0, "fixed", points, points, 9, 9),
         make_distance("l2"),
         ones,
-        grid=GRID,
+        pairs=GridPairs(GRID),
         distillation=distillation,
         ode_solver=solver,
     )

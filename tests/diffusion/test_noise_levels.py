@@ -113,5 +113,5 @@ def test_registry(name):
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="--schedule_sampler"):
+    with pytest.raises(UserError, match="schedule_sampler"):
         create_named_schedule_sampler("loss", diffusion(10))

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from cm.config.choices import SDES
 from cm.diffusion.grid import karras_sigmas
-from cm.diffusion.sde import EDMSDE, SDES, VESDE, VPSDE, SubVPSDE, create_sde
+from cm.diffusion.sde import EDMSDE, VESDE, VPSDE, SubVPSDE, create_sde
 from cm.errors import UserError
 from cm.sampling.noise import get_generator
 from cm.sampling.ode import sample_heun
@@ -132,7 +133,7 @@ def test_levels_of_sampling():
     widest = VPSDE().levels(10, 1e-4, 1000.0)
     assert widest[[0, -1]].tolist() == pytest.approx([152.167, 0.010486], rel=1e-3)
     torch.testing.assert_close(EDMSDE().levels(7, 0.002, 80.0), karras_sigmas(7, 0.002, 80.0))
-    with pytest.raises(UserError, match="--sde must be one of ve, vp, subvp, edm"):
+    with pytest.raises(UserError, match="sde must be one of ve, vp, subvp, edm"):
         create_sde("vpp")
 
 

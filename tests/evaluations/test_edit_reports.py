@@ -12,7 +12,7 @@ from PIL import Image
 from cm.commands.cli import parse
 from cm.commands.edit import run_image_edit
 from cm.commands.edit_inputs import InputFiles
-from cm.config.scripts import EditConfig, resolved
+from cm.config.scripts import EditConfig, configure, resolved
 from cm.data.prepare import prepare
 from cm.errors import UserError
 from cm.objectives.lpips import import_piq
@@ -39,7 +39,9 @@ def truth(tmp_path):
 def _write_results(folder, truth, errors, **flags):
     """Results of an editing run: result k of each image is the truth plus errors[k] everywhere."""
     folder.mkdir()
-    config = EditConfig(input=str(truth), image_size=SIDE, in_channels=1, num_results=len(errors), **flags)
+    config = configure(
+        EditConfig, input=str(truth), image_size=SIDE, in_channels=1, num_results=len(errors), **flags
+    )
     images = {}
     for path in sorted(truth.iterdir()):
         names = [f"{path.stem}_{k:03d}.png" for k in range(len(errors))]
@@ -62,28 +64,34 @@ def test_mean_fill_keeps_what_is_known_and_fills_each_channel():
     images = torch.zeros(2, 3, 4, 4)
     images[0, 0], images[1, 2] = 0.5, -0.25
     images[:, :, 1:3, 1:3] = 9.0  # unknown to it
-    filled = mean_fill(images, EditConfig(mask="center:0.5"))
+    filled = mean_fill(images, configure(EditConfig, mask="center:0.5"))
     assert filled[0, 0].unique().tolist() == [0.5]
     assert filled[1, 2].unique().tolist() == [-0.25]
     assert not filled[0, 1:].any()
     images[0, 0, 0, 0] = 1.7  # one of twelve known pixels
-    assert mean_fill(images, EditConfig(mask="center:0.5"))[0, 0, 1, 1] == pytest.approx(0.5 + 1.2 / 12)
-    nothing_known = mean_fill(images, EditConfig(mask="box:0,0,4,4"))
+    assert mean_fill(images, configure(EditConfig, mask="center:0.5"))[0, 0, 1, 1] == pytest.approx(
+        0.5 + 1.2 / 12
+    )
+    nothing_known = mean_fill(images, configure(EditConfig, mask="box:0,0,4,4"))
     assert not nothing_known.any()
 
 
 def test_grey_is_the_luma():
     image = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 2, 2)
-    assert grey(image, EditConfig())[0, :, 0, 0].tolist() == pytest.approx([2 * 0.2989 - 1] * 3, abs=1e-3)
+    assert grey(image, configure(EditConfig))[0, :, 0, 0].tolist() == pytest.approx(
+        [2 * 0.2989 - 1] * 3, abs=1e-3
+    )
 
 
 def test_bicubic_enlarges_the_patch_means():
     ramp = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)
-    out = bicubic(ramp, EditConfig(factor=2))
+    out = bicubic(ramp, configure(EditConfig, factor=2))
     assert out.shape == ramp.shape
     assert torch.allclose(out[..., 4:-4], ramp[..., 4:-4], atol=0.02)  # a plane, away from the border
     checks = (torch.arange(16) % 2 * 2.0 - 1).expand(1, 1, 16, 16)
-    assert torch.allclose(bicubic(checks, EditConfig(factor=2)), torch.zeros(1, 1, 16, 16), atol=1e-6)
+    assert torch.allclose(
+        bicubic(checks, configure(EditConfig, factor=2)), torch.zeros(1, 1, 16, 16), atol=1e-6
+    )
 
 
 # ---- scores -----------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def test_page(model, colour_digits, tmp_path, monkeypatch):
 
 
 def test_strokes_are_crude(colour_digits):
-    config = EditConfig(input=str(colour_digits), image_size=SIDE, in_channels=3)
+    config = configure(EditConfig, input=str(colour_digits), image_size=SIDE, in_channels=3)
     item = next(InputFiles(config).load(range(1)))
     crude = edit_page.as_strokes(item)
     colours = {tuple(p) for p in crude.image.flatten(1).T.tolist()}

@@ -9,7 +9,7 @@ import torch
 from cm.commands.cli import parse
 from cm.commands.sample import run_image_sample
 from cm.config.derived import stored_config
-from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig
+from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig, configure
 from cm.errors import UserError
 from cm.models.factory import create_network
 from cm.runtime import logger
@@ -123,7 +123,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     flags = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "num_heads": 1}
     flags |= {"attention_resolutions": "8", "in_channels": 1, "class_cond": True, "num_classes": 4}
-    config = CmTrainConfig(**flags, start_scales=STEPS)
+    config = configure(CmTrainConfig, **flags, start_scales=STEPS)
     torch.manual_seed(0)
     network = create_network(config)
     for p in network.parameters():

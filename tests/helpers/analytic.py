@@ -8,7 +8,7 @@ from torch import Tensor
 from cm.diffusion.precond import Coefficients
 
 
-def ones(sigma: Tensor) -> Tensor:
+def ones(sigma: Tensor, r: Tensor | None = None) -> Tensor:
     """The weighting lambda = 1."""
     return torch.ones_like(sigma)
 

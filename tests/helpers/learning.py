@@ -26,6 +26,7 @@ from cm.objectives.continuous import ContinuousObjective
 from cm.objectives.curricula import EmaAndScales, progdist_steps
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import EDMObjective
+from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import logger
 from cm.sampling.noise import get_generator
@@ -97,7 +98,7 @@ def _edm() -> Objective:
 
 def _consistency(points: int, mu: float, distillation: bool) -> Objective:
     schedule = EmaAndScales("fixed", mu, "fixed", points, points, 1, 1)
-    return ConsistencyObjective(schedule, L2, UNIFORM, grid=GRID, distillation=distillation)
+    return ConsistencyObjective(schedule, L2, UNIFORM, pairs=GridPairs(GRID), distillation=distillation)
 
 
 def _progressive(length: float) -> Objective:
@@ -106,7 +107,7 @@ def _progressive(length: float) -> Objective:
 
 
 def _continuous(distillation: bool, stop_grad: bool = True) -> Objective:
-    return ContinuousObjective("l2", L2, UNIFORM, grid=GRID, distillation=distillation, stop_grad=stop_grad)
+    return ContinuousObjective(L2, UNIFORM, grid=GRID, distillation=distillation, stop_grad=stop_grad)
 
 
 def recipes(length: float = 1.0) -> dict[str, Recipe]:

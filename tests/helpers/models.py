@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config.derived import stored_config
-from cm.config.scripts import CmTrainConfig
+from cm.config.scripts import CmTrainConfig, configure
 from cm.models.factory import create_network
 from cm.networks.architecture import Architecture, build_network
 from cm.storage.weights import save_weights
@@ -53,7 +53,7 @@ def save_consistency_model(path, **changes) -> None:
         "num_heads": 1,
         **changes,
     }
-    config = CmTrainConfig(**flags)
+    config = configure(CmTrainConfig, **flags)
     torch.manual_seed(0)
     network = create_network(config)
     for p in network.parameters():

@@ -61,8 +61,7 @@ def as_released(model: EncoderUNetModel) -> dict[str, torch.Tensor]:
 
 
 def flags(path, *more) -> SampleConfig:
-    argv = ["--classifier_path", str(path), "--classifier_width", "64", "--classifier_depth", "1", *more]
-    return parse_config(SampleConfig, argv)
+    return parse_config(SampleConfig, ["--classifier_path", str(path), *more])
 
 
 @pytest.fixture
@@ -105,8 +104,8 @@ def test_a_released_file_gives_the_logits_of_its_network(released, given, schedu
     assert not any(p.requires_grad for p in loaded.model.net.parameters())
 
 
-def test_the_published_classifier_of_64_pixels_is_described_by_its_flags(tmp_path):
-    """--classifier_depth 4, all else by default: 1000 classes, cosine noise."""
+def test_shapes_tell_the_published_classifier_of_64_pixels(tmp_path):
+    """Four blocks a level, attention at 32, 16 and 8; 1000 classes, cosine noise."""
     options = dict(
         model_channels=128, num_res_blocks=4, attention_resolutions=(2, 4, 8), channel_mult=(1, 2, 3, 4)
     )
@@ -118,31 +117,45 @@ def test_the_published_classifier_of_64_pixels_is_described_by_its_flags(tmp_pat
     state = as_released(model)
     assert is_classifier(state)
     save_weights(tmp_path / "c.pt", {name: torch.zeros(t.shape) for name, t in state.items()})
-    config = parse_config(
-        SampleConfig, ["--classifier_path", str(tmp_path / "c.pt"), "--classifier_depth", "4"]
-    )
-    loaded = load_classifier(config, **{**PLACE, "image_size": 64, "num_classes": 1000})
+    loaded = load_classifier(flags(tmp_path / "c.pt"), **{**PLACE, "image_size": 64, "num_classes": 1000})
     assert loaded.model.precond == SCHEDULES["cosine"] and loaded.num_classes == 1000
 
 
-def test_flags_that_do_not_fit_are_named(released, tmp_path):
-    for more, words in {
-        ("--classifier_depth", "2"): r"8x8_classifier.pt \(see the other --classifier_\.\.\. flags\)",
-        ("--classifier_width", "128"): r"time_embed.0.weight: \(256, 64\) in the file, \(512, 128\)",
-        ("--classifier_resblock_updown", "False"): "does not fit",
-        ("--classifier_use_scale_shift_norm", "False"): "does not fit",
-    }.items():  # fmt: skip
-        with pytest.raises(UserError, match=words) as error:
-            load_classifier(flags(released, *more), **PLACE)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_scale_shift_norm": False},
+        {"resblock_updown": False},
+        {"num_res_blocks": 2, "attention_resolutions": (2,)},
+        {"model_channels": 32, "channel_mult": (2, 4), "attention_resolutions": (1, 2)},
+        {"channel_mult": (1,), "attention_resolutions": (1,)},
+    ],
+    ids=str,
+)
+def test_shapes_tell_every_network(changes, tmp_path):
+    model = network(**changes)
+    save_weights(tmp_path / "c.pt", as_released(model))
+    loaded = load_classifier(flags(tmp_path / "c.pt"), **PLACE).model.net
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, 500.0])
+    torch.testing.assert_close(loaded(x, t), model(x, t), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_is_named(released, tmp_path):
+    with pytest.raises(
+        UserError, match=r"8x8_classifier.pt does not fit images of 24 pixels: .* level has 4"
+    ):
+        load_classifier(flags(released), **{**PLACE, "image_size": 24})
+    state = as_released(network())
+    state["out.0.weight"] = torch.ones(3)
+    save_weights(tmp_path / "odd.pt", state)
+    with pytest.raises(UserError, match=r"odd.pt does not fit the model: out.0.weight: \(3,\) in the file"):
+        load_classifier(flags(tmp_path / "odd.pt"), **PLACE)
     with pytest.raises(UserError, match="has --in_channels 3, the model 1"):
         load_classifier(flags(released), **{**PLACE, "channels": 1})
     with pytest.raises(UserError, match="has --num_classes 4, the model 10"):
         load_classifier(flags(released), **{**PLACE, "num_classes": 10})
-    with pytest.raises(UserError, match="--classifier_depth 4 needs --classifier_path"):
-        parse_config(SampleConfig, ["--classifier_depth", "4"])
-    with pytest.raises(UserError, match="--classifier_pool must be one of attention, got 'spatial'"):
-        parse_config(SampleConfig, ["--classifier_path", "x", "--classifier_pool", "spatial"])
+    with pytest.raises(UserError, match="--classifier_noise_schedule linear needs --classifier_path"):
+        parse_config(SampleConfig, ["--classifier_noise_schedule", "linear"])
     save_weights(tmp_path / "unet.pt", {"w": torch.ones(2)})
     with pytest.raises(UserError, match="is no classifier of classifier_train: it does not say"):
         load_classifier(flags(tmp_path / "unet.pt"), **PLACE)
@@ -152,9 +165,9 @@ def test_a_classifier_that_describes_itself_takes_no_flags(tmp_path):
     meta = {"config": {"training_mode": "classifier", "image_size": 8, "in_channels": 3, "num_classes": 4}}
     save_weights(tmp_path / "own.pt", {"w": torch.ones(2)}, meta)
     with pytest.raises(
-        UserError, match=r"--classifier_width is for classifiers of guided-diffusion; .*own\.pt"
+        UserError, match=r"--classifier_noise_schedule is for classifiers of guided-diffusion; .*own\.pt"
     ):
-        load_classifier(flags(tmp_path / "own.pt"), **PLACE)
+        load_classifier(flags(tmp_path / "own.pt", "--classifier_noise_schedule", "linear"), **PLACE)
 
 
 def test_it_guides_a_model(released, tmp_path):
@@ -178,7 +191,7 @@ def test_it_guides_a_model(released, tmp_path):
             )
 
     free, _, _ = sample("free")
-    guide = ["--classifier_path", str(released), "--classifier_width", "64", "--classifier_depth", "1"]
+    guide = ["--classifier_path", str(released)]
     steered, labels, meta = sample("steered", *guide, "--classifier_scale", "30", "--classes", "0,1,2,3")
     assert labels.tolist() == [0, 1, 2, 3] and not np.array_equal(free, steered)
     assert meta["classifier_path"] == str(released) and len(meta["classifier_sha256"]) == 64

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from cm.config import presets
-from cm.config.scripts import ModelFlags, SampleConfig, flags_of
+from cm.config.rows import NETWORKS
+from cm.config.scripts import ModelFlags, SampleConfig, configure, flags_of
 from cm.errors import UserError
 from cm.models.factory import create_network, create_precond
-from cm.networks.architecture import NETWORKS, TIME_SCALES, Architecture, build_network
+from cm.networks.architecture import Architecture, build_network
 
 CIFAR10 = {
     "image_size": 32,
@@ -50,7 +51,7 @@ def test_sizes_of_the_cifar10_networks(flags, expected):
     ],
 )
 def test_sizes_of_presets(preset, expected):
-    config = SampleConfig(**presets.values(preset, "release", "image_sample"))
+    config = configure(SampleConfig, **presets.values(preset, "release", "image_sample"))
     with torch.device("meta"):
         assert sum(p.numel() for p in create_network(config).parameters()) == expected
 
@@ -66,7 +67,6 @@ def test_every_network_takes_images_times_and_labels(network):
 def test_every_flag_of_an_architecture_is_a_flag_of_the_model():
     fields = {f.name for f in dataclasses.fields(Architecture)}
     assert fields <= set(flags_of(ModelFlags))
-    assert set(NETWORKS) == set(TIME_SCALES) == set(flags_of(ModelFlags)["network"].metadata["choices"])
 
 
 @pytest.mark.parametrize(("network", "scale"), [("adm", 1000.0), ("ncsnpp", 1.0), ("ddpmpp", 1.0)])
@@ -80,7 +80,7 @@ def test_clocks(network, scale):
 
 
 def test_combinations_that_no_network_has():
-    with pytest.raises(UserError, match="--network must be one of adm, ncsnpp, ddpmpp"):
+    with pytest.raises(UserError, match="network must be one of adm, ncsnpp, ddpmpp, got 'dit'"):
         build_network(Architecture(network="dit", **TINY))
     with pytest.raises(UserError, match="--network adm takes no augmentation labels"):
         build_network(Architecture(network="adm", augment_dim=9, **TINY))

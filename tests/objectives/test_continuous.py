@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cm.commands.cli import parse_config
-from cm.config.rules import CURVED_NORMS, FLAT_NORMS
+from cm.config.rows import DISTANCES
 from cm.config.scripts import CmTrainConfig
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import Grid
@@ -13,14 +13,11 @@ from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
 from cm.objectives.base import Roles
 from cm.objectives.continuous import (
-    DIRECTIONS,
-    LOSSES,
     ContinuousObjective,
     continuous_losses,
-    curvature_product,
     total_derivative,
 )
-from cm.objectives.distances import make_distance
+from cm.objectives.distances import L2, FunctionDistance, make_distance
 from cm.runtime import distributed, logger
 from cm.seeding import StepRandom
 from cm.training.factory import create_objective
@@ -79,12 +76,12 @@ def test_half_precision_torso(dtype, tolerance):
 
 def test_curvature_product_is_the_hessian():
     f, v = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(2)).double()
-    product = curvature_product(feature_distance, f, v)
+    product = FunctionDistance(feature_distance).direction(f, v)
     for row in range(4):
         y = f[row : row + 1]
         hessian = torch.autograd.functional.hessian(lambda x, y=y: feature_distance(x, y).sum(), y)
         torch.testing.assert_close(product[row], hessian[0, :, 0] @ v[row])
-    torch.testing.assert_close(curvature_product(make_distance("l2"), f, v), 2 / DIM * v)
+    torch.testing.assert_close(FunctionDistance(make_distance("l2")).direction(f, v), 2 / DIM * v)
 
 
 def test_the_exact_consistency_function_stands_still():
@@ -94,8 +91,7 @@ def test_the_exact_consistency_function_stands_still():
             Roles(role, teacher=teacher()),
             x0,
             draw,
-            norm="l2",
-            distance=None,
+            distance=make_distance("l2"),
             weight=ones,
             stop_grad=True,
         )
@@ -122,7 +118,7 @@ def test_two_passes_have_the_gradient_of_one(options):
     student = tiny_unet(dropout=0.3, **options).train()
     reference = tiny_unet(dropout=0.3).train()
     reference.load_state_dict(student.state_dict())
-    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=True)
+    objective = ContinuousObjective(make_distance("l2"), ones, grid=GRID, distillation=True)
     x0, roles = images(), roles_of(student)
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
     torch.manual_seed(3)
@@ -147,13 +143,12 @@ def test_two_passes_have_the_gradient_of_one(options):
     assert (other - expected).norm() > 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("norm", LOSSES)
+@pytest.mark.parametrize("norm", [*(n for n in DISTANCES if not n.startswith("lpips")), "curvature of l2"])
 def test_differentiated_losses_move_the_student(norm):
     """A step against the gradient lowers the loss, which is never negative."""
     student = tiny_unet()
-    objective = ContinuousObjective(
-        norm, make_distance("l2"), ones, grid=GRID, distillation=True, stop_grad=False
-    )
+    distance = make_distance(norm) if norm in DISTANCES else FunctionDistance(make_distance("l2"))
+    objective = ContinuousObjective(distance, ones, grid=GRID, distillation=True, stop_grad=False)
     x0, roles = images(), roles_of(student, time_scale=1.0)
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
     before = objective.forward(roles, x0, draw, 0)["loss"]
@@ -173,8 +168,8 @@ def test_lpips_itself(norm, stop_grad, tmp_path):
     """VGG16 and its second derivatives, from files."""
     lpips_files.write_small_files(tmp_path)
     student = tiny_unet(in_channels=3, image_size=16, channel_mult="1", attention_resolutions="16")
-    distance = make_distance(norm, lpips_path=str(tmp_path), lpips_size=0)
-    objective = ContinuousObjective(norm, distance, ones, grid=GRID, distillation=True, stop_grad=stop_grad)
+    distance = make_distance(norm, path=str(tmp_path), size=0)
+    objective = ContinuousObjective(distance, ones, grid=GRID, distillation=True, stop_grad=stop_grad)
     x0 = images(1, 3, 16)
     roles = Roles(
         Denoiser(student, ConsistencyPrecond()), teacher=Denoiser(Function(lambda x, s: x / 2), free)
@@ -188,7 +183,7 @@ def test_lpips_itself(norm, stop_grad, tmp_path):
 
 def test_draws():
     """Uniform in t^(1/rho) over the whole range, rows of the global batch, nothing but t and noise."""
-    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=False)
+    objective = ContinuousObjective(make_distance("l2"), ones, grid=GRID, distillation=False)
     x0 = torch.zeros(4000, 1)
     whole = objective.draw(x0, 5, StepRandom(1, 5, 0, 4000, 4000))
     part = objective.draw(x0[100:300], 5, StepRandom(1, 5, 100, 300, 4000))
@@ -206,7 +201,7 @@ def test_nothing_but_the_student_learns_and_roles_must_fit():
     x0 = images()
     for distillation, stop_grad in ((True, True), (True, False)):
         objective = ContinuousObjective(
-            "l2", None, ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
+            make_distance("l2"), ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
         )
         draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
         objective.forward(roles, x0, draw, 0)["loss"].sum().backward()
@@ -235,7 +230,7 @@ def train(form, run_dir, microbatch=-1):
     trainer = Trainer(
         student=tiny_unet(),
         objective=ContinuousObjective(
-            norm, None, ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
+            make_distance(norm), ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
         ),
         data=batches(),
         global_batch_size=5,
@@ -287,7 +282,7 @@ def test_a_network_without_forward_mode_derivatives_is_named():
             return NoForwardMode.apply(x)
 
     x0 = images()
-    objective = ContinuousObjective("l2", None, ones, grid=GRID, distillation=False)
+    objective = ContinuousObjective(make_distance("l2"), ones, grid=GRID, distillation=False)
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
     with pytest.raises(
         UserError, match=r"--training_mode continuous_\*: OldNetwork has .* derivative"
@@ -303,7 +298,7 @@ def test_a_network_without_forward_mode_derivatives_is_named():
 
 
 def test_activation_checkpointing_needs_stop_grad():
-    objective = ContinuousObjective("l1", None, ones, grid=GRID, distillation=True, stop_grad=False)
+    objective = ContinuousObjective(make_distance("l1"), ones, grid=GRID, distillation=True, stop_grad=False)
     x0 = images()
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, 4, 4))
     with pytest.raises(UserError, match="--use_checkpoint True"):
@@ -332,9 +327,11 @@ def test_bad_flags(argv, match):
 def test_objective_from_flags():
     c = parse_config(CmTrainConfig, [*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"])
     objective = create_objective(c)
-    assert objective.needs_teacher and not objective.stop_grad and objective.norm == "l2"
+    assert objective.needs_teacher and not objective.stop_grad and isinstance(objective.distance, L2)
     c = parse_config(CmTrainConfig, [*CONTINUOUS, "continuous_training", "--sigma_max", "40", "--rho", "3"])
     objective = create_objective(c)
     assert not objective.needs_teacher and objective.stop_grad
     assert objective.grid == Grid(0.002, 40.0, 3.0)
-    assert set(DIRECTIONS) == set(CURVED_NORMS) and set(LOSSES) == {*CURVED_NORMS, *FLAT_NORMS}
+    for name, row in DISTANCES.items():
+        made = row.load()
+        assert row.curved == (name not in ("l1", "linf")), made

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from cm.config.rows import DISTANCES
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import lpips
-from cm.objectives.distances import DISTANCES, make_distance
+from cm.objectives.distances import make_distance
 from tests.helpers import golden_data
 from tests.helpers.lpips_files import write_golden_files, write_small_files
 from tests.helpers.models import golden_model
@@ -40,7 +41,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def perceptual(files):
     """LPIPS with average pooling, images as they are."""
-    return make_distance("lpips", lpips_path=str(files), lpips_size=0)
+    return make_distance("lpips", path=str(files), size=0)
 
 
 def images(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,19 +79,19 @@ def test_pixel_distances_refuse_unlike_shapes(name):
 
 def test_unknown_names_and_options_are_named():
     with pytest.raises(
-        UserError, match="--loss_norm 'l3' is unknown; choose one of l1, l2, l2-32, linf, lpips"
+        UserError, match="loss_norm must be one of l1, l2, l2-32, linf, lpips, lpips-max, got 'l3'"
     ):
         make_distance("l3")
     with pytest.raises(UserError, match="--lpips_size 8"):
-        make_distance("lpips", lpips_size=8)
-    with pytest.raises(UserError, match="--lpips_precision 'fp8'"):
-        make_distance("lpips", lpips_precision="fp8")
-    assert callable(DISTANCES["lpips"](lpips.LpipsOptions()))
+        make_distance("lpips", size=8)
+    with pytest.raises(UserError, match="precision must be one of fp32, fp16, bf16, got 'fp8'"):
+        make_distance("lpips", precision="fp8")
+    assert callable(DISTANCES.load("lpips")())
 
 
 def test_lpips_golden(golden_files):
     g = golden_data.load("loss_lpips")
-    distance = make_distance("lpips", lpips_path=golden_files, lpips_size=0)
+    distance = make_distance("lpips", path=golden_files, size=0)
     for case in g.config["raw_cases"]:
         a = (2 * g.tensor(f"raw/{case}/a") - 1).requires_grad_(f"raw/{case}/grad_a" in g)
         value = distance(a, 2 * g.tensor(f"raw/{case}/b") - 1)
@@ -106,7 +107,7 @@ def test_losses_with_lpips_golden(golden_files, case):
     g = golden_data.load("loss_lpips")
     student, target, teacher = (golden_model(g, f"sd_{who}/") for who in ("student", "target", "teacher"))
     options = dict(sigma_max=80.0, sigma_min=0.002, weight_schedule="uniform", loss_norm="lpips")
-    distance = make_distance("lpips", lpips_path=golden_files)
+    distance = make_distance("lpips", path=golden_files)
     diffusion = KarrasDenoiser(**options, distillation=case != "progdist", distance=distance)
     inputs = dict(noise=g.tensor("noise"), indices=g.tensor(f"loss/{case}/indices"))
     if case != "ct":
@@ -130,7 +131,7 @@ def test_lpips_equals_piqs_own_class(files, monkeypatch):
     values = []
     for name, replace_pooling in (("lpips", True), ("lpips-max", False)):
         theirs = piq.LPIPS(replace_pooling=replace_pooling, reduction="none")((a + 1) / 2, (b + 1) / 2)
-        values.append(make_distance(name, lpips_path=str(files), lpips_size=0)(a, b))
+        values.append(make_distance(name, path=str(files), size=0)(a, b))
         assert_close(values[-1], theirs, rtol=1e-5, atol=0)
     assert not torch.allclose(*values, rtol=1e-2)
 
@@ -138,7 +139,7 @@ def test_lpips_equals_piqs_own_class(files, monkeypatch):
 def test_lpips_resizes_small_images_only(files, perceptual):
     a, b = images(1, 3, 16, 24)
     resized = [F.interpolate(x, (40, 40), mode="bilinear", align_corners=False) for x in (a, b)]
-    at_40 = make_distance("lpips", lpips_path=str(files), lpips_size=40)
+    at_40 = make_distance("lpips", path=str(files), size=40)
     assert_close(at_40(a, b), perceptual(*resized))
     assert at_40.options.size == 40 and make_distance("lpips").options.size == 224
     large = [torch.zeros(1, 3, 256, 256), torch.ones(1, 3, 256, 256)]
@@ -181,14 +182,14 @@ def test_lpips_precision_is_a_choice(files, perceptual, precision):
         assert torch.equal(perceptual(a, b), exact)
     assert perceptual(a.half(), b.half()).dtype == torch.float32
     assert torch.equal(perceptual(a, b), exact)  # half-precision images left the weights alone
-    rough = make_distance("lpips", lpips_path=str(files), lpips_size=0, lpips_precision=precision)(a, b)
+    rough = make_distance("lpips", path=str(files), size=0, precision=precision)(a, b)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert_close(rough, exact, rtol=0.05, atol=0)
 
 
 def test_lpips_loaded_in_inference_mode_can_still_be_differentiated(files):
-    distance = make_distance("lpips", lpips_path=str(files), lpips_size=0)
+    distance = make_distance("lpips", path=str(files), size=0)
     a, b = images(1, 3, 16, 16)
     with torch.inference_mode():
         distance(a, b)
@@ -198,7 +199,7 @@ def test_lpips_loaded_in_inference_mode_can_still_be_differentiated(files):
 
 
 def test_lpips_second_derivative_equals_finite_differences(files):
-    distance = make_distance("lpips", lpips_path=str(files), lpips_size=0)
+    distance = make_distance("lpips", path=str(files), size=0)
     distance.load(torch.device("cpu"), torch.float64)
     a, v = (x.double() for x in images(3, 16, 16))
     a, v = a[None], v[None]
@@ -257,7 +258,7 @@ class TestWeightsFiles:
         with pytest.raises(
             UserError, match=f"missing in {tmp_path}: vgg16-397923af.pth .from https://download"
         ):
-            make_distance("lpips", lpips_path=str(tmp_path))
+            make_distance("lpips", path=str(tmp_path))
 
     @pytest.mark.parametrize("name", [lpips.VGG_FILE, lpips.LINEAR_FILE])
     def test_damaged_and_foreign_files(self, tmp_path, files, name):
@@ -266,11 +267,11 @@ class TestWeightsFiles:
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match=f"{name} is not a readable weights file"):
-            make_distance("lpips", lpips_path=str(tmp_path)).load(torch.device("cpu"))
+            make_distance("lpips", path=str(tmp_path)).load(torch.device("cpu"))
         for content in ({"features.0.weight": torch.zeros(1)}, [torch.ones(3)] * 5, torch.ones(2)):
             torch.save(content, tmp_path / name)
             with pytest.raises(UserError, match=f"{name} does not hold"):
-                make_distance("lpips", lpips_path=str(tmp_path)).load(torch.device("cpu"))
+                make_distance("lpips", path=str(tmp_path)).load(torch.device("cpu"))
 
     def test_code_in_a_file_is_not_run(self, tmp_path, files):
         shutil.copy(files / lpips.VGG_FILE, tmp_path)
@@ -278,5 +279,5 @@ class TestWeightsFiles:
             b"cos\nmkdir\n(V" + str(tmp_path / "run").encode() + b"\ntR."
         )
         with pytest.raises(UserError, match="not a readable weights file"):
-            make_distance("lpips", lpips_path=str(tmp_path)).load(torch.device("cpu"))
+            make_distance("lpips", path=str(tmp_path)).load(torch.device("cpu"))
         assert not (tmp_path / "run").exists()

@@ -1,22 +1,22 @@
 """The four columns of EDM's Table 1: constants, scalings, training noise, time steps, the general sampler."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cm.config.choices import NOISE_SCHEDULES, STATE_SCALES
+from cm.config.rows import PRECONDS, TIME_STEPS
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.noise_levels import iddpm_uniform_levels, ve_levels, vp_levels
 from cm.diffusion.noise_schedules import (
-    NOISE_SCHEDULES,
-    STATE_SCALES,
-    TIME_STEPS,
     VPSchedule,
     iddpm_levels,
     nearest_level,
 )
-from cm.diffusion.precond import PRECONDS, BoundaryPrecond, IDDPMPrecond, boundary_precond, denoiser_precond
+from cm.diffusion.precond import BoundaryPrecond, IDDPMPrecond, boundary_precond, denoiser_precond
 from cm.errors import UserError
 from cm.sampling.general import sample_general
 from cm.sampling.noise import get_generator
@@ -50,7 +50,7 @@ def test_published_constants():
 
 @pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_schedules_are_consistent(name):
-    schedule = NOISE_SCHEDULES[name]
+    schedule = NOISE_SCHEDULES.load(name)()
     t = double(1e-4, 0.03, 0.4, 0.9).requires_grad_()
     sigma = schedule.sigma(t)
     torch.testing.assert_close(schedule.time(sigma), t, rtol=1e-9, atol=0)
@@ -60,7 +60,7 @@ def test_schedules_are_consistent(name):
 
 @pytest.mark.parametrize("name", STATE_SCALES)
 def test_scale_derivative(name):
-    schedule, scaling = VPSchedule(), STATE_SCALES[name]
+    schedule, scaling = VPSchedule(), STATE_SCALES.load(name)()
     t = double(0.01, 0.3, 1.0).requires_grad_()
     scale = scaling.scale(schedule.sigma(t)) + 0 * t
     (derivative,) = torch.autograd.grad(scale.sum(), t)
@@ -71,7 +71,7 @@ def test_vp_scale_is_that_of_the_sde():
     # s(t) = exp(-(beta_d t^2 / 2 + beta_min t) / 2).
     t = double(0.2, 0.7)
     expected = torch.exp(-0.5 * (19.9 * t**2 / 2 + 0.1 * t))
-    torch.testing.assert_close(STATE_SCALES["vp"].scale(VPSchedule().sigma(t)), expected)
+    torch.testing.assert_close(STATE_SCALES.load("vp")().scale(VPSchedule().sigma(t)), expected)
 
 
 def test_time_of_small_levels_in_float32():
@@ -81,23 +81,24 @@ def test_time_of_small_levels_in_float32():
 
 
 def test_time_steps():
-    for name, law in TIME_STEPS.items():
+    for name, row in TIME_STEPS.items():
+        law = row.load()
         sigma = law(12, 0.02, 80.0)
         assert sigma.shape == (12,) and (sigma[:-1] > sigma[1:]).all(), name
         assert law(1, 0.02, 80.0).shape == (1,)
         if name != "iddpm":
             assert sigma[[0, -1]].tolist() == pytest.approx([80.0, 0.02], rel=1e-6), name
     # VE: t = sigma^2 falls geometrically.
-    assert (TIME_STEPS["ve"](3, 0.02, 100.0) ** 2).tolist() == pytest.approx([1e4, 2.0, 4e-4])
+    assert (TIME_STEPS.load("ve")(3, 0.02, 100.0) ** 2).tolist() == pytest.approx([1e4, 2.0, 4e-4])
     # VP on its own range: equal steps of time.
     own = VPSchedule().sigma(double(1e-3, 1.0)).tolist()
-    times = VPSchedule().time(TIME_STEPS["vp"](5, *own))
+    times = VPSchedule().time(TIME_STEPS.load("vp")(5, *own))
     torch.testing.assert_close(times, torch.linspace(1, 1e-3, 5).double(), rtol=1e-5, atol=1e-9)
     # iDDPM with the published range begins at j0 = 8 and ends at the last level.
     u = iddpm_levels()
-    torch.testing.assert_close(TIME_STEPS["iddpm"](3, 0.002, 81.0), u[[8, 504, 999]])
+    torch.testing.assert_close(TIME_STEPS.load("iddpm")(3, 0.002, 81.0), u[[8, 504, 999]])
     with pytest.raises(UserError, match="--time_steps iddpm has 1 levels"):
-        TIME_STEPS["iddpm"](40, 80.0, 81.0)
+        TIME_STEPS.load("iddpm")(40, 80.0, 81.0)
 
 
 def test_refitted_vp_schedule_spans_the_range():
@@ -171,7 +172,7 @@ def test_consistency_functions_of_the_other_columns(name, dtype):
 
 
 def test_unknown_columns():
-    with pytest.raises(UserError, match="--precond must be one of edm, vp, ve, iddpm"):
+    with pytest.raises(UserError, match="precond must be one of edm, vp, ve, iddpm"):
         denoiser_precond("ddpm")
     with pytest.raises(UserError, match="--boundary piecewise"):
         boundary_precond("piecewise", sigma_data=0.5, sigma_min=0.02, time_scale=1.0, column="vp")
@@ -188,7 +189,7 @@ def test_noise_distributions():
     assert 0 < times.min() < 1e-3 and 1 - 1e-3 < times.max() <= 1 + 1e-5
     assert times.mean().item() == pytest.approx(0.5, abs=0.01)
     assert times.std().item() == pytest.approx(1 / math.sqrt(12), abs=0.005)
-    logs = ve_levels(0.02, 100.0).draw(random)[0].log()
+    logs = ve_levels(SimpleNamespace(sigma_min=0.02, sigma_max=100.0)).draw(random)[0].log()
     assert logs.min() >= math.log(0.02) - 1e-5 and logs.max() <= math.log(100) + 1e-5
     assert logs.mean().item() == pytest.approx(math.log(0.02 * 100) / 2, abs=0.1)
     levels = iddpm_uniform_levels().draw(random)[0]
@@ -225,10 +226,10 @@ def crossing():
 def test_observed_orders(crossing, schedule, scale, order, alpha):
     """Halving the steps in the schedule's time divides the error by 2 or 4, whatever curve joins the levels."""
     x, exact = crossing
-    ends = NOISE_SCHEDULES[schedule].time(double(3.0, 0.8)).tolist()
+    ends = NOISE_SCHEDULES.load(schedule)().time(double(3.0, 0.8)).tolist()
     errors = []
     for steps in (40, 80):
-        sigmas = NOISE_SCHEDULES[schedule].sigma(torch.linspace(*ends, steps + 1, dtype=torch.float64))
+        sigmas = NOISE_SCHEDULES.load(schedule)().sigma(torch.linspace(*ends, steps + 1, dtype=torch.float64))
         sample = sample_general(
             MIXTURE.denoise,
             x,
@@ -246,7 +247,7 @@ def test_observed_orders(crossing, schedule, scale, order, alpha):
 def test_ddim_is_euler_in_sigma():
     """The VP state with Euler steps is another curve; iDDPM + DDIM, linear without scale, is the plain one."""
     x = 5 * torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sigmas = torch.cat([TIME_STEPS["vp"](6, 0.02, 5.0), double(0.0)])
+    sigmas = torch.cat([TIME_STEPS.load("vp")(6, 0.02, 5.0), double(0.0)])
     plain = sample_general(GAUSS.denoise, x, sigmas, DUMMY, order=1)
     curved = sample_general(GAUSS.denoise, x, sigmas, DUMMY, order=1, noise_schedule="vp", state_scale="vp")
     assert torch.allclose(plain, sample_euler(GAUSS.denoise, x, sigmas)) and not torch.allclose(plain, curved)
@@ -260,7 +261,7 @@ def test_churned_levels_are_rounded():
         return GAUSS.denoise(x, sigma)
 
     precond = IDDPMPrecond()
-    sigmas = torch.cat([TIME_STEPS["iddpm"](6, 0.02, 81.0), double(0.0)])
+    sigmas = torch.cat([TIME_STEPS.load("iddpm")(6, 0.02, 81.0), double(0.0)])
     x = 80 * torch.randn(2, 3, dtype=torch.float64)
     sample_general(denoise, x, sigmas, DUMMY, s_churn=1.0, round_sigma=precond.round_sigma)
     known = iddpm_levels()
@@ -271,8 +272,8 @@ def test_churned_levels_are_rounded():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"noise_schedule": "quadratic"}, "--noise_schedule"),
-        ({"state_scale": "half"}, "--state_scale"),
+        ({"noise_schedule": "quadratic"}, "noise_schedule"),
+        ({"state_scale": "half"}, "state_scale"),
         ({"order": 3}, "--solver_order"),
         ({"alpha": 0.0}, "--solver_alpha"),
     ],

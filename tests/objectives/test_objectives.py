@@ -14,7 +14,7 @@ from cm.objectives.consistency import ConsistencyObjective, consistency_losses, 
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import EDMObjective
-from cm.objectives.pairs import pair_at
+from cm.objectives.pairs import GridPairs, pair_at
 from cm.objectives.progressive import ProgressiveObjective, interval_at, progressive_losses
 from cm.seeding import StepRandom
 from tests.helpers import golden_data
@@ -34,7 +34,7 @@ class ClosedForm:
         return self.function(x, sigma)
 
 
-def uniform_weight(sigma):
+def uniform_weight(sigma, r=None):
     return torch.ones_like(sigma)
 
 
@@ -252,7 +252,7 @@ def test_progressive_target_lands_on_the_teachers_two_step_point():
 
 def cm_objective(distillation, **changes):
     schedule = EmaAndScales("fixed", 0.9, "fixed", 18, 18, 100, 10)
-    options = dict(grid=Grid(), distillation=distillation)
+    options = dict(pairs=GridPairs(Grid()), distillation=distillation)
     return ConsistencyObjective(schedule, make_distance("l2"), uniform_weight, **{**options, **changes})
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from cm.config.rows import NETWORKS
 from cm.config.scripts import SampleConfig
 from cm.diffusion.precond import denoiser_precond
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
-from cm.networks.architecture import TIME_SCALES
 from cm.storage.weights import load_weights
 from cm.tools.convert import edm_layout, edm_pickle
 from cm.tools.convert.formats import READERS, Source, convert, detect
@@ -244,7 +244,7 @@ def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
     path.write_bytes(pickle.dumps(snapshot(InEdmLayout(in_edm))))
     convert(Source(str(path)), str(tmp_path / "adm.pt"), "cm", {})
     model = load_pretrained(SampleConfig(model_path=str(tmp_path / "adm.pt"), device="cpu"))
-    assert model.denoiser.precond.time_scale == 1.0 != TIME_SCALES["adm"]
+    assert model.denoiser.precond.time_scale == 1.0 != NETWORKS["adm"].clock
     x, sigma, y = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 20.0]), torch.tensor([2, 1])
     variance = sigma[:, None, None, None] ** 2 + 0.25
     raw = reference.dhariwal_unet(in_edm, x / variance.sqrt(), sigma.log() / 4, y)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cm.commands.cli import parse_config
 from cm.config import presets
 from cm.config.derived import training_mode, with_counts
-from cm.config.scripts import SCRIPTS, CmTrainConfig
+from cm.config.scripts import SCRIPTS, CmTrainConfig, configure
 from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
 from cm.tools.planning import devices, report
@@ -281,7 +281,7 @@ def test_a_report_calibrates_and_is_checked(tmp_path):
     }
     config |= {"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "8"}
     config |= {"num_head_channels": 16, "loss_norm": "l2"}
-    step = plan_step(CmTrainConfig(**config), Cluster(cpu(1e11), 1))
+    step = plan_step(configure(CmTrainConfig, **config), Cluster(cpu(1e11), 1))
     figures = {"median_ms": 5e3, "cpu_ms": 3e3 * step.time.total, "flops_per_second": 1e10}
     figures |= {"ceiling_flops_per_second": 1e11, "peak_memory_mib": 100.0}
     path = tmp_path / "report.json"

@@ -27,6 +27,7 @@ from cm.objectives.base import Roles
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import EDMObjective
+from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
 from cm.sampling.noise import DummyGenerator
 from cm.sampling.registry import SAMPLERS, sampling_grid
@@ -74,17 +75,28 @@ STEPS = {
     "edm_index": (lambda: EDMObjective(UniformSampler(GRID), weight), EDMPrecond()),
     "edm_vp": (lambda: EDMObjective(vp_levels(), weight), VPPrecond()),
     "edm_ve": (lambda: EDMObjective(ve_levels(0.02, 100.0), weight), VEPrecond()),
-    "cd": (lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=True), SKIP),
+    "cd": (
+        lambda: ConsistencyObjective(
+            schedule("fixed"), l2, weight, pairs=GridPairs(Grid()), distillation=True
+        ),
+        SKIP,
+    ),
     "ct": (
-        lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=False),
+        lambda: ConsistencyObjective(
+            schedule("fixed"), l2, weight, pairs=GridPairs(Grid()), distillation=False
+        ),
         SKIP,
     ),
     "ct_piecewise": (
-        lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=False),
+        lambda: ConsistencyObjective(
+            schedule("fixed"), l2, weight, pairs=GridPairs(Grid()), distillation=False
+        ),
         PiecewisePrecond(),
     ),
     "ct_ve": (
-        lambda: ConsistencyObjective(schedule("fixed"), l2, weight, grid=Grid(), distillation=False),
+        lambda: ConsistencyObjective(
+            schedule("fixed"), l2, weight, pairs=GridPairs(Grid()), distillation=False
+        ),
         BoundaryPrecond(VEPrecond(), SKIP),
     ),
     "pd": (lambda: ProgressiveObjective(schedule("progdist"), l2, weight, grid=Grid()), EDMPrecond()),

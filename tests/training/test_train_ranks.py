@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from cm.commands.train import open_training_data
-from cm.config.scripts import CmTrainConfig
+from cm.config.scripts import CmTrainConfig, configure
 from cm.data.sources import FolderSource
 from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResampler
@@ -14,6 +14,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import EDMObjective
+from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import distributed, logger
 from cm.storage.checkpoint import complete_checkpoints
@@ -39,10 +40,10 @@ OBJECTIVES = {
         LossSecondMomentResampler(KarrasDenoiser(num_timesteps=3), history_per_term=1), ones
     ),
     "ct": lambda: ConsistencyObjective(
-        EmaAndScales("fixed", 0.5, "fixed", 8, 8, 9, 9), l2, ones, grid=Grid(), distillation=False
+        EmaAndScales("fixed", 0.5, "fixed", 8, 8, 9, 9), l2, ones, pairs=GridPairs(Grid()), distillation=False
     ),
     "cd": lambda: ConsistencyObjective(
-        EmaAndScales("fixed", 0.5, "fixed", 8, 8, 9, 9), l2, ones, grid=Grid(), distillation=True
+        EmaAndScales("fixed", 0.5, "fixed", 8, 8, 9, 9), l2, ones, pairs=GridPairs(Grid()), distillation=True
     ),
     "pd": lambda: ProgressiveObjective(
         EmaAndScales("fixed", 0.0, "progdist", 4, 4, 9, 2), l2, ones, grid=Grid()
@@ -137,7 +138,7 @@ def open_data(data_dir) -> tuple[str, int]:
     calls = []
     identity = FolderSource.identity
     FolderSource.identity = lambda self: (calls.append(1), *identity(self))[1:]
-    config = CmTrainConfig(data_dir=data_dir, image_size=8)
+    config = configure(CmTrainConfig, data_dir=data_dir, image_size=8)
     return open_training_data(config).fingerprint, len(calls)
 
 
