@@ -10,7 +10,7 @@ example of three seeds, are reported with their mean and range. Runs in one proc
 import argparse
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,19 @@ import torch
 from torch import Tensor
 
 import cm
+from cm.config import plugins
+from cm.config.rows import METRICS
 from cm.data.images import save_json
-from cm.errors import UserError
+from cm.errors import UserError, choose
 from cm.runtime import distributed, job
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
-from evaluations.fid import FrechetReference, bootstrap_distance
-from evaluations.inception_score import inception_score
-from evaluations.kid import kernel_distance
+from evaluations.fid import FrechetReference
+from evaluations.metrics import Measured
 from evaluations.npz_io import ImageSet, Reference, default_json, open_images, open_reference
 from evaluations.pipeline import Extracted, extract, gather_rows, image_batches
-from evaluations.precision_recall import precision_recall
 from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol, mismatches
 
-# name -> (title, digits after the point, what it needs of the reference: "pool", "spatial", "images" or "")
-METRICS = {
-    "inception_score": ("Inception Score", 4, ""),
-    "fid": ("FID", 4, "pool"),
-    "sfid": ("sFID", 4, "spatial"),
-    "precision": ("Precision", 4, "images"),
-    "recall": ("Recall", 4, "images"),
-    "kid": ("KID", 6, "images"),
-    "accuracy": ("Accuracy", 4, ""),
-}
 _LACKS = {"spatial": "spatial statistics (mu_s, sigma_s)", "images": "images (arr_0)"}
 
 
@@ -64,7 +54,7 @@ class Evaluator:
         self.missing: dict[str, str] = {}  # metric -> why it cannot be had
         wanted = [m for m in options.metrics if self._is_possible(m)]
         self.metrics = wanted
-        needs = {METRICS[m][2] for m in wanted}
+        needs = {METRICS[m].needs for m in wanted}
         self.kinds = [kind for kind in ("pool", "spatial") if kind in needs]
         gaussians = {k: pair for k, pair in reference.statistics.items() if k in self.kinds}
         self.pool: Tensor | None = None
@@ -79,7 +69,7 @@ class Evaluator:
         self.frechet = {k: self._frechet_reference(k, *pair) for k, pair in gaussians.items()}
 
     def _is_possible(self, metric: str) -> bool:
-        need, lacks = METRICS[metric][2], ""
+        need, lacks = METRICS[metric].needs, ""
         if need == "spatial" and "spatial" not in self.network.dims:
             lacks = f"{self.network.name} has no spatial features"
         elif (
@@ -96,7 +86,7 @@ class Evaluator:
             lacks = f"{self.reference.path} has no {_LACKS[need]}"  # its images are only a part of the set
         elif need == "images" and not self.reference.images:
             lacks = f"{self.reference.path} has no {_LACKS[need]}"
-        elif metric == "accuracy" and not self.network.classes:
+        elif METRICS[metric].labels and not self.network.classes:
             lacks = f"{self.network.name} does not know the samples' classes"
         if lacks:
             self.missing[metric] = lacks
@@ -117,63 +107,32 @@ class Evaluator:
 
     def measure(self, samples: ImageSet) -> dict[str, Any]:
         """Values, intervals and what could not be measured; complete on rank 0 and the same on all ranks."""
-        missing = dict(self.missing)
-        metrics = list(self.metrics)
-        if "accuracy" in metrics and samples.labels is None:
-            missing["accuracy"] = f"{samples.path} has no labels (arr_1)"
-            metrics.remove("accuracy")
-        keep = bool(self.options.bootstrap or set(metrics) - {"fid", "sfid"})
+        unlabelled = [m for m in self.metrics if METRICS[m].labels and samples.labels is None]
+        missing = self.missing | {m: f"{samples.path} has no labels (arr_1)" for m in unlabelled}
+        metrics = [m for m in self.metrics if m not in missing]
+        at_once = [m for m in metrics if not METRICS[m].collective]
+        keep = bool(self.options.bootstrap or at_once)
         extracted = self._extract(samples, self.kinds, keep, "samples")
-        values = {
-            name: self.frechet[kind].distance(*extracted.gaussian(kind))
-            for name, kind in (("fid", "pool"), ("sfid", "spatial"))
-            if name in metrics
-        }
-        intervals = {}
-        if self.options.bootstrap and "fid" in values:
-            interval = bootstrap_distance(
-                extracted.pool,
-                extracted.rows,
-                samples.shape[0],
-                self.frechet["pool"],
-                values["fid"],
-                replicates=self.options.bootstrap,
-                seed=self.options.seed,
-            )
-            intervals["fid"] = asdict(interval)
+        measured = Measured(samples, extracted, self.frechet, self.network, self.options)
+        found = {m: METRICS.load(m)(measured) for m in metrics if METRICS[m].collective}
         pool = gather_rows(extracted.pool) if keep else None
         error = None
-        if distributed.is_main() and pool is not None:
+        if distributed.is_main() and at_once:
+            measured.pool = pool.to(self.network.classifier.device)
+            measured.reference = None if self.pool is None else self.pool.to(measured.pool.device)
             try:
-                self._measure_features(metrics, pool, samples, values, intervals)
+                found |= {m: METRICS.load(m)(measured) for m in at_once}
             except ValueError as problem:  # such as too few samples; the other ranks wait for an answer
                 error = f"{samples.path}: {problem}"
-        values, intervals, error = distributed.broadcast_object((values, intervals, error))
+        found, error = distributed.broadcast_object((found, error))
         if error:
             raise UserError(error)
-        ordered = {name: values[name] for name in METRICS if name in values}
-        return {"metrics": ordered, "intervals": intervals, "not_measured": missing}
-
-    def _measure_features(
-        self, metrics, pool: Tensor, samples: ImageSet, values: dict, intervals: dict
-    ) -> None:
-        """What needs all pooled features at once; on rank 0."""
-        pool = pool.to(self.network.classifier.device)
-        if "inception_score" in metrics:
-            split_size = self.options.protocol.split_size
-            values["inception_score"] = inception_score(pool, self.network.classifier, split_size)
-        if "accuracy" in metrics:
-            read = (pool @ self.network.classifier.T).argmax(1).cpu().numpy()
-            values["accuracy"] = float(np.mean(read == samples.labels))
-        if self.pool is None:
-            return
-        reference = self.pool.to(pool.device)
-        if {"precision", "recall"} & set(metrics):
-            both = precision_recall(reference, pool, self.options.protocol.k)
-            values |= {m: v for m, v in zip(("precision", "recall"), both) if m in metrics}
-        if "kid" in metrics:
-            values["kid"], std = kernel_distance(reference, pool, seed=self.options.seed)
-            intervals["kid"] = {"std": std}
+        pairs = {m: v if isinstance(v, tuple) else (v, None) for m, v in found.items()}
+        return {
+            "metrics": {m: pairs[m][0] for m in METRICS if m in pairs},
+            "intervals": {m: interval for m, (_, interval) in pairs.items() if interval is not None},
+            "not_measured": missing,
+        }
 
 
 def evaluate(
@@ -245,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
     for run in result.get("runs", [result]):
         lines += ["", f"{run['samples']['path']}: {run['samples']['count']:,} images"]
         for name, value in run["metrics"].items():
-            title, digits, _ = METRICS[name]
+            title, digits = METRICS[name].title, METRICS[name].digits
             extra = ""
             if interval := run["intervals"].get(name):
                 extra = f"  ± {interval['std']:.{digits}f}"
@@ -255,10 +214,10 @@ def table(result: dict[str, Any]) -> str:
                     else ""
                 )
             lines.append(f"  {title:<16}{value:>12.{digits}f}{extra}")
-        lines += [f"  {METRICS[name][0]:<16}{'-':>12}  {why}" for name, why in run["not_measured"].items()]
+        lines += [f"  {METRICS[name].title:<16}{'-':>12}  {why}" for name, why in run["not_measured"].items()]
         lines += [f"  note: {note}" for note in run["notes"]]
     for name, s in result.get("summary", {}).items():
-        title, digits, _ = METRICS[name]
+        title, digits = METRICS[name].title, METRICS[name].digits
         numbers = ", ".join(f"{k} {s[k]:.{digits}f}" for k in ("mean", "min", "max"))
         lines.append(f"{title:<18}{numbers}")
     return "\n".join(lines)
@@ -268,8 +227,7 @@ def parse_metrics(text: str, protocol: Protocol) -> tuple[str, ...]:
     """The metrics of a comma-separated list; "" for the protocol's, "all" for every one."""
     names = list(METRICS) if text == "all" else [n.strip() for n in text.split(",") if n.strip()]
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"--metrics {name}: unknown; choose {', '.join(METRICS)}")
+        choose(METRICS, name, "--metrics")
     return tuple(names) or protocol.metrics
 
 
@@ -279,6 +237,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--protocol", default="", choices=("", *PROTOCOLS), help="named protocol; a mismatch is an error"
     )
     parser.add_argument("--metrics", default="", help="comma-separated, or all; empty: the protocol's")
+    parser.add_argument("--plugin", default="", help="modules of your own with further metrics, as a list")
     parser.add_argument(
         "--bootstrap", type=int, default=0, help="replicates for a 95 %% interval of the FID; 0: none"
     )
@@ -297,6 +256,7 @@ def main() -> None:
     parser.add_argument("samples", metavar="SAMPLES", nargs="+")
     add_flags(parser)
     args = parser.parse_args()
+    plugins.load(args.plugin)
     distributed.setup_dist()
     if args.bootstrap < 0 or args.bootstrap == 1:
         raise UserError(f"--bootstrap {args.bootstrap}: give 0 or at least 2 replicates")

@@ -136,16 +136,17 @@ class DataSource(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Row):
-    """make(context) -> value or (value, interval): see `evaluations.metrics`.
+    """make(measured) -> value, or (value, interval as a dict): see `evaluations.metrics.Measured`.
 
     title and digits: how it is printed. needs: what the reference must hold: "pool", "spatial", "images" or "".
-    labels: the samples must say their classes.
+    labels: the samples must say their classes. collective: all ranks call it, and it needs no features at once.
     """
 
     title: str = ""
     digits: int = 4
     needs: str = ""
     labels: bool = False
+    collective: bool = False
 
 
 R = TypeVar("R", bound=Row)
