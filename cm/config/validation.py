@@ -64,6 +64,10 @@ def _check_model(config: ModelFlags) -> None:
         raise UserError(f"--sigma_min {config.sigma_min} must be smaller than --sigma_max {config.sigma_max}")
     if config.use_fp16 and config.precision not in ("", "fp16"):
         raise UserError(f"--use_fp16 True contradicts --precision {config.precision}")
+    if (config.use_fp16 or config.precision not in ("", "fp32")) and not NETWORKS[config.network].half:
+        raise UserError(
+            f"--precision {config.precision or 'fp16'}: --network {config.network} computes in fp32 only"
+        )
     if config.in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 1 or 3, or 0 for those of the data, got {config.in_channels}")
     _check_column(config)

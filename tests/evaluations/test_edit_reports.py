@@ -90,7 +90,9 @@ def test_bicubic_enlarges_the_patch_means():
     assert torch.allclose(out[..., 4:-4], ramp[..., 4:-4], atol=0.02)  # a plane, away from the border
     checks = (torch.arange(16) % 2 * 2.0 - 1).expand(1, 1, 16, 16)
     assert torch.allclose(
-        bicubic(checks, configure(EditConfig, task="superres", factor=2)), torch.zeros(1, 1, 16, 16), atol=1e-6
+        bicubic(checks, configure(EditConfig, task="superres", factor=2)),
+        torch.zeros(1, 1, 16, 16),
+        atol=1e-6,
     )
 
 
