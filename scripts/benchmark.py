@@ -3,9 +3,9 @@
 python scripts/benchmark.py WHAT [--preset P|tiny] [--case NAME ...] [--device auto] [--out FILE.json] [FLAGS]
 python scripts/benchmark.py --compare BEFORE.json AFTER.json
 
-WHAT: train, sample, edit, eval, data, checkpoint, startup, network, precision. Flags that are not listed here are
-passed on to the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under mpiexec or
-torchrun, train also measures communication.
+WHAT: train, sample, edit, eval, data, checkpoint, startup, network, optimizer, precision. Flags that are not listed
+here are passed on to the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under
+mpiexec or torchrun, train also measures communication.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import os
 
 import _root  # noqa: F401
 
-WHATS = ("train", "sample", "edit", "eval", "data", "checkpoint", "startup", "network", "precision")
+WHATS = ["train", "sample", "edit", "eval", "data", "checkpoint", "startup", "network", "optimizer"]
+WHATS += ["precision"]
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:

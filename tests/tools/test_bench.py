@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cm.config.derived import training_mode
 from cm.errors import UserError
-from cm.tools.bench import network
+from cm.tools.bench import network, optimizer
 from cm.tools.bench.operators import is_filter, time_shares
 from cm.tools.bench.runs import TINY_CASES, Options, train_cases, train_config, training
 from cm.tools.bench.suites import SUITES
@@ -180,3 +180,16 @@ def test_files_that_cannot_be_compared(tmp_path):
     broken.write_text(json.dumps({"rows": 3}))
     with pytest.raises(UserError, match="is not a report"):
         load_report(str(broken))
+
+
+def test_optimizers_are_compared_on_the_same_weights(monkeypatch):
+    flags = network.SIZES["16px"][1]
+    monkeypatch.setattr(optimizer, "SIZE", "16px")
+    monkeypatch.setitem(optimizer.UPDATES, "30m", "16px")
+    monkeypatch.setitem(network.SIZES, "16px", (2, flags))
+    update, step = optimizer.bench_optimizer(once("30m", "edm"))
+    assert update.config["parameters"] == step.config["parameters"] > 1e6 and step.config["batch_size"] == 2
+    for row in (update, step):
+        assert row.figures.keys() >= TIMES and row.figures["peers"].keys() == optimizer.MAKERS.keys() - {"cm"}
+    assert step.figures["update"]["median_ms"] < step.figures["median_ms"]
+    assert step.figures["gain_over"].keys() == {"radam", "radam_foreach"}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from cm.tools.bench.checkpoint import bench_checkpoint
 from cm.tools.bench.data import bench_data
 from cm.tools.bench.network import bench_network
+from cm.tools.bench.optimizer import bench_optimizer
 from cm.tools.bench.precision import bench_precision
 from cm.tools.bench.runs import Options
 from cm.tools.bench.sample import bench_edit, bench_sample
@@ -20,5 +21,6 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "checkpoint": bench_checkpoint,
     "startup": bench_startup,
     "network": bench_network,
+    "optimizer": bench_optimizer,
     "precision": bench_precision,
 }
