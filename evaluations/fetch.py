@@ -3,26 +3,17 @@
 import hashlib
 import os
 import re
-import shutil
-import urllib.request
 from pathlib import Path
+
+import torch
 
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
-_TIMEOUT_S = 30
 
-
-def cache_dir() -> Path:
-    """`CM_CACHE_DIR`, else ~/.cache/consistency-models."""
-    if os.environ.get("CM_CACHE_DIR"):
-        return Path(os.environ["CM_CACHE_DIR"]).expanduser()
-    return Path.home() / ".cache" / "consistency-models"
-
-
-def check_sha256(path: str | Path, expected: str = "", *, name: str = "") -> str:
+def check_sha256(path: str | Path, expected: str = "") -> str:
     """Hash of `path`; UserError when it does not begin with `expected`.
 
     Without `expected`, a name such as `weights-6726825d.pth` carries its own beginning (the convention of torch.hub),
@@ -30,8 +21,7 @@ def check_sha256(path: str | Path, expected: str = "", *, name: str = "") -> str
     """
     path = Path(path)
     side_file = path.with_name(path.name + ".sha256")
-    named = re.search(r"-([0-9a-f]{8,64})\.(pt|pth|npz)$", name or path.name)
-    expected = expected or (named[1] if named else "")
+    expected = expected or _hash_in_name(path.name)
     if not expected and side_file.exists():
         expected = side_file.read_text().strip()
     found = file_sha256(path)
@@ -40,6 +30,11 @@ def check_sha256(path: str | Path, expected: str = "", *, name: str = "") -> str
             f"{path}: SHA-256 is {found[:16]}..., expected {expected[:16]}...: damaged or another file; delete it"
         )
     return found
+
+
+def _hash_in_name(name: str) -> str:
+    found = re.search(r"-([0-9a-f]{8,64})\.(pt|pth|npz)$", name)
+    return found[1] if found else ""
 
 
 def local_copy(location: str, *, target: Path | None = None, sha256: str = "", flag: str) -> Path:
@@ -55,7 +50,7 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
             return Path(filesystem.cache_locally(location))
     name = location.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     url_id = hashlib.sha256(location.encode()).hexdigest()[:8]
-    target = target or cache_dir() / "downloads" / url_id / name
+    target = target or Path(filesystem.cache_folder(), "downloads") / url_id / name
     with distributed.node_first():
         if not target.exists():
             _download(location, target, sha256, flag)
@@ -63,19 +58,14 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
 
 
 def _download(url: str, target: Path, sha256: str, flag: str) -> None:
-    """Fetch to a temporary name, check the hash, then rename: a file at `target` is whole."""
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    """Fetch a file whose hash begins with `sha256`, or as its name says; it has its name when it is whole."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as source, open(part, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-        found = check_sha256(part, sha256, name=target.name)
-        os.replace(part, target)
-        target.with_name(target.name + ".sha256").write_text(found + "\n")
-    except OSError as error:  # URLError and time-outs are OSErrors
+        expected = sha256.lower() or _hash_in_name(target.name) or None
+        torch.hub.download_url_to_file(url, str(target), expected, progress=False)
+    except (OSError, RuntimeError) as error:  # no connection, no space; another hash
         raise UserError(
-            f"{flag}: {target.name} is not here and {url} cannot be reached ({error}); "
+            f"{flag}: {target.name} is not here and cannot be fetched from {url} ({error}); "
             f"download it elsewhere and save it as {target}, or give {flag} its path"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
+    target.with_name(target.name + ".sha256").write_text(file_sha256(target) + "\n")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
-from evaluations.fetch import cache_dir, check_sha256, local_copy
+from cm.storage.filesystem import cache_folder
+from evaluations.fetch import check_sha256, local_copy
 from evaluations.inception_v3 import InceptionV3
 
 FLAG = "--inception_path"
@@ -30,7 +31,7 @@ class WeightsFile:
     @property
     def cached(self) -> Path:
         """Where the file lies once fetched, or must be put by hand."""
-        return cache_dir() / "inception" / self.name
+        return Path(cache_folder(), "inception", self.name)
 
 
 # The first is downloaded when none is in the cache: its hash is part of its name.

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, TypeVar
 
@@ -114,10 +113,8 @@ def size(path: str | os.PathLike) -> int:
 
 
 def cache_folder() -> str:
-    """Where copies of remote files lie: $CM_CACHE_DIR, by default ~/.cache/consistency-models. It is made."""
-    folder = os.environ.get("CM_CACHE_DIR") or os.path.join(Path.home(), ".cache", "consistency-models")
-    os.makedirs(folder, exist_ok=True)
-    return folder
+    """Where copies of remote files lie: $CM_CACHE_DIR, by default ~/.cache/consistency-models. It need not exist."""
+    return os.path.expanduser(os.environ.get("CM_CACHE_DIR") or "~/.cache/consistency-models")
 
 
 def cache_locally(path: str | os.PathLike) -> str:
@@ -147,8 +144,9 @@ def cache_locally(path: str | os.PathLike) -> str:
 def locked(target: str | os.PathLike) -> Iterator[None]:
     """Run the body while no other process on this machine does so for the same target.
 
-    The ranks of a node come to the cache together: one of them fetches.
+    The ranks of a node come to the cache together: one of them fetches. The target's folder is made.
     """
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     with open(f"{os.fspath(target)}.lock", "w") as file:
         with suppress(OSError):  # some network file systems have no locks: then each process works for itself
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -24,6 +24,7 @@ import torch
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
 from cm.runtime import distributed, job, launch, liveness
 from cm.runtime.cpu import usable_cores
+from cm.storage.filesystem import cache_folder
 
 CORE = ("torch", "numpy", "pillow", "scipy", "tqdm")
 FOR_SOME_USES = (
@@ -33,6 +34,7 @@ FOR_SOME_USES = (
     "blobfile",
     "tensorboard",
     "scikit-learn",
+    "matplotlib",
     "lmdb",
     "diffusers",
 )
@@ -173,7 +175,7 @@ def check_weights() -> list[Check]:
         checks.append(
             Check(f"lpips {name}", "ok" if there else "note", str(hub) if there else f"not in {hub}")
         )
-    cache = Path(os.environ.get("CM_CACHE_DIR") or "~/.cache/consistency-models").expanduser()
+    cache = Path(cache_folder())
     found = sorted(path.name for path in cache.glob("inception/*.pt*"))
     there = "ok" if found else "note"
     return [*checks, Check("inception", there, ", ".join(found) or f"none in {cache / 'inception'}")]

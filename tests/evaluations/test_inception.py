@@ -1,7 +1,7 @@
 """Inception-v3: golden features, the TensorFlow 1 resize by hand, and every way a weights file can be wrong."""
 
+import email.message
 import io
-import urllib.request
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_offline_and_absent_says_what_where_and_how(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(UserError) as error:
         load_inception()
     known = PUBLISHED["pytorch-fid"]
@@ -153,17 +153,24 @@ def test_a_file_in_the_cache_is_found(tmp_path, monkeypatch):
     assert inception_weights.find_inception()[0] == path
 
 
-def serve(monkeypatch, source):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(source.read_bytes()))
+class Answer(io.BytesIO):
+    """What a server answers, without any header."""
+
+    def info(self):
+        return email.message.Message()
+
+
+def serve(monkeypatch, content):
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *request, **options: Answer(content))
 
 
 def test_download_once_then_from_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "source").write_bytes(b"content")
-    serve(monkeypatch, tmp_path / "source")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CM_CACHE_DIR", "~/cache")
+    serve(monkeypatch, b"content")
     path = fetch.local_copy("https://host/file.pt", flag="--flag")
     assert path.read_bytes() == b"content" and path.is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(urllib.request, "urlopen", None)
+    monkeypatch.setattr(torch.hub, "urlopen", None)
     assert fetch.local_copy("https://host/file.pt", flag="--flag") == path
     path.write_bytes(b"changed")
     with pytest.raises(UserError, match="SHA-256"):
@@ -172,10 +179,10 @@ def test_download_once_then_from_the_cache(tmp_path, monkeypatch):
 
 def test_a_download_with_the_wrong_hash_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "source").write_bytes(b"content")
-    serve(monkeypatch, tmp_path / "source")
-    with pytest.raises(UserError, match="SHA-256"):
-        fetch.local_copy("https://host/weights-0123abcd.pth", flag="--flag")
+    serve(monkeypatch, b"content")
+    for name, options in (("weights-0123abcd.pth", {}), ("weights.pt", {"sha256": "0123ABCD"})):
+        with pytest.raises(UserError, match=f"--flag: {name}.*0123abcd"):
+            fetch.local_copy(f"https://host/{name}", **options, flag="--flag")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 

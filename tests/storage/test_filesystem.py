@@ -172,6 +172,16 @@ def test_remote_access(remote, tmp_path, monkeypatch):
         filesystem.cache_locally("gs://b/d")
 
 
+def test_the_cache_folder_may_begin_with_the_home_folder(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    remote.files["gs://b/x"] = b"12345"
+    for setting, folder in (("~/c", "c"), ("", ".cache/consistency-models")):
+        monkeypatch.setenv("CM_CACHE_DIR", setting)
+        assert Path(filesystem.cache_locally("gs://b/x")).parent == tmp_path / folder
+    assert not Path("~").exists()
+
+
 def test_who_comes_together_fetches_once(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
     remote.files["gs://b/x"] = b"12345"

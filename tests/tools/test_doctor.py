@@ -59,11 +59,19 @@ def test_a_full_disk_fails(tmp_path, monkeypatch):
     }
 
 
-def test_weights_are_found_in_their_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
+@pytest.mark.parametrize("cache", ["~", "~/.cache/consistency-models", ""])
+def test_weights_are_found_in_their_folders(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CM_CACHE_DIR", cache)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     assert set(statuses(doctor.check_weights()).values()) == {"note"}
-    for name in ("hub/checkpoints/vgg16-397923af.pth", "hub/checkpoints/lpips_weights.pt", "inception/i.pt"):
+    assert not list(tmp_path.iterdir())  # to look makes no folder
+    inception = f"{cache[2:]}/inception/i.pt" if cache else ".cache/consistency-models/inception/i.pt"
+    for name in (
+        "hub/checkpoints/vgg16-397923af.pth",
+        "hub/checkpoints/lpips_weights.pt",
+        inception.lstrip("/"),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert set(statuses(doctor.check_weights()).values()) == {"ok"}
