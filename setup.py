@@ -31,6 +31,7 @@ setup(
     extras_require={
         "mpi": ["mpich"],
         "quickstart": ["scikit-learn"],
+        "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "lsun": ["lmdb"],
         "jax": ["msgpack"],

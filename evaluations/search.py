@@ -36,7 +36,7 @@ from evaluations.fid import FrechetReference, bootstrap_distance
 from evaluations.npz_io import open_reference
 from evaluations.pipeline import extract
 from evaluations.protocols import choose_protocol
-from evaluations.reports.plots import Series, line_plot
+from evaluations.reports.plots import Figure, Series, line_plot
 
 FINALISTS = 3  # candidates of a coarse search that are measured with all samples
 REPLICATES = 10  # of the bootstrap behind each error bar
@@ -231,7 +231,10 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     }
     if distributed.is_main():
         save_json(directory / "search_result.json", result)
-        plot_search(directory / "search.png", trace)
+        try:
+            plot_search(directory / "search.png", trace)
+        except UserError as error:  # without matplotlib the numbers are there all the same
+            logger.warn(f"no plot: {error}")
         logger.log(_report(result, directory))
     return result
 
@@ -299,12 +302,12 @@ def _report(result: dict[str, Any], directory: Path) -> str:
             f"best: FID {result['fid']:.4f} ± {result['std']:.4f} with {result['num_samples']:,} samples",
             f"noise levels {sigmas}: {result['nfe']} network evaluations",
             f"flags: --sampler multistep --steps {result['config']['steps']} --ts {_comma(tuple(result['ts']))}",
-            f"plot: {directory / 'search.png'}, result: {directory / 'search_result.json'}",
+            f"result: {directory / 'search_result.json'}",
         ]
     )
 
 
-def plot_search(path: Path, trace: list[Candidate]) -> None:
+def plot_search(path: Path, trace: list[Candidate]) -> Figure:
     """FID against the time point; one line per searched point and number of samples."""
     groups: dict[tuple[int, int], dict[int, Score]] = {}
     for t in trace:
@@ -320,4 +323,4 @@ def plot_search(path: Path, trace: list[Candidate]) -> None:
         for (order, count), scores in groups.items()
     ]
     title = "FID of multistep samples against the time point"
-    line_plot(path, series, title=title, x_label="grid index (0 = sigma_max)", y_label="FID")
+    return line_plot(path, series, title=title, x_label="grid index (0 = sigma_max)", y_label="FID")

@@ -28,7 +28,7 @@ if [ -n "$colour" ]; then
   digits=digits_rgb p=digits_rgb methods=cd
 fi
 out=${out:-runs/quickstart${size#8}${colour:+-colour}${smoke:+-smoke}}
-. scripts/setup_env.sh mpi quickstart
+. scripts/setup_env.sh mpi quickstart plots
 # One thread per process: two ranks fill two cores, and threads that wait for each other cost more than they bring.
 export OMP_NUM_THREADS=1
 

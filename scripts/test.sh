@@ -2,7 +2,7 @@
 # Set up an environment and run the whole test suite; arguments go to pytest.
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
-. scripts/setup_env.sh mpi quickstart lsun jax safetensors dev
+. scripts/setup_env.sh mpi quickstart plots lsun jax safetensors dev
 ruff format --check .
 ruff check .
 # One thread per process: the processes of multi-rank tests would otherwise wait for each other's threads.

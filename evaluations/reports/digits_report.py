@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cm.data.images import make_grid, save_json, save_png
+from cm.data.images import save_json
 from cm.errors import UserError
 from cm.runtime import job
 from evaluations.evaluator import Evaluator, Options
 from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
 from evaluations.protocols import PROTOCOLS
+from evaluations.reports.plots import Block, image_page
 
 # Sample set -> what it is called in the table; sets that are absent are left out
 TITLES = {
@@ -39,7 +40,7 @@ TITLES = {
     "cont_ct_onestep": "continuous CT, one step",
     "cont_ct_twostep": "continuous CT, two steps",
 }
-PICTURE_ROWS, PICTURE_COLUMNS, TITLE_HEIGHT = 2, 20, 26
+PICTURE_ROWS, PICTURE_COLUMNS = 2, 20
 METRICS = ("accuracy", "fid")
 
 
@@ -81,24 +82,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(run: Path):
+def picture(run: Path) -> list[Block]:
     """The first samples of every set under their titles, all from the same noise and labels."""
-    from PIL import Image, ImageDraw
-
     blocks = []
     for name, title in TITLES.items():
         for path in sorted((run / "samples" / name).glob("samples_*.npz"))[-1:]:
             with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["arr_0"][: PICTURE_COLUMNS * PICTURE_ROWS]
-            blocks.append((title, make_grid(images, PICTURE_COLUMNS, scale=max(1, 48 // images.shape[1]))))
-    width, height = blocks[0][1].size
-    page = Image.new("RGB", (width, (height + TITLE_HEIGHT) * len(blocks)), "white")
-    draw = ImageDraw.Draw(page)
-    for k, (title, grid) in enumerate(blocks):
-        top = k * (height + TITLE_HEIGHT)
-        draw.text((4, top + 6), title, fill="black", font_size=14)
-        page.paste(grid, (0, top + TITLE_HEIGHT))
-    return page
+            columns = min(PICTURE_COLUMNS, len(images))
+            rows = len(images) // columns
+            blocks.append(Block(title, [images[: rows * columns].reshape(rows, columns, *images.shape[1:])]))
+    return blocks
 
 
 def main() -> None:
@@ -109,7 +103,7 @@ def main() -> None:
     rows = measure(run)
     (run / "report.md").write_text(table(rows))
     save_json(run / "report.json", {r.title: {"nfe": r.nfe, "images": r.images, **r.metrics} for r in rows})
-    save_png(run / "report.png", picture(run))
+    image_page(run / "report.png", picture(run))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ IMAGES: the truth, of the model's size, with labels if the model is class-condit
 import argparse
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -19,22 +19,14 @@ from cm.commands.edit import OPERATORS, edit_all, noise_levels
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import corner_noise, decode, path_between
 from cm.config.scripts import EditConfig
-from cm.data.images import from_uint8, make_grid, save_png, to_pil, to_uint8
+from cm.data.images import from_uint8, to_pil, to_uint8
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import job
+from evaluations.reports.plots import Block, image_page
 
-TILE, GAP, GROUP_GAP, TITLE_HEIGHT = 48, 2, 10, 24  # pixels
 COLUMNS = 18  # tiles from side to side
 RESULTS = 4
 IMAGES = 25  # taken evenly from the set
-
-
-@dataclass(frozen=True)
-class Block:
-    """A titled strip of the page. groups: images (n, H, W, C) uint8 that are shown side by side."""
-
-    title: str
-    groups: list[np.ndarray]
 
 
 def blocks(model: Pretrained[EditConfig], inputs: list[Input]) -> Iterator[Block]:
@@ -65,7 +57,7 @@ def edit_block(
     """One group per image: input | results | truth."""
     c = replace(model.config, num_results=results, **flags)
     edited = edit_all(replace(model, config=c), iter(inputs), OPERATORS[c.task](c), noise_levels(c))
-    return Block(title, [np.concatenate([e.picture, e.results, e.truth]) for e in edited])
+    return Block(title, [np.concatenate([e.picture, e.results, e.truth])[None] for e in edited])
 
 
 def as_strokes(item: Input) -> Input:
@@ -86,31 +78,7 @@ def interpolation_block(model: Pretrained[EditConfig], label: int) -> Block:
     shape = (c.in_channels or 3, c.image_size, c.image_size)
     noise = path_between([corner_noise(str(seed), shape) for seed in range(3)], COLUMNS // 2 + 1)
     images = decode(replace(model, config=c), noise, noise_levels(c), label)
-    return Block("interpolation between three noises", [to_uint8(images).numpy()])
-
-
-def draw_page(page: list[Block]):
-    """A Pillow image: per block its title and its groups, which are spread over the width."""
-    from PIL import Image, ImageDraw
-
-    strips = []
-    for block in page:
-        size = block.groups[0].shape[1]
-        scale = max(1, TILE // size)
-        strips.append([make_grid(group, len(group), scale=scale, gap=GAP) for group in block.groups])
-    width = max(sum(grid.width for grid in grids) + (len(grids) - 1) * GROUP_GAP for grids in strips)
-    height = sum(TITLE_HEIGHT + grids[0].height for grids in strips)
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    top = 0
-    for block, grids in zip(page, strips):
-        draw.text((GAP, top + 6), block.title, fill="black", font_size=13)
-        top += TITLE_HEIGHT
-        step = (width - grids[-1].width) / max(1, len(grids) - 1)
-        for k, grid in enumerate(grids):
-            canvas.paste(grid, (round(k * step), top))
-        top += grids[0].height
-    return canvas
+    return Block("interpolation between three noises", [to_uint8(images).numpy()[None]])
 
 
 def main() -> None:
@@ -125,7 +93,7 @@ def main() -> None:
     source = InputFiles(model.config)
     count = len(source.names)
     inputs = list(source.load(range(0, count, max(1, count // IMAGES))))
-    save_png(args.page, draw_page(list(blocks(model, inputs))))
+    image_page(args.page, list(blocks(model, inputs)))
 
 
 if __name__ == "__main__":

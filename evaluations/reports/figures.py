@@ -8,15 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cm.config.presets import PRESETS
 from cm.config.presets.figures import CIFAR_N, CIFAR_SOLVER_N, DIGITS_FIXED_N, DIGITS_N, DIGITS_SOLVER_N
-from cm.data.images import make_grid, save_png
 from cm.errors import UserError
 from evaluations.npz_io import open_images
 from evaluations.reports.paper_tables import needs_teacher, sampling_flags
-from evaluations.reports.plots import Series, line_plot
+from evaluations.reports.plots import Block, Series, image_page, line_plot
 from evaluations.reports.results import Measurement, best_of
 
 COLUMNS = 12  # pictures in a row of Figure 5
@@ -157,7 +154,7 @@ def draw_figure(path: Path, name: str, size: str, measurements: Sequence[Measure
             for c in curves
         ]
         if all(m for _, m in found):
-            save_png(path, same_noise_picture([(label, m.samples) for label, m in found]))
+            image_page(path, [first_samples(label, m.samples) for label, m in found])
         return missing
     series = []
     for curve in curves:
@@ -171,16 +168,11 @@ def draw_figure(path: Path, name: str, size: str, measurements: Sequence[Measure
     return missing
 
 
-def same_noise_picture(sets: Sequence[tuple[str, str]]):
-    """A Pillow image: one row of first samples per (label, npz)."""
-    rows, captions = [], []
-    for label, path in sets:
-        images = open_images(path)
-        count = min(COLUMNS, images.shape[0])
-        rows.append(next(iter(images.batches(range(count), count))))
-        captions += [label, *[""] * (count - 1)]
-    count = min(len(row) for row in rows)
-    return make_grid(np.concatenate([row[:count] for row in rows]), count, captions=captions)
+def first_samples(label: str, path: str) -> Block:
+    """A row of the first images of an npz."""
+    images = open_images(path)
+    count = min(COLUMNS, images.shape[0])
+    return Block(label, [next(iter(images.batches(range(count), count)))[None]])
 
 
 def commands(name: str, size: str) -> list[str]:

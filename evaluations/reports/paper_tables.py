@@ -13,7 +13,7 @@ from typing import Any
 from cm.config.presets import PRESETS, Preset, values
 from cm.errors import UserError
 from cm.objectives.curricula import progdist_stage
-from evaluations.reports.plots import Series, line_plot
+from evaluations.reports.plots import Figure, Series, line_plot
 from evaluations.reports.results import Measurement, best_of
 
 OURS = ("EDM", "CD", "CT", "PD")
@@ -217,7 +217,7 @@ def sampling_flags(preset: Preset, run: str, nfe: int) -> tuple[str, str]:
     return " --sampler multistep --ts TS", run  # as the search printed them
 
 
-def plot_table(path: Path, table: int, dataset: str, measurements: Sequence[Measurement]) -> None:
+def plot_table(path: Path, table: int, dataset: str, measurements: Sequence[Measurement]) -> Figure:
     """FID against NFE of our rows: published (dashed) and measured."""
     series = []
     for method in OURS:
@@ -229,7 +229,7 @@ def plot_table(path: Path, table: int, dataset: str, measurements: Sequence[Meas
         )
         series.append(Series(f"{method} here", [x for x, _ in here], [y for _, y in here]))
     title = f"Table {table}: {DATASETS[dataset][0]}"
-    line_plot(path, series, title=title, x_label="network evaluations", y_label="FID", log_x=True)
+    return line_plot(path, series, title=title, x_label="network evaluations", y_label="FID", log_x=True)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,25 +1,19 @@
-"""Line plots with error bars as PNG, drawn with Pillow alone."""
+"""Line plots and pages of images as PNG. matplotlib (extra `plots`) is imported when something is drawn."""
 
-import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
-from cm.data.images import save_png
+import numpy as np
 
-WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 78, 190, 50, 56
-COLORS = (
-    (31, 119, 180),
-    (214, 39, 40),
-    (44, 160, 44),
-    (148, 103, 189),
-    (255, 127, 14),
-    (23, 160, 170),
-    (90, 90, 90),
-)
-INK, GRID = (40, 40, 40), (225, 225, 225)
+from cm.errors import UserError
+from cm.storage.filesystem import write_atomic
+
+Figure = Any  # matplotlib's
+DPI = 100
+TILE = 48  # pixels: smaller images are enlarged to about this size on a page
+TITLE = 0.32  # inches above the images of a block
 
 
 @dataclass(frozen=True)
@@ -33,90 +27,94 @@ class Series:
     dashed: bool = False
 
 
-def line_plot(
-    path: str | Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_x: bool = False
-) -> None:
-    """Write a plot of all series; points are marked, so that a series of one point shows."""
-    from PIL import Image, ImageDraw
+@dataclass(frozen=True)
+class Block:
+    """A titled strip of a page. groups: images (rows, columns, H, W, C) uint8 that are shown side by side."""
 
+    title: str
+    groups: Sequence[np.ndarray]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Without pyplot there is no window: savefig uses the Agg backend."""
+    try:
+        from matplotlib import figure
+    except ImportError:
+        raise UserError("pictures of reports need matplotlib: pip install '.[plots]'") from None
+    return figure.Figure((width, height), dpi=DPI, layout="constrained")
+
+
+def saved(figure: Figure, path: str | os.PathLike) -> Figure:
+    """The figure, written as PNG, all of it or nothing."""
+    write_atomic(path, lambda file: figure.savefig(file, format="png"))
+    return figure
+
+
+def line_plot(
+    path: str | os.PathLike,
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+) -> Figure:
+    """Write a plot of all series; points are marked, so that a series of one point shows.
+
+    x holds whole numbers. y is logarithmic when it is positive and spans more than a factor of ten.
+    """
     series = [s for s in series if len(s.x)]
     if not series:
         raise ValueError(f"{title}: nothing to plot")
-    image = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
-    draw = ImageDraw.Draw(image)
-    to_x = _Axis([x for s in series for x in s.x], LEFT, WIDTH - RIGHT, log_x)
-    spread = [y + e for s in series for y, e in zip(s.y, s.error or [0] * len(s.y))]
-    spread += [y - e for s in series for y, e in zip(s.y, s.error or [0] * len(s.y))]
-    to_y = _Axis(spread, HEIGHT - BOTTOM, TOP)
-    _draw_frame(draw, to_x, to_y, title, x_label, y_label)
-    for i, s in enumerate(series):
-        color = COLORS[i % len(COLORS)]
-        points = sorted(zip(s.x, s.y, s.error or [0] * len(s.x)))
-        pixels = [(to_x(x), to_y(y)) for x, y, _ in points]
-        for a, b in pairwise(pixels):
-            _line(draw, a, b, color, s.dashed)
-        for (x, y), (_, value, error) in zip(pixels, points):
-            if error:
-                draw.line([(x, to_y(value - error)), (x, to_y(value + error))], fill=color)
-            draw.ellipse(
-                [x - 3, y - 3, x + 3, y + 3], fill=(255, 255, 255) if s.dashed else color, outline=color
-            )
-        row = TOP + 6 + 18 * i
-        _line(draw, (WIDTH - RIGHT + 12, row), (WIDTH - RIGHT + 36, row), color, s.dashed)
-        draw.text((WIDTH - RIGHT + 42, row - 6), s.name, fill=INK)
-    save_png(path, image)
+    figure = new_figure(7.2, 4.4)
+    axes = figure.subplots()
+    for s in series:
+        x, y, error = zip(*sorted(zip(s.x, s.y, s.error or [0] * len(s.x))))
+        style = {"linestyle": "--", "markerfacecolor": "white"} if s.dashed else {}
+        axes.errorbar(x, y, error if s.error else None, marker="o", label=s.name, **style)
+    if log_x:
+        ticks = sorted({x for s in series for x in s.x})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    values = [y for s in series for y in s.y]
+    if 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+    axes.set_title(title, loc="left")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return saved(figure, path)
 
 
-class _Axis:
-    """Maps values to pixels, linearly or by logarithm, with a margin, and knows round tick values."""
-
-    def __init__(self, values: Sequence[float], start: float, stop: float, log: bool = False):
-        self._log = log
-        low, high = min(map(self._scaled, values)), max(map(self._scaled, values))
-        margin = 0.05 * (high - low) or max(abs(high) * 0.05, 0.5)
-        self._low, self._high, self._start, self._stop = low - margin, high + margin, start, stop
-        self.ticks = sorted(set(values)) if log else self._round_ticks()
-
-    def _scaled(self, value: float) -> float:
-        return math.log(value) if self._log else value
-
-    def _round_ticks(self) -> list[float]:
-        raw = (self._high - self._low) / 6
-        power = 10 ** math.floor(math.log10(raw))
-        step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-        first = math.ceil(self._low / step)
-        return [i * step for i in range(first, math.floor(self._high / step) + 1)]
-
-    def __call__(self, value: float) -> float:
-        share = (self._scaled(value) - self._low) / (self._high - self._low)
-        return self._start + share * (self._stop - self._start)
+def image_page(path: str | os.PathLike, blocks: Sequence[Block]) -> Figure:
+    """Write a page with the blocks below one another."""
+    size = blocks[0].groups[0].shape[2]
+    tile = size * max(1, TILE // size) / DPI
+    heights = [TITLE + tile * block.groups[0].shape[0] for block in blocks]
+    columns = max(sum(group.shape[1] for group in block.groups) for block in blocks)
+    figure = new_figure(tile * (columns + 0.6), sum(heights))
+    strips = figure.subfigures(len(blocks), squeeze=False, height_ratios=heights)[:, 0]
+    for block, strip in zip(blocks, strips):
+        strip.suptitle(block.title, x=0.002, ha="left", fontsize=9)
+        widths = [group.shape[1] for group in block.groups]
+        for axes, group in zip(
+            strip.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0], block.groups
+        ):
+            draw_grid(axes, group)
+    return saved(figure, path)
 
 
-def _draw_frame(draw, to_x: _Axis, to_y: _Axis, title: str, x_label: str, y_label: str) -> None:
-    for tick in to_x.ticks:
-        x = to_x(tick)
-        draw.line([(x, TOP), (x, HEIGHT - BOTTOM)], fill=GRID)
-        draw.text((x, HEIGHT - BOTTOM + 6), f"{tick:.6g}", fill=INK, anchor="ma")
-    for tick in to_y.ticks:
-        y = to_y(tick)
-        draw.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GRID)
-        draw.text((LEFT - 6, y), f"{tick:.6g}", fill=INK, anchor="rm")
-    draw.rectangle([LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM], outline=INK)
-    draw.text((LEFT, 10), title, fill=INK)
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 22), x_label, fill=INK, anchor="ma")
-    draw.text((LEFT, TOP - 16), y_label, fill=INK)
-
-
-def _line(
-    draw, a: tuple[float, float], b: tuple[float, float], color: tuple[int, int, int], dashed: bool
-) -> None:
-    if not dashed:
-        draw.line([a, b], fill=color, width=2)
-        return
-    pieces = max(1, round(math.dist(a, b) / 8))
-    for i in range(0, pieces, 2):
-        ends = [
-            (a[0] + (b[0] - a[0]) * t / pieces, a[1] + (b[1] - a[1]) * t / pieces)
-            for t in (i, min(i + 1, pieces))
-        ]
-        draw.line(ends, fill=color)
+def draw_grid(axes, images: np.ndarray) -> None:
+    """Show (rows, columns, H, W, C) images as one picture with white lines between them."""
+    rows, columns, height, width, channels = images.shape
+    joined = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    axes.imshow(joined.repeat(3 // channels, axis=2), interpolation="nearest")
+    axes.set_xticks(width * np.arange(1, columns) - 0.5, [])
+    axes.set_yticks(height * np.arange(1, rows) - 0.5, [])
+    axes.grid(color="white", linewidth=1.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_anchor("W")

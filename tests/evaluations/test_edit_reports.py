@@ -13,8 +13,10 @@ from cm.commands.cli import parse
 from cm.commands.edit import run_image_edit
 from cm.commands.edit_inputs import InputFiles
 from cm.config.scripts import EditConfig, configure, resolved
+from cm.data.images import to_uint8
 from cm.data.prepare import prepare
 from cm.errors import UserError
+from cm.models.pretrained import load_pretrained
 from cm.objectives.lpips import import_piq
 from evaluations.reports import edit_page, edit_report
 from evaluations.reports.edit_report import bicubic, grey, make_metrics, mean_fill, measure, table
@@ -212,9 +214,22 @@ def test_page(model, colour_digits, tmp_path, monkeypatch):
     first = (tmp_path / "page.png").read_bytes()
     edit_page.main()
     assert (tmp_path / "page.png").read_bytes() == first
-    page = Image.open(tmp_path / "page.png")
-    assert page.height == 7 * (24 + 48 + 2 * 2)  # with colourisation
-    assert 900 < page.width < 1000
+
+
+def test_what_is_on_the_page(model, colour_digits):
+    loaded = load_pretrained(parse(EditConfig, ["--model_path", str(model), "--input", str(colour_digits)]))
+    inputs = list(InputFiles(loaded.config).load(range(12)))
+    page = list(edit_page.blocks(loaded, inputs))
+    assert [[group.shape[:2] for group in block.groups] for block in page] == [
+        *[[(1, 6)] * 3] * 4,  # with colourisation
+        [(1, 3)] * 6,
+        [(1, 6)] * 3,
+        [(1, 19)],
+    ]
+    truth = to_uint8(inputs[0].image[None])[0]
+    assert np.array_equal(page[0].groups[0][0, -1], truth)
+    grey_input = page[0].groups[0][0, 0]
+    assert (grey_input == grey_input[..., :1]).all() and not (truth == truth[..., :1]).all()
 
 
 def test_strokes_are_crude(colour_digits):

@@ -1,6 +1,7 @@
 """The FID search: intervals, coarse and greedy searches, the memo, and the whole on a tiny model."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -103,15 +104,23 @@ def test_memo_survives_and_knows_its_conditions(tmp_path):
 
 
 def test_plot_of_one_and_of_several_searches(tmp_path):
-    from PIL import Image
-
     fake = Fake(lambda ts: abs(ts[1] - 11))
     interval = SearchRange((0,), (17,), 0, 17)
-    for points, coarse in ((1, 0), (2, 10)):
+    for points, coarse, groups in ((1, 0, [(1, 100)]), (2, 10, [(1, 10), (1, 100), (2, 10), (2, 100)])):
         _, trace = search_points(fake, interval, num_samples=100, points=points, coarse=coarse)
-        plot_search(tmp_path / "p.png", trace)
-        with Image.open(tmp_path / "p.png") as image:
-            assert image.format == "PNG" and len(set(image.convert("L").tobytes())) > 10
+        (axes,) = plot_search(tmp_path / "p.png", trace).axes
+        for line, (order, count) in zip(axes.containers, groups, strict=True):
+            assert line.get_label() == f"point {order}, " * (points > 1) + f"{count} samples"
+            shown = [(t.p, t.score.fid) for t in trace if (t.order, t.num_samples) == (order, count)]
+            assert sorted(shown) == list(map(tuple, line.lines[0].get_xydata()))
+            assert len(line.lines[2][0].get_segments()) == len(shown)  # error bars
+
+
+def test_a_search_ends_without_matplotlib_too(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    searched(files, tmp_path)
+    assert json.loads((tmp_path / "search_result.json").read_text())["ts"]
+    assert not (tmp_path / "search.png").exists()
 
 
 # --- the whole, on a tiny model --------------------------------------------------------------------
