@@ -3,8 +3,11 @@
 The files are torchvision's VGG16 and piq's linear layers, under their usual names, in one folder.
 """
 
+import contextlib
+import functools
+import importlib.machinery
+import importlib.util
 import os
-import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,21 +251,30 @@ def _unit_channels(x: Tensor) -> Tensor:
 
 
 def import_piq() -> types.ModuleType:
-    """The module piq, also where torchvision's compiled operators do not fit the installed torch.
-
-    piq needs torchvision's Python code only, but torchvision refuses to be imported then ("operator
-    torchvision::nms does not exist"). Its registration of those operators is left out in that case.
-    """
+    """The module piq, also where torchvision's compiled operators do not load into the installed torch."""
+    declare_missing_operators()
     try:
         import piq
     except ImportError as error:
         raise UserError(f"LPIPS needs the package piq and torchvision: {error}") from None
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "piq")]:
-            del sys.modules[name]
-        registrations = "torchvision._meta_registrations"
-        sys.modules[registrations] = types.ModuleType(registrations)
-        import piq
     return piq
+
+
+@functools.cache  # the declarations end with the library object
+def declare_missing_operators() -> torch.library.Library | None:
+    """Where torchvision's operators do not load, declare those that its import asks for, without their code.
+
+    piq needs torchvision's Python code only, whose import fails without them: "operator torchvision::nms does not
+    exist". Loading is tried as torchvision itself does it, before its first import.
+    """
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations if package else []
+    compiled = importlib.machinery.PathFinder.find_spec("_C", folders)
+    with contextlib.suppress(OSError):
+        if compiled:
+            torch.ops.load_library(compiled.origin)
+            return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library

@@ -3,8 +3,11 @@
 import copy
 import functools
 import shutil
+import subprocess
+import sys
 import types
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +122,32 @@ def test_losses_with_lpips_golden(golden_files, case):
     with torch.no_grad():
         terms = losses(student, g.tensor("x_start"), g.config["num_scales"][case], **inputs)
     assert_close(terms["loss"], g.tensor(f"loss/{case}/value"), rtol=1e-3, atol=0)
+
+
+def test_operators_are_declared_only_where_torchvisions_do_not_load(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch.ops, "load_library", tried.append)
+    monkeypatch.setattr(torch.library, "Library", None)
+    assert lpips.declare_missing_operators.__wrapped__() is None
+    assert [Path(path).parent.name for path in tried] == ["torchvision"]
+    assert Path(tried[0]).name.startswith("_C.")
+
+
+def test_piq_is_imported_whether_or_not_torchvisions_operators_load():
+    """In a new process. Operators that are only declared have no code that could give wrong results."""
+    code = """if True:
+        import torch
+        from cm.objectives.lpips import declare_missing_operators, import_piq
+        import_piq()
+        import torchvision
+        assert torchvision.extension._has_ops() == (declare_missing_operators() is None)
+        assert torchvision.models.vgg16
+        try:
+            assert torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist() == [0]
+        except RuntimeError as error:
+            assert "Couldn't load custom C++ ops" in str(error)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_lpips_equals_piqs_own_class(files, monkeypatch):
