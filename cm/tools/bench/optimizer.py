@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cm.models.factory import choose_device, create_network
+from cm.runtime.cpu import keep_freed_memory
 from cm.tools.bench.network import SIZES
 from cm.tools.bench.runs import Options, description, sample_config, train_config, training
 from cm.tools.profiling.report import Row
@@ -35,6 +36,8 @@ def update_row(case: str, options: Options) -> Row:
     size = UPDATES[case]
     of_size = Options(flags=size_flags()) if size == SIZE else Options(preset=size)
     device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     params = list(create_network(sample_config(of_size)).to(device).parameters())
     runs = {name: optimizer.step for name, optimizer in optimizers(params).items()}
     timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
