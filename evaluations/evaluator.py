@@ -8,22 +8,20 @@ example of three seeds, are reported with their mean and range. Runs in one proc
 """
 
 import argparse
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-import cm
 from cm.config import plugins
 from cm.config.rows import METRICS
 from cm.data.images import save_json
 from cm.errors import UserError, choose
 from cm.runtime import distributed, job
+from cm.runtime.provenance import versions
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference
@@ -163,8 +161,7 @@ def evaluate(
         "reference": {"path": reference.path, "sha256": _on_main(reference.sha256), "meta": reference.meta}
         | {"images": reference.images.shape[0] if reference.images else 0},
         "options": {"batch_size": options.batch_size, "bootstrap": options.bootstrap, "seed": options.seed},
-        "versions": {"cm": cm.__version__, "torch": torch.__version__, "numpy": np.__version__}
-        | {"python": platform.python_version()},
+        "versions": versions(),
     }
     if len(runs) == 1:
         return runs[0] | result

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import cm
 from cm.data.decode import readable
 from cm.errors import UserError
 from cm.runtime import distributed, job
+from cm.runtime.provenance import versions
 from cm.storage import filesystem
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
@@ -64,7 +64,7 @@ def build_reference(
         "seed": seed,
         "shape": list(images.shape[1:]),
         "source": images.path,
-        "version": cm.__version__,
+        "versions": versions(),
     }
     if distributed.is_main():
         meta["source_sha256"] = images.sha256()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import cm
 from cm.commands.sample import class_labels, sample_batches
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_ints
@@ -25,6 +24,7 @@ from cm.data.images import save_json
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
+from cm.runtime.provenance import versions
 from cm.sampling.consistency import ts_to_sigmas
 from cm.sampling.generate import local_batches
 from cm.sampling.noise import get_generator
@@ -291,7 +291,7 @@ def _result(model: Pretrained[SearchConfig], ts: Points, trace: list[Candidate])
         "num_samples": c.num_samples,
         "candidates": [asdict(t) for t in trace],
         **model.provenance(),
-        "version": cm.__version__,
+        "versions": versions(),
     }
 
 

@@ -1,10 +1,8 @@
 """CIFAR-10 archives (Krizhevsky 2009): cifar-10-python.tar.gz and cifar-10-binary.tar.gz, the 50,000 training images.
 
-The Python version is pickled. A pickle can run any code, so its few allowed objects are rebuilt by hand: no
-class or function named in the file is ever imported, and anything unexpected is refused.
+The Python version is pickled. A pickle can run any code, so its few allowed objects are rebuilt by hand.
 """
 
-import pickle
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
@@ -12,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from cm.data.unpickle import RestrictedUnpickler, one_line
 from cm.errors import UserError
 
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
@@ -88,18 +87,17 @@ def _binary_batch(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def load_restricted(content: bytes) -> Any:
     """A pickle made of dict, list, tuple, bytes, str, numbers and uint8 arrays (`_Array`); else a UserError."""
-    try:
-        return _Unpickler(BytesIO(content), encoding="bytes").load()
-    except UserError:
-        raise
-    except Exception as error:  # pickle raises whatever the damaged bytes lead it to
-        raise UserError(f"damaged pickle ({' '.join(str(error).split())})") from error
+    with one_line("damaged pickle"):
+        return RestrictedUnpickler(BytesIO(content), _STAND_INS, encoding="bytes").load()
 
 
 class _Array:
-    """Stands in for a numpy array while unpickling; `pixels` is its content."""
+    """Stands in for numpy's _reconstruct; the content, `pixels`, follows in __setstate__."""
 
     pixels: np.ndarray
+
+    def __init__(self, *_arguments: Any):
+        pass
 
     def __setstate__(self, state: tuple) -> None:
         _version, shape, dtype, fortran_order, content = state
@@ -121,11 +119,6 @@ class _Uint8:
         """Byte order and alignment, which mean nothing for single bytes."""
 
 
-def _empty_array(*_arguments: Any) -> _Array:
-    """Stands in for numpy's _reconstruct; the content follows in __setstate__."""
-    return _Array()
-
-
 def _latin1_bytes(text: str, encoding: str | bytes = "latin1") -> bytes:
     """Stands in for _codecs.encode, by which Python 3 writes bytes into old pickle protocols."""
     if encoding not in ("latin1", b"latin1"):
@@ -136,14 +129,7 @@ def _latin1_bytes(text: str, encoding: str | bytes = "latin1") -> bytes:
 _STAND_INS = {
     ("numpy", "ndarray"): "a name that _reconstruct is given, never called",
     ("numpy", "dtype"): _Uint8,
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("_codecs", "encode"): _latin1_bytes,
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _STAND_INS:
-            raise UserError(f"refused: its pickle asks for {module}.{name}")
-        return _STAND_INS[module, name]

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from cm.errors import UserError
 from cm.runtime import job
+from cm.runtime.provenance import versions
 
 # Model -> (script, flags of training) and names of its sample sets with the flags that draw them
 ONE_AND_TWO = {"onestep": "", "twostep": "--sampler multistep"}
@@ -113,7 +112,7 @@ def main() -> None:
         picture=picture,
         points=done[POINTS][0],
         cores=os.cpu_count(),
-        torch=torch.__version__,
+        torch=versions()["torch"],
         threads=os.environ.get("OMP_NUM_THREADS", "unset"),
         total=minutes(sum(seconds for _, seconds in done.values())),
         commands="\n".join(

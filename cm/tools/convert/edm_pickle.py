@@ -6,7 +6,6 @@ other name is refused. Only then are the tensors read out of the records.
 """
 
 import io
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from cm.data.unpickle import RestrictedUnpickler, one_line
 from cm.errors import UserError
 
 STORAGES = {
@@ -62,18 +62,12 @@ def load_pickle(path: str) -> Any:
 
     UserError in one line for a file that is damaged or asks for anything but the parts of such a network.
     """
-    try:
+    with one_line(f"{path} is not a readable EDM pickle"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return _load_zip(archive, path)
         with open(path, "rb") as file:
-            return _Unpickler(file, path, None).load()
-    except UserError:
-        raise
-    # A damaged pickle can make the machinery fail in any way; none of it is the program's own error.
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{path} is not a readable EDM pickle ({type(error).__name__}: {first})") from None
+            return _Unpickler(file, path).load()
 
 
 def _load_zip(archive: zipfile.ZipFile, path: str) -> Any:
@@ -84,31 +78,24 @@ def _load_zip(archive: zipfile.ZipFile, path: str) -> Any:
     return _Unpickler(content, path, lambda key: archive.read(f"{root}data/{key}")).load()
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves every name of the pickle to something of this file, or refuses it."""
+class _Unpickler(RestrictedUnpickler):
+    """Knows classes of torch and numpy as records, and the storages that lie beside the pickle in a zip."""
 
-    def __init__(self, file: BinaryIO, path: str, read_storage: Callable[[str], bytes] | None):
-        super().__init__(file)
-        self.path = path
+    def __init__(self, file: BinaryIO, path: str, read_storage: Callable[[str], bytes] | None = None):
+        super().__init__(file, BUILDERS, f"{path}: ")
         self.read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for `module.name`."""
-        if (module, name) in BUILDERS:
-            return BUILDERS[module, name]
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module.startswith(("torch.nn.modules.", "numpy.")) or module == "numpy":
+        known = (module, name) in BUILDERS
+        if not known and (module.startswith(("torch.nn.modules.", "numpy.")) or module == "numpy"):
             return _record_class(name)
-        raise UserError(
-            f"{self.path} asks for {module}.{name}, which no EDM network needs: it was not loaded"
-        )
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: tuple) -> Tensor:
         """A storage that lies beside the pickle, as a flat tensor."""
         kind, dtype, key, _location, _size = pid
         if kind != "storage" or self.read_storage is None:
-            raise UserError(f"{self.path} refers to data outside of itself: it was not loaded")
+            raise UserError(f"{self.source}refused: it refers to data outside of itself")
         data = bytearray(self.read_storage(key))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
@@ -134,7 +121,8 @@ def _storage(data: bytes) -> Tensor:
 
 
 # (module, name) in a pickle -> what it becomes
-BUILDERS: dict[tuple[str, str], Callable] = {
+BUILDERS: dict[tuple[str, str], Any] = {
+    **{("torch", name): dtype for name, dtype in STORAGES.items()},
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,

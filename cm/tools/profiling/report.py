@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from cm import __version__
 from cm.errors import UserError
 from cm.runtime import distributed
+from cm.runtime.provenance import versions
 
-PACKAGES = ("torch", "numpy", "pillow", "torchvision", "piq", "diffusers")
+PACKAGES = ("pillow", "torchvision", "piq", "diffusers")
 # The figures that the table shows: key -> (heading, format)
 COLUMNS = {
     "images_per_second": ("img/s", "{:.4g}"),
@@ -93,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
-        "versions": {"cm": __version__, "python": platform.python_version(), **_versions()},
+        "versions": versions() | _packages(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": distributed.get_world_size(),
@@ -126,7 +126,7 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _versions() -> dict[str, str]:
+def _packages() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:
