@@ -51,15 +51,12 @@ def make_grid(
     images: np.ndarray | Tensor,
     columns: int = 0,
     *,
-    captions: Sequence[str] = (),
     headings: Sequence[str] = (),
-    scale: int = 0,
     gap: int = 2,
 ):
     """A Pillow image that shows (N, H, W, C) uint8 images row by row, separated by lines.
 
-    columns 0: about as many as rows. scale: whole factor by which pixels are enlarged; 0: to 64 pixels at least.
-    captions: a text under each image. headings: a text above each column.
+    columns 0: about as many as rows. headings: a text above each column. Images are enlarged to 64 pixels at least.
     """
     from PIL import Image, ImageDraw
 
@@ -69,8 +66,8 @@ def make_grid(
         raise ValueError("a grid needs at least one image")
     columns = min(columns or int(np.ceil(np.sqrt(count))), count)
     rows = -(-count // columns)
-    scale = scale or max(1, -(-SMALLEST_CELL // min(height, width)))
-    cell = (width * scale + gap, height * scale + gap + (TEXT_HEIGHT if captions else 0))
+    scale = max(1, -(-SMALLEST_CELL // min(height, width)))
+    cell = (width * scale + gap, height * scale + gap)
     top = gap + (TEXT_HEIGHT if headings else 0)
     grid = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + top), BACKGROUND)
     draw = ImageDraw.Draw(grid)
@@ -78,8 +75,6 @@ def make_grid(
         left, upper = gap + i % columns * cell[0], top + i // columns * cell[1]
         tile = to_pil(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         grid.paste(tile, (left, upper))
-        if i < len(captions):
-            draw.text((left + 2, upper + height * scale + 2), captions[i], fill=(0, 0, 0))
     for j, heading in enumerate(headings[:columns]):
         draw.text((gap + j * cell[0] + 2, 2), heading, fill=(0, 0, 0))
     return grid

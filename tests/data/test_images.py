@@ -53,8 +53,8 @@ def test_grid_shows_every_image_enlarged(channels):
 def test_grid_text_and_automatic_shape(tmp_path):
     plain = make_grid(_samples(9, side=64))
     assert plain.size == (3 * 66 + 2, 3 * 66 + 2)
-    text = make_grid(_samples(2, side=64), columns=2, captions=["a", "b"], headings=["left", "right"])
-    assert text.size == (2 * 66 + 2, 66 + 2 + 32)
+    text = make_grid(_samples(2, side=64), columns=2, headings=["left", "right"])
+    assert text.size == (2 * 66 + 2, 66 + 2 + 16)
     assert (np.asarray(text)[:16] < 128).any()
     save_grid(tmp_path / "grid.png", torch.from_numpy(_samples(2)))
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
