@@ -193,9 +193,9 @@ def test_what_a_plug_in_may_not_do(examples):
         with pytest.raises(UserError, match=message):
             plugins.load("bad.py")
         assert "x" not in OBJECTIVES and DISTANCES["l2"].origin == ""
-    with pytest.raises(UserError, match="--plugin none.py: no such file"):
+    with pytest.raises(UserError, match=r"--plugin none\.py: no such file"):
         plugins.load("none.py")
-    with pytest.raises(UserError, match="--plugin not.there: no such file or module"):
+    with pytest.raises(UserError, match=r"--plugin not\.there: no such file or module"):
         plugins.load("not.there")
 
 
@@ -203,7 +203,8 @@ def test_a_plug_in_may_be_a_module_and_its_options_plain(examples, monkeypatch):
     (examples / "of_mine.py").write_text(
         "from dataclasses import dataclass\nfrom cm import register\n"
         "@dataclass\nclass Options:\n    wide: float = 2.0\n"
-        "@register.distance('mine', options=Options)\ndef mine(a, b, wide):\n    return wide * (a - b).flatten(1).sum(1)\n"
+        "@register.distance('mine', options=Options)\n"
+        "def mine(a, b, wide):\n    return wide * (a - b).flatten(1).sum(1)\n"
     )
     monkeypatch.syspath_prepend(str(examples))
     plugins.load("of_mine")
