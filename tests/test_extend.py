@@ -23,6 +23,7 @@ from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights
 from tests.helpers.analytic import order_of_convergence
+from tests.helpers.eval_files import write_classifier
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "extend.md"
@@ -78,7 +79,7 @@ def test_a_loss_from_help_to_samples(examples):
     train(*LOSS, "--out_dir", "run")
     names = {path.name for path in complete_checkpoints("run")[0].glob("*.pt")}
     assert not any(name.startswith("target") for name in names), "mu = 0 keeps no copy of the student"
-    state, meta = load_weights(complete_checkpoints("run")[0] / "model000002.pt")
+    _, meta = load_weights(complete_checkpoints("run")[0] / "model000002.pt")
     assert meta["config"]["plugins"][0]["rows"] == ["training_mode huber_ct"]
     train(*LOSS, "--out_dir", "run", "--resume_with_changes", "True", steps=4)  # goes on
     assert [path.name for path in complete_checkpoints("run")] == ["step_000002", "step_000004"]
@@ -175,10 +176,11 @@ def test_a_metric(examples):
     plugins.load("my_metric.py")
     random = np.random.RandomState(0)
     for name in ("real", "fake"):
-        np.savez(examples / f"{name}.npz", arr_0=random.randint(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+        np.savez(examples / f"{name}.npz", arr_0=random.randint(0, 256, (20, 8, 8, 1), dtype=np.uint8))
     options = Options(PROTOCOLS["digits"], parse_metrics("fid,coverage", PROTOCOLS["digits"]))
     reference, samples = open_reference("real.npz"), [open_images("fake.npz")]
-    found = evaluate(reference, samples, digits_network(examples), options, strict=False, force=True)
+    network = load_features(f"digits={write_classifier(examples / 'c.pt')}", "", torch.device("cpu"))
+    found = evaluate(reference, samples, network, options, strict=False, force=True)
     assert 0 < found["metrics"]["coverage"] < 1 and METRICS["coverage"].needs == "images"
 
 

@@ -277,7 +277,7 @@ def test_features_that_are_not_finite(files, tmp_path):
 def test_unknown_metric():
     assert parse_metrics("", DIGITS) == DIGITS.metrics and parse_metrics("all", DIGITS) == tuple(METRICS)
     assert parse_metrics("kid, fid", DIGITS) == ("kid", "fid")
-    with pytest.raises(UserError, match="--metrics must be one of .* got .clip"):
+    with pytest.raises(UserError, match=r"--metrics must be one of .* got .clip"):
         parse_metrics("fid,clip", DIGITS)
 
 
