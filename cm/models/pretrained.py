@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cm.config.derived import channels_last, is_consistency, precision
 from cm.config.flags import GuidanceFlags
 from cm.config.inherit import inherit
 from cm.config.scripts import ClassifierConfig, ModelFlags, configure, flags_of
-from cm.diffusion.denoiser import Denoiser, NoisyClassifier
+from cm.diffusion.denoiser import DenoiseFn, Denoiser, NoisyClassifier, clamped
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
@@ -23,14 +23,35 @@ ConfigType = TypeVar("ConfigType", bound=ModelFlags)
 
 
 @dataclass(frozen=True)
-class Pretrained(Generic[ConfigType]):
-    """A network with its denoiser, and the configuration completed by what the file says."""
+class Model(Generic[ConfigType]):
+    """A denoiser of images on its device, with the configuration of its network."""
 
     config: ConfigType
-    file: ModelFile
-    network: nn.Module
     denoiser: Denoiser
     device: torch.device
+
+    def denoise(self, labels: Tensor | None = None, clip: bool = True) -> DenoiseFn:
+        """(x, sigma) -> clean images for a batch of classes `labels` (B,), which an unconditional model ignores.
+
+        clip: predictions are clamped to [-1, 1].
+        """
+        cond = {}
+        if self.config.class_cond:
+            if labels is None:
+                raise ValueError("a class-conditional model needs the labels of the batch")
+            cond["y"] = labels.to(self.device)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.denoiser(x, sigma, **cond)
+
+        return clamped(denoise) if clip else denoise
+
+
+@dataclass(frozen=True)
+class Pretrained(Model[ConfigType]):
+    """A model from a file, its configuration completed by what the file says."""
+
+    file: ModelFile
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for metadata of results."""
@@ -114,17 +135,17 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     network = create_network(config)
     check_matching(network, file.state, f"--model_path {file.path}")
     network.load_state_dict(file.state)
-    return ready(config, file, network, device)
+    return prepare_for_sampling(config, file, network, device)
 
 
-def ready(
+def prepare_for_sampling(
     config: ConfigType, file: ModelFile, network: nn.Module, device: torch.device
 ) -> Pretrained[ConfigType]:
-    """A network with its weights, made ready to sample: precision, device and memory format as configured."""
+    """A network with its weights in the precision, on the device and in the memory format that are configured."""
     if (dtype := torso_dtype(precision(config))) != torch.float32:
         network.convert_torso(dtype)
     network = network.to(device).eval().requires_grad_(False)
     if channels_last(config, device.type):
         network = network.to(memory_format=torch.channels_last)
     precond = create_precond(config, consistency=is_consistency(config.training_mode))
-    return Pretrained(config, file, network, Denoiser(network, precond), device)
+    return Pretrained(config, Denoiser(network, precond), device, file)

@@ -20,7 +20,7 @@ from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, resul
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network
 from cm.models.files import ModelFile
-from cm.models.pretrained import Pretrained, ready
+from cm.models.pretrained import Pretrained, prepare_for_sampling
 from cm.objectives.lpips import FEATURES, LINEAR_FILE, VGG_FILE
 from cm.runtime import logger
 from cm.runtime.distributed import get_world_size
@@ -146,7 +146,7 @@ def random_model(config: SampleConfig) -> Pretrained[SampleConfig]:
     device = choose_device(config.device)
     torch.manual_seed(0)
     network = randomized(create_network(config))
-    return ready(config, ModelFile("random", "file", {}, None), network, device)
+    return prepare_for_sampling(config, ModelFile("random", "file", {}, None), network, device)
 
 
 def randomized(network: nn.Module) -> nn.Module:

@@ -16,8 +16,7 @@ from cm.config.scripts import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrain
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
 from cm.models.factory import create_precond
-from cm.models.files import ModelFile
-from cm.models.pretrained import Pretrained
+from cm.models.pretrained import Model
 from cm.sampling.noise import get_generator
 from cm.tools.planning.devices import Cluster, parse_cluster
 from cm.tools.planning.estimate import Sampling, Step, largest_microbatch, plan_sampling, plan_step
@@ -207,7 +206,7 @@ def evaluations(config: SampleConfig) -> int:
     small = replace(config, image_size=1, in_channels=1, class_cond=False, classes="")
     precond = create_precond(small, consistency=is_consistency(small.training_mode))
     denoiser = Denoiser(lambda x, t: torch.zeros_like(x), precond)
-    model = Pretrained(small, ModelFile("none", "file", {}, None), None, denoiser, torch.device("cpu"))
+    model = Model(small, denoiser, torch.device("cpu"))
     generator = get_generator("indexed", num_samples=1, seed=0)
     counter = CallCounter()
     generator.set_rows(range(1))
