@@ -23,16 +23,11 @@ from cm.objectives.edm import edm_losses
 from cm.objectives.pairs import pair_at
 from cm.objectives.progressive import interval_at, progressive_losses
 from cm.sampling.ancestral import get_ancestral_step, sample_euler_ancestral
-from cm.sampling.common import to_d
-from cm.sampling.consistency import (
-    sample_onestep,
-    sample_progdist,
-    stochastic_iterative_sampler,
-    ts_to_sigmas,
-)
+from cm.sampling.consistency import sample_onestep, sample_progdist, stochastic_iterative_sampler
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, superres
+from cm.sampling.levels import ts_to_sigmas
 from cm.sampling.noise import DummyGenerator, get_generator
-from cm.sampling.ode import sample_dpm, sample_euler, sample_heun
+from cm.sampling.ode import sample_dpm, sample_euler, sample_heun, to_d
 from cm.sampling.registry import run_sampler
 
 __all__ = [
@@ -277,12 +272,9 @@ def karras_sample(
         sigma_max=sigma_max,
         rho=rho,
         ts=ts,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
         progress=progress,
         callback=callback,
+        options={"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise},
     )
     return sample.clamp(-1, 1)
 

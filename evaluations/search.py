@@ -25,8 +25,8 @@ from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
 from cm.runtime.provenance import versions
-from cm.sampling.consistency import ts_to_sigmas
 from cm.sampling.generate import local_batches
+from cm.sampling.levels import ts_to_sigmas
 from cm.sampling.noise import get_generator
 from cm.sampling.search import Points, coarse_to_fine_search, greedy_search, ternary_search
 from evaluations.evaluator import Evaluator, Options

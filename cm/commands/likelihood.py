@@ -80,9 +80,8 @@ def score_batch(
         generator.set_rows(indices)
     uniforms = torch.special.ndtr(noise.randn_like(batch.images))
     x0 = dequantized(batch.images, uniforms).to(model.device)
-    cond = {"y": batch.labels.to(model.device)} if c.class_cond else {}
     got = log_likelihood(
-        lambda x, sigma: model.denoiser(x, sigma, **cond),
+        model.denoise(batch.labels, clip=False),
         x0,
         probe,
         sigma_min=c.sigma_min,
@@ -90,6 +89,6 @@ def score_batch(
         probe=c.probe,
         tolerance=c.tolerance,
     )
-    logger.log(f"images {indices.start}-{indices.stop - 1}: {got.nfe} evaluations")
-    bits = bits_per_dim(got.log_prob, x0[0].numel()).tolist()
-    return [(index, value, got.nfe) for index, value in zip(indices, bits, strict=True)]
+    nfe, bits = got.nfe.tolist(), bits_per_dim(got.log_prob, x0[0].numel()).tolist()
+    logger.log(f"images {indices.start}-{indices.stop - 1}: {min(nfe)} to {max(nfe)} evaluations")
+    return list(zip(indices, bits, nfe, strict=True))

@@ -1,7 +1,7 @@
 """Drawing samples from a model as configured: npz, PNG grid, metadata."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,21 @@ import torch
 from torch import Tensor
 
 from cm import __version__
+from cm.commands.common import prepare_output
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
-from cm.config.rows import TIME_STEPS
 from cm.config.scripts import SampleConfig, resolved
 from cm.data.images import SampleWriter, save_grid, save_json
-from cm.diffusion.denoiser import clamped
+from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.sde import create_sde
 from cm.errors import UserError
-from cm.models.factory import create_alpha_sigma
-from cm.models.pretrained import Pretrained, TrainedClassifier, load_classifier, load_pretrained
-from cm.nn import append_zero
+from cm.models.pretrained import Model, TrainedClassifier, load_classifier, load_pretrained
 from cm.runtime import distributed, logger
 from cm.sampling.generate import Labels, SampleBatch, generate
 from cm.sampling.guidance import guided
-from cm.sampling.noise import get_generator
-from cm.sampling.registry import run_sampler, sampler_sigmas
+from cm.sampling.levels import grid_levels
+from cm.sampling.noise import SampleGenerator, get_generator
+from cm.sampling.registry import SAMPLERS, run_sampler
 
 
 def run_image_sample(config: SampleConfig) -> None:
@@ -34,7 +33,7 @@ def run_image_sample(config: SampleConfig) -> None:
     c = model.config
     channels = c.in_channels or 3
     stem = Path(run_dir(config), f"samples_{c.num_samples}x{c.image_size}x{c.image_size}x{channels}")
-    prepare_output(stem, c.overwrite)
+    prepare_output(stem.parent, [f"{stem.name}.npz"], c.overwrite)
     sigmas = model.denoiser.precond.round_sigma(noise_levels(c))
     classifier = load_guide(model)
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.training_mode}, sampler {c.sampler}")
@@ -75,42 +74,29 @@ def run_image_sample(config: SampleConfig) -> None:
         logger.log(f"picture: {stem.with_suffix('.png')}")
 
 
-def prepare_output(stem: Path, overwrite: bool) -> None:
-    """Make the folder on rank 0; UserError on every rank where it cannot be written or already holds these samples."""
-    problem = None
-    if distributed.is_main():
-        try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--out_dir {stem.parent} cannot be written: {error.strerror}"
-        if stem.with_suffix(".npz").exists() and not overwrite:
-            problem = (
-                f"{stem.with_suffix('.npz')} is already there: give --overwrite True or another --out_dir"
-            )
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise UserError(problem)
-
-
 def noise_levels(config: SampleConfig) -> Tensor:
-    """The decreasing noise levels that the sampler walks along, float64, the last included."""
-    if config.sigmas:
-        levels = parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
-        return torch.tensor([*levels, config.sigma_min], dtype=torch.float64)
-    grid = config.steps, config.sigma_min, config.sigma_max, config.rho
-    if config.sampler == "progdist" and config.diffusion_schedule:
-        return create_alpha_sigma(config).steps(config.steps).double()
-    if config.sampler == "pc":
-        return append_zero(create_sde(config.sde, config.sigma_min, config.sigma_max).levels(*grid))
-    if config.time_steps:
-        return append_zero(TIME_STEPS.load(config.time_steps)(*grid))
-    return sampler_sigmas(config.sampler, *grid, ts=complete_ts(config))
+    """The decreasing noise levels that the sampler walks along, the last included."""
+    c = config
+    if c.sigmas:
+        levels = parse_sigmas(c.sigmas, c.sigma_min, c.sigma_max)
+        return torch.tensor([*levels, c.sigma_min], dtype=torch.float64)
+    options = {
+        "ts": complete_ts(c),
+        "sde": create_sde(c.sde, c.sigma_min, c.sigma_max),
+        "diffusion_schedule": c.diffusion_schedule,
+    }
+    grid = c.time_steps or SAMPLERS[c.sampler].grid
+    return grid_levels(grid, c.steps, c.sigma_min, c.sigma_max, c.rho, options)
 
 
-def solver_options(model: Pretrained[SampleConfig]) -> dict[str, Any]:
-    """The options of the family's samplers, as flags give them."""
+def solver_options(model: Model[SampleConfig]) -> dict[str, Any]:
+    """The options of all samplers, as flags give them."""
     c = model.config
     return {
+        "s_churn": c.s_churn,
+        "s_tmin": c.s_tmin,
+        "s_tmax": c.s_tmax,
+        "s_noise": c.s_noise,
         "noise_schedule": c.noise_schedule,
         "state_scale": c.state_scale,
         "order": c.solver_order,
@@ -125,7 +111,7 @@ def solver_options(model: Pretrained[SampleConfig]) -> dict[str, Any]:
     }
 
 
-def load_guide(model: Pretrained[SampleConfig]) -> TrainedClassifier | None:
+def load_guide(model: Model[SampleConfig]) -> TrainedClassifier | None:
     """The classifier of --classifier_path, checked against the model."""
     c = model.config
     if not c.classifier_path:
@@ -144,6 +130,8 @@ def complete_ts(config: SampleConfig) -> list[int] | None:
     if config.sampler != "multistep" or not config.ts:
         return None
     ts = list(parse_ts(config.ts, config.steps))
+    if ts[0] != 0:
+        raise UserError(f"--ts must begin with 0 (sigma_max), where the noise is, got {config.ts}")
     if ts[-1] != config.steps - 1:
         ts.append(config.steps - 1)
         logger.log(
@@ -168,7 +156,7 @@ class CallCounter:
         self.per_batch = 0
         self._counting = True
 
-    def wrap(self, denoise: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def wrap(self, denoise: DenoiseFn) -> DenoiseFn:
         """The same function, counted."""
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
@@ -183,8 +171,8 @@ class CallCounter:
 
 
 def sample_batches(
-    model: Pretrained[SampleConfig],
-    generator,
+    model: Model[SampleConfig],
+    generator: SampleGenerator,
     sigmas: Tensor,
     counter: CallCounter | None = None,
     options: Mapping[str, Any] | None = None,
@@ -192,16 +180,14 @@ def sample_batches(
 ) -> SampleBatch:
     """(n, labels) -> n images in [-1, 1] with the configured sampler; starts from noise of level sigmas[0].
 
-    options: of the sampler, besides those that every configuration has. classifier: guides towards the labels.
+    options: of the sampler. classifier: guides towards the labels.
     """
     c = model.config
     counter = counter or CallCounter()
 
     @torch.no_grad()
     def draw(count: int, labels: Tensor | None) -> Tensor:
-        cond = {"y": labels.to(model.device)} if c.class_cond else {}
-        denoise = counter.wrap(lambda x, sigma: model.denoiser(x, sigma, **cond))
-        denoise = clamped(denoise) if c.clip_denoised else denoise
+        denoise = counter.wrap(model.denoise(labels, clip=c.clip_denoised))
         own = dict(options or {})
         if classifier is not None:
             gradient = classifier.model.gradient(labels.to(model.device), c.classifier_scale)
@@ -210,19 +196,9 @@ def sample_batches(
             else:
                 denoise = guided(denoise, gradient)
         size = (count, c.in_channels or 3, c.image_size, c.image_size)
+        x = generator.randn(*size, device=model.device) * float(sigmas[0])
         x = run_sampler(
-            c.sampler,
-            denoise,
-            generator.randn(*size, device=model.device) * float(sigmas[0]),
-            generator,
-            steps=c.steps,
-            sigma_min=c.sigma_min,
-            s_churn=c.s_churn,
-            s_tmin=c.s_tmin,
-            s_tmax=c.s_tmax,
-            s_noise=c.s_noise,
-            sigmas=sigmas,
-            options=own,
+            c.sampler, denoise, x, generator, steps=c.steps, sigma_min=c.sigma_min, sigmas=sigmas, options=own
         )
         counter.batch_done()
         return x.clamp(-1, 1)

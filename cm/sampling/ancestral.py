@@ -1,12 +1,13 @@
 """Ancestral sampling: part of each step is deterministic, the rest is fresh noise (Song et al. 2021, App. F)."""
 
-from collections.abc import Callable
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from cm.diffusion.denoiser import DenoiseFn
-from cm.sampling.common import Callback, evaluate, intervals, report, start, to_d
+from cm.diffusion.denoiser import Gradient
+from cm.sampling.driver import Denoise, Step, Walk, evaluate, sampler
+from cm.sampling.noise import SampleGenerator
+from cm.sampling.ode import to_d
 
 
 def get_ancestral_step(
@@ -22,25 +23,23 @@ def get_ancestral_step(
     return sigma_down, sigma_up
 
 
-@torch.no_grad()
+@sampler
 def sample_euler_ancestral(
-    denoiser: DenoiseFn,
+    denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
-    generator,
-    progress: bool = False,
-    callback: Callback | None = None,
-    gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
+    generator: SampleGenerator,
+    *,
+    gradient: Gradient | None = None,
+) -> Walk:
     """Euler step to sigma_down, then noise up to the next level. One evaluation and one draw per step.
 
     gradient: (x, sigma) -> s grad log p(y | x; sigma) of a classifier; the step's mean moves by sigma_up^2 times it
     (Dhariwal & Nichol 2021, Algorithm 1, with the gradient at x).
     """
-    x = start(x)
-    for i, sigma, sigma_next in intervals(sigmas, progress):
-        denoised = evaluate(denoiser, x, sigma)
-        report(callback, i, x, sigma, denoised)
+    for sigma, sigma_next in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        yield Step(x, sigma, denoised)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next)
         shift = sigma_up**2 * evaluate(gradient, x, sigma) if gradient else 0
         x = x + (sigma_down - sigma) * to_d(x, sigma, denoised) + shift

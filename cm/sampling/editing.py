@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.diffusion.denoiser import DenoiseFn
-from cm.sampling.common import Callback
 from cm.sampling.consistency import sample_multistep
+from cm.sampling.driver import Callback, start
+from cm.sampling.noise import SampleGenerator
 
 LUMA = (0.2989, 0.5870, 0.1140)
 
@@ -115,7 +116,7 @@ def edit_images(
     denoiser: DenoiseFn,
     images: Tensor,
     sigmas: Tensor,
-    generator,
+    generator: SampleGenerator,
     edit: LinearEdit | None = None,
     *,
     x: Tensor | None = None,
@@ -131,7 +132,7 @@ def edit_images(
     images are noised to sigmas[0] and denoised (stroke-guided editing, Meng et al. 2022; denoising). final_project
     replaces the known coefficients once more at the very end, which matters if the last level is above sigma_min.
     """
-    images = images.float() if images.element_size() < 4 else images
+    images = start(images)
     if edit is not None:
         mask, coefficients = edit.mask.shape, edit.transform(images).shape
         fits = all(m in (1, c) for m, c in zip(reversed(mask), reversed(coefficients)))

@@ -1,25 +1,23 @@
 """The general sampler of EDM's ablations: any noise schedule, scale of the state, and second-order rule."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from cm.config.choices import NOISE_SCHEDULES, STATE_SCALES
-from cm.diffusion.denoiser import DenoiseFn
 from cm.errors import UserError
-from cm.sampling.common import Callback, evaluate, intervals, report, start
+from cm.sampling.driver import Denoise, Step, Walk, sampler
+from cm.sampling.noise import SampleGenerator
 from cm.sampling.ode import churn
 
 
-@torch.no_grad()
+@sampler
 def sample_general(
-    denoiser: DenoiseFn,
+    denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
-    generator,
-    progress: bool = False,
-    callback: Callback | None = None,
+    generator: SampleGenerator,
     *,
     noise_schedule: str = "linear",
     state_scale: str = "none",
@@ -30,7 +28,7 @@ def sample_general(
     s_tmax: float = float("inf"),
     s_noise: float = 1.0,
     round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
-) -> Tensor:
+) -> Walk:
     """Solve dz/dt = (sigma'/sigma + s'/s) z - (sigma' s / sigma) D(z / s; sigma) (Karras et al. 2022, Algorithm 3).
 
     noise_schedule gives sigma(t) and state_scale s(t); the steps are those times at which sigma(t) is in `sigmas`, so
@@ -40,26 +38,23 @@ def sample_general(
     rounded. x has noise level sigmas[0] and is not scaled; nor is the sample.
     """
     if order not in (1, 2) or not 0 < alpha <= 1:
-        raise UserError(
-            f"--solver_order must be 1 or 2 and --solver_alpha in (0, 1], got {order} and {alpha}"
-        )
+        raise UserError(f"order must be 1 or 2 and alpha in (0, 1], got {order} and {alpha}")
     schedule, scaling = NOISE_SCHEDULES.load(noise_schedule)(), STATE_SCALES.load(state_scale)()
 
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(dz/dt, denoised) at time t."""
         sigma, sigma_deriv = schedule.sigma(t), schedule.sigma_deriv(t)
         s, s_deriv = scaling.scale(sigma), scaling.scale_deriv(sigma, sigma_deriv)
-        denoised = evaluate(denoiser, z / s, sigma)
+        denoised = denoise(z / s, sigma)
         return (sigma_deriv / sigma + s_deriv / s) * z - sigma_deriv * s / sigma * denoised, denoised
 
-    x = start(x)
     steps = len(sigmas) - 1
-    for i, sigma, sigma_next in intervals(sigmas.double(), progress):
+    for sigma, sigma_next in pairwise(sigmas.double()):
         x, sigma_hat = churn(x, sigma, generator, steps, s_churn, s_tmin, s_tmax, s_noise, round_sigma)
         t, t_next = schedule.time(sigma_hat), schedule.time(sigma_next)
         z, h = scaling.scale(sigma_hat) * x, t_next - t
         d, denoised = slope(z, t)
-        report(callback, i, x, sigma, denoised, sigma_hat)
+        yield Step(x, sigma, denoised, sigma_hat)
         if order == 2 and sigma_next > 0:
             d_inner, _ = slope(z + alpha * h * d, t + alpha * h)
             d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_inner

@@ -33,7 +33,7 @@ class Labels:
     def __post_init__(self):
         wrong = [c for c in self.classes if not 0 <= c < self.num_classes]
         if wrong:
-            raise UserError(f"--classes {wrong[0]} is not a class of the model (0..{self.num_classes - 1})")
+            raise UserError(f"classes: {wrong[0]} is not a class of the model (0..{self.num_classes - 1})")
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         """(n,) int64 for these samples."""
@@ -47,7 +47,7 @@ class Labels:
 def blocks(num_samples: int, batch_size: int, world_size: int) -> Iterator[list[range]]:
     """For each round the blocks of samples that the ranks draw, in rank order; the last may be short or empty."""
     if num_samples < 1 or batch_size < 1:
-        raise UserError(f"--num_samples {num_samples} and --batch_size {batch_size} must be positive")
+        raise UserError(f"num_samples {num_samples} and batch_size {batch_size} must be positive")
     for first in range(0, num_samples, batch_size * world_size):
         starts = [min(first + rank * batch_size, num_samples) for rank in range(world_size + 1)]
         yield [range(a, b) for a, b in pairwise(starts)]
@@ -128,12 +128,12 @@ def generate(
     """
     together = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    place = {"rank": rank, "world_size": world_size}
+    ranks = {"rank": rank, "world_size": world_size}
     size = {"num_samples": num_samples, "batch_size": batch_size}
-    batches = local_batches(sample_batch, generator=generator, labels=labels, **size, **place)
+    batches = local_batches(sample_batch, generator=generator, labels=labels, **size, **ranks)
     kept = torch.empty(0, *image_shape, dtype=torch.uint8)
     with progress_bar(total=num_samples, desc="samples", unit="image", enabled=progress) as bar:
-        for rows, images in in_order(batches, image_shape=image_shape, **size, **place):
+        for rows, images in in_order(batches, image_shape=image_shape, **size, **ranks):
             if writer is not None:
                 writer.write(images, labels(rows) if labels else None)
             if len(kept) < keep:

@@ -94,7 +94,7 @@ class DeterministicGenerator(_ByIndex):
     ):
         super().__init__(seed, rank, world_size)
         if num_samples < 1:
-            raise UserError(f"--generator determ needs --num_samples >= 1, got {num_samples}")
+            raise UserError(f"generator determ needs num_samples >= 1, got {num_samples}")
         self.num_samples = num_samples
         self._streams: dict[torch.device, torch.Generator] = {}
         self._stream_seed = seed
@@ -162,7 +162,7 @@ class DeterministicIndividualGenerator(_ByIndex):
     ):
         super().__init__(seed, rank, world_size)
         if num_samples < 1:
-            raise UserError(f"--generator determ-indiv needs --num_samples >= 1, got {num_samples}")
+            raise UserError(f"generator determ-indiv needs num_samples >= 1, got {num_samples}")
         self.num_samples = num_samples
         self._streams: dict[tuple[torch.device, int], torch.Generator] = {}
 
@@ -277,16 +277,27 @@ SampleGenerator = (
     DummyGenerator | DeterministicGenerator | DeterministicIndividualGenerator | IndexedGenerator
 )
 
+
+def dummy(num_samples: int, seed: int) -> DummyGenerator:
+    """Row dummy: knows neither samples nor seed."""
+    return DummyGenerator()
+
+
+def indexed(num_samples: int, seed: int) -> IndexedGenerator:
+    """Row indexed: no sample depends on how many there are."""
+    return IndexedGenerator(seed)
+
+
 GENERATORS: dict[str, Callable[[int, int], SampleGenerator]] = {
-    "dummy": lambda num_samples, seed: DummyGenerator(),
+    "dummy": dummy,
     "determ": DeterministicGenerator,
     "determ-indiv": DeterministicIndividualGenerator,
-    "indexed": lambda num_samples, seed: IndexedGenerator(seed),
+    "indexed": indexed,
 }
 
 
 def get_generator(generator: str, num_samples: int = 0, seed: int = 0) -> SampleGenerator:
     """Noise source by name: dummy, determ, determ-indiv or indexed. Rank and world come from torch.distributed."""
     if generator not in GENERATORS:
-        raise UserError(f"--generator {generator!r} is unknown; choose one of {', '.join(GENERATORS)}")
+        raise UserError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
     return GENERATORS[generator](num_samples, seed)

@@ -5,19 +5,27 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cm.diffusion.denoiser import DenoiseFn
-from cm.sampling.common import Callback, evaluate, intervals, report, start, to_d
-from cm.sampling.noise import skip_draw
+from cm.nn import append_dims
+from cm.sampling.driver import Denoise, Step, Walk, sampler
+from cm.sampling.noise import SampleGenerator, skip_draw
+
+
+def to_d(x: Tensor, sigma: Tensor | float, denoised: Tensor) -> Tensor:
+    """dx/dsigma = (x - D(x; sigma)) / sigma, the probability-flow ODE (Karras et al. 2022, Eq. 3 with Eq. 1)."""
+    if isinstance(sigma, Tensor) and sigma.ndim:
+        sigma = append_dims(sigma, x.ndim)
+    return (x - denoised) / sigma
 
 
 def churn(
     x: Tensor,
     sigma: Tensor,
-    generator,
+    generator: SampleGenerator,
     steps: int,
     s_churn: float,
     s_tmin: float,
@@ -40,80 +48,67 @@ def churn(
     return x + (sigma_hat**2 - sigma**2).sqrt() * noise, sigma_hat
 
 
-@torch.no_grad()
-def sample_euler(
-    denoiser: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    generator=None,
-    progress: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: SampleGenerator) -> Walk:
     """Euler steps: first order, one evaluation per step. Draws nothing."""
-    x = start(x)
-    for i, sigma, sigma_next in intervals(sigmas, progress):
-        denoised = evaluate(denoiser, x, sigma)
-        report(callback, i, x, sigma, denoised)
+    for sigma, sigma_next in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        yield Step(x, sigma, denoised)
         x = x + (sigma_next - sigma) * to_d(x, sigma, denoised)
     return x
 
 
-@torch.no_grad()
+@sampler
 def sample_heun(
-    denoiser: DenoiseFn,
+    denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
-    generator,
-    progress: bool = False,
-    callback: Callback | None = None,
+    generator: SampleGenerator,
+    *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = float("inf"),
     s_noise: float = 1.0,
-) -> Tensor:
+) -> Walk:
     """Heun's steps with churn (Karras et al. 2022, Algorithm 2): second order, 2N - 1 evaluations.
 
     Deterministic for s_churn = 0 (Algorithm 1). The step to sigma = 0 is an Euler step.
     """
-    x = start(x)
     steps = len(sigmas) - 1
-    for i, sigma, sigma_next in intervals(sigmas, progress):
+    for sigma, sigma_next in pairwise(sigmas):
         x, sigma_hat = churn(x, sigma, generator, steps, s_churn, s_tmin, s_tmax, s_noise)
-        denoised = evaluate(denoiser, x, sigma_hat)
-        report(callback, i, x, sigma, denoised, sigma_hat)
+        denoised = denoise(x, sigma_hat)
+        yield Step(x, sigma, denoised, sigma_hat)
         d = to_d(x, sigma_hat, denoised)
         if sigma_next > 0:
             x_next = x + (sigma_next - sigma_hat) * d
-            d = (d + to_d(x_next, sigma_next, evaluate(denoiser, x_next, sigma_next))) / 2
+            d = (d + to_d(x_next, sigma_next, denoise(x_next, sigma_next))) / 2
         x = x + (sigma_next - sigma_hat) * d
     return x
 
 
-@torch.no_grad()
+@sampler
 def sample_dpm(
-    denoiser: DenoiseFn,
+    denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
-    generator,
-    progress: bool = False,
-    callback: Callback | None = None,
+    generator: SampleGenerator,
+    *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = float("inf"),
     s_noise: float = 1.0,
-) -> Tensor:
+) -> Walk:
     """Midpoint steps with churn: second order, 2N evaluations (after DPM-Solver-2, Lu et al. 2022).
 
     The midpoint is taken in sigma^(1/3), also in the last step: sigma_mid = ((a^(1/3) + b^(1/3)) / 2)^3.
     """
-    x = start(x)
     steps = len(sigmas) - 1
-    for i, sigma, sigma_next in intervals(sigmas, progress):
+    for sigma, sigma_next in pairwise(sigmas):
         x, sigma_hat = churn(x, sigma, generator, steps, s_churn, s_tmin, s_tmax, s_noise)
-        denoised = evaluate(denoiser, x, sigma_hat)
-        report(callback, i, x, sigma, denoised, sigma_hat)
+        denoised = denoise(x, sigma_hat)
+        yield Step(x, sigma, denoised, sigma_hat)
         sigma_mid = ((sigma_hat ** (1 / 3) + sigma_next ** (1 / 3)) / 2) ** 3
         x_mid = x + (sigma_mid - sigma_hat) * to_d(x, sigma_hat, denoised)
-        d_mid = to_d(x_mid, sigma_mid, evaluate(denoiser, x_mid, sigma_mid))
-        x = x + (sigma_next - sigma_hat) * d_mid
+        x = x + (sigma_next - sigma_hat) * to_d(x_mid, sigma_mid, denoise(x_mid, sigma_mid))
     return x

@@ -4,6 +4,7 @@ As for all samplers, x = x0 + sigma noise; inside, the state is the SDE's own z 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.sde import SDE, create_sde
 from cm.errors import UserError
 from cm.nn import append_dims
-from cm.sampling.common import Callback, evaluate, intervals, report, start
+from cm.sampling.driver import Callback, Denoise, Step, Walk, evaluate, sampler, start
+from cm.sampling.noise import SampleGenerator
+from cm.sampling.runge_kutta import solve_rk45
 
 Score = Callable[[Tensor], Tensor]
 
@@ -59,24 +62,26 @@ def annealed_langevin_step(
     return (2 * alpha * (snr * std) ** 2).to(z.dtype)
 
 
-# --predictor: (sde, z, t, r, score) -> (mean, std) of the state at r
+NO_CORRECTION = None
+
+# predictor: (sde, z, t, r, score) -> (mean, std) of the state at r
 PREDICTORS = {
     "reverse_diffusion": reverse_diffusion,
     "euler_maruyama": euler_maruyama,
     "ancestral": ancestral,
     "none": stay,
 }
-# --corrector: step size of z + step * score + sqrt(2 step) noise
+# corrector: step size of z + step * score + sqrt(2 step) noise
 CORRECTORS = {
     "langevin": langevin_step,
     "annealed_langevin": annealed_langevin_step,
-    "none": None,
+    "none": NO_CORRECTION,
 }
 
 
-def _named(registry: dict, flag: str, name: str):
+def _named(registry: dict, argument: str, name: str):
     if name not in registry:
-        raise UserError(f"--{flag} must be one of {', '.join(registry)}, got {name}")
+        raise UserError(f"{argument} must be one of {', '.join(registry)}, got {name}")
     return registry[name]
 
 
@@ -85,21 +90,19 @@ def _edm_sde(sigmas: Tensor) -> SDE:
     return create_sde("edm", positive.min().item(), positive.max().item())
 
 
-@torch.no_grad()
+@sampler
 def sample_pc(
-    denoiser: DenoiseFn,
+    denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
-    generator,
-    progress: bool = False,
-    callback: Callback | None = None,
+    generator: SampleGenerator,
     *,
     sde: SDE | None = None,
     predictor: str = "reverse_diffusion",
     corrector: str = "langevin",
     corrector_steps: int = 1,
     snr: float = 0.16,
-) -> Tensor:
+) -> Walk:
     """Predictor-corrector sampling (Song et al. 2021, Algorithm 1): N (1 + corrector_steps) evaluations.
 
     At each level of `sigmas`: corrector_steps Langevin steps, then the predictor to the next level. The step to
@@ -108,20 +111,19 @@ def sample_pc(
     """
     predict = _named(PREDICTORS, "predictor", predictor)
     step_size = _named(CORRECTORS, "corrector", corrector)
-    x = start(x)
     sde = sde or _edm_sde(sigmas)
-    for i, sigma, sigma_next in intervals(sigmas.double(), progress):
+    for sigma, sigma_next in pairwise(sigmas.double()):
         t = sde.time(sigma)
         r = sde.time(sigma_next) if sigma_next > 0 else t
         z = sde.alpha(t) * x
         for _ in range(corrector_steps if step_size else 0):
             noise = generator.randn_like(z)
-            score = sde.score(evaluate(denoiser, z / sde.alpha(t), sigma), z, t)
+            score = sde.score(denoise(z / sde.alpha(t), sigma), z, t)
             step = step_size(z, score, noise, sde.transition(r, t).scale ** 2, sde.std(t), snr)
             z = z + step * score + (2 * step) ** 0.5 * noise
         x = z / sde.alpha(t)
-        denoised = evaluate(denoiser, x, sigma)
-        report(callback, i, x, sigma, denoised)
+        denoised = denoise(x, sigma)
+        yield Step(x, sigma, denoised)
         if sigma_next > 0:
             mean, std = predict(sde, z, t, r, sde.score(denoised, z, t))
             x = (mean + std * generator.randn_like(z)) / sde.alpha(r)
@@ -135,7 +137,7 @@ def sample_rk45(
     denoiser: DenoiseFn,
     x: Tensor,
     sigmas: Tensor,
-    generator=None,
+    generator: SampleGenerator | None = None,
     progress: bool = False,
     callback: Callback | None = None,
     *,
@@ -145,28 +147,24 @@ def sample_rk45(
     """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4) with relative and absolute tolerance.
 
     Of `sigmas` only both ends count; an end at 0 is reached by denoising at the lowest positive level, since the ODE is
-    singular there. The error is controlled over the whole batch on the CPU: each evaluation costs a transfer.
+    singular there. Every image has steps of its own, so that none depends on its neighbours.
     """
-    from scipy.integrate import solve_ivp
-
     positive = sigmas[sigmas > 0].double().cpu()
-    sde = sde or _edm_sde(sigmas)
+    sde = sde or _edm_sde(positive)
     x = start(x)
     first, last = (sde.time(level) for level in (positive[0], positive[-1]))
 
-    def slope(time: float, flat) -> Tensor:
-        t = torch.tensor(time, dtype=torch.float64)
-        z = torch.from_numpy(flat).reshape(x.shape)
-        denoised = evaluate(denoiser, (z / sde.alpha(t)).to(x), sde.level(t)).to(z)
-        return sde.flow(z, t, sde.score(denoised, z, t)).numpy().ravel()
+    def slope(t: Tensor, flat: Tensor) -> Tensor:
+        z, times = flat.reshape(x.shape), append_dims(t, x.ndim)
+        denoised = denoiser((z / sde.alpha(times)).to(x), sde.level(t).to(x)).to(z)
+        return sde.flow(z, times, sde.score(denoised, z, times)).flatten(1)
 
-    z = (x.double().cpu() * sde.alpha(first)).numpy().ravel()
-    solution = solve_ivp(slope, (first.item(), last.item()), z, rtol=tolerance, atol=tolerance, method="RK45")
-    if not solution.success:
-        raise RuntimeError(f"the ODE solver gave up: {solution.message}")
-    x = (torch.from_numpy(solution.y[:, -1]).reshape(x.shape) / sde.alpha(last)).to(x)
+    z = x.double() * sde.alpha(first)
+    z = solve_rk45(slope, first.item(), last.item(), z.flatten(1), rtol=tolerance, atol=tolerance).y
+    x = (z.reshape(x.shape) / sde.alpha(last)).to(x)
     if sigmas[-1] > 0:
         return x
     denoised = evaluate(denoiser, x, positive[-1])
-    report(callback, 0, x, positive[-1], denoised)
+    if callback is not None:
+        callback({"i": 0, "x": x, "sigma": positive[-1], "sigma_hat": positive[-1], "denoised": denoised})
     return denoised

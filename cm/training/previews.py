@@ -10,16 +10,17 @@ from torch import Tensor
 from cm.config.derived import training_mode
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.data.images import save_grid, to_uint8
-from cm.diffusion.denoiser import Denoiser, clamped
-from cm.models.factory import create_alpha_sigma, create_precond
+from cm.diffusion.denoiser import Denoiser
+from cm.models.pretrained import Model
 from cm.runtime import distributed, logger
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
-from cm.training.factory import trains_consistency
 from cm.training.trainer import Trainer
 
 HEUN_STEPS = 18
 MAX_PROGDIST_STEPS = 32
+# Where on the grid of noise levels, from 0 at sigma_max to 1, the second evaluation of two takes place
+SECOND_EVALUATION = 0.6
 
 
 class Preview:
@@ -28,7 +29,6 @@ class Preview:
     def __init__(self, config: EdmTrainConfig | CmTrainConfig, directory: str):
         self.config = config
         self.folder = Path(directory, "previews")
-        self.precond = create_precond(config, consistency=trains_consistency(config))
 
     def __call__(self, trainer: Trainer) -> None:
         """Draw and save the grids of the current step; every rank must call it."""
@@ -45,49 +45,38 @@ class Preview:
 
     def samples(self, trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
         """(name, images in [-1, 1]) of each way to sample that suits the objective."""
-        c = self.config
-        mode = training_mode(c)
+        objective, done = trainer.objective, trainer.state.step
+        mode = training_mode(self.config)
         if mode == "edm":
-            yield f"heun{HEUN_STEPS}", self._draw(trainer, "heun", steps=HEUN_STEPS)
+            yield f"heun{HEUN_STEPS}", self._draw(trainer, "heun", HEUN_STEPS)
         elif mode == "progdist":
-            steps = min(trainer.objective.num_scales(max(trainer.state.step - 1, 0)), MAX_PROGDIST_STEPS)
-            sigmas = create_alpha_sigma(c).steps(steps) if c.diffusion_schedule else None
-            yield f"progdist{steps}", self._draw(trainer, "progdist", steps=steps, sigmas=sigmas)
+            steps = min(objective.num_scales(max(done - 1, 0)), MAX_PROGDIST_STEPS)
+            yield f"progdist{steps}", self._draw(trainer, "progdist", steps)
         else:
             # Continuous-time objectives have no grid of their own.
-            scales = trainer.objective.num_scales(trainer.state.step) or c.start_scales
-            middle = max(round(0.6 * (scales - 1)), min(1, scales - 1))
-            yield "onestep", self._draw(trainer, "onestep", steps=scales)
-            yield "twostep", self._draw(trainer, "multistep", steps=scales, ts=[0, middle, scales - 1])
+            scales = objective.num_scales(done) or self.config.start_scales
+            second = max(round(SECOND_EVALUATION * (scales - 1)), min(1, scales - 1))
+            yield "onestep", self._draw(trainer, "onestep", scales)
+            yield "twostep", self._draw(trainer, "multistep", scales, [0, second, scales - 1])
 
     @torch.no_grad()
-    def _draw(
-        self,
-        trainer: Trainer,
-        sampler: str,
-        *,
-        steps: int,
-        ts: list[int] | None = None,
-        sigmas: Tensor | None = None,
-    ) -> Tensor:
+    def _draw(self, trainer: Trainer, sampler: str, steps: int, ts: list[int] | None = None) -> Tensor:
         c, count = self.config, self.config.preview_count
-        device = trainer.device
+        model = Model(c, Denoiser(trainer.model, trainer.roles.student.precond), trainer.device)
         generator = get_generator("indexed", num_samples=count, seed=0)
         generator.set_rows(range(count))
-        cond = {"y": torch.arange(count, device=device) % c.num_classes} if c.class_cond else {}
-        denoiser = Denoiser(trainer.model, self.precond)
-        x = generator.randn(count, c.in_channels, c.image_size, c.image_size, device=device) * c.sigma_max
+        x = generator.randn(count, c.in_channels, c.image_size, c.image_size, device=trainer.device)
         return run_sampler(
             sampler,
-            clamped(lambda x, sigma: denoiser(x, sigma, **cond)),
-            x,
+            model.denoise(torch.arange(count) % c.num_classes if c.class_cond else None),
+            x * c.sigma_max,
             generator,
             steps=steps,
             sigma_min=c.sigma_min,
             sigma_max=c.sigma_max,
             rho=c.rho,
             ts=ts,
-            sigmas=sigmas,
+            options={"diffusion_schedule": c.diffusion_schedule},
         ).clamp(-1, 1)
 
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from cm.config.choices import SDES
+from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import karras_sigmas
+from cm.diffusion.precond import EDMPrecond
 from cm.diffusion.sde import EDMSDE, VESDE, VPSDE, SubVPSDE, create_sde
 from cm.errors import UserError
 from cm.sampling.noise import get_generator
 from cm.sampling.ode import sample_heun
 from cm.sampling.predictor_corrector import CORRECTORS, PREDICTORS, sample_pc, sample_rk45
 from tests.helpers.analytic import Gaussian
+from tests.helpers.models import tiny_unet
 
 GAUSS = Gaussian(mean=0.3, std=0.5)
 
@@ -236,9 +239,9 @@ def test_evaluations_and_independence_of_the_batch():
 
 
 def test_unknown_predictor_and_corrector():
-    with pytest.raises(UserError, match="--predictor must be one of reverse_diffusion"):
+    with pytest.raises(UserError, match="predictor must be one of reverse_diffusion"):
         pc(VPSDE(), predictor="heun")
-    with pytest.raises(UserError, match="--corrector must be one of langevin"):
+    with pytest.raises(UserError, match="corrector must be one of langevin"):
         pc(VPSDE(), corrector="mala")
 
 
@@ -256,6 +259,18 @@ def test_rk45_follows_the_exact_flow(name):
         for tolerance in (1e-3, 1e-7)
     ]
     assert errors[1] < 1e-5 and errors[1] < errors[0] / 20
+
+
+def test_a_sample_of_rk45_does_not_depend_on_its_batch():
+    """With a network, whose kernels round by the batch; a stiff neighbour has a far larger start."""
+    net = Denoiser(tiny_unet().eval(), EDMPrecond())
+    x = 80 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = double(80.0, 0.002, 0.0)
+    together = sample_rk45(net, x, levels, tolerance=1e-3)
+    alone = sample_rk45(net, x[:1], levels, tolerance=1e-3)
+    torch.testing.assert_close(alone, together[:1], rtol=0, atol=2e-5)
+    beside = sample_rk45(net, torch.cat([x[:1], 1e4 * x[1:2]]), levels, tolerance=1e-3)
+    torch.testing.assert_close(alone, beside[:1], rtol=0, atol=2e-5)
 
 
 def test_rk45_and_heun_agree_down_to_zero():

@@ -274,8 +274,8 @@ def test_churned_levels_are_rounded():
     [
         ({"noise_schedule": "quadratic"}, "noise_schedule"),
         ({"state_scale": "half"}, "state_scale"),
-        ({"order": 3}, "--solver_order"),
-        ({"alpha": 0.0}, "--solver_alpha"),
+        ({"order": 3}, "order must be 1 or 2"),
+        ({"alpha": 0.0}, "alpha in"),
     ],
 )
 def test_unknown_choices(flags, message):

@@ -49,7 +49,7 @@ def test_blocks_cover_every_sample_once_in_order():
         rounds = list(blocks(num_samples, batch, world))
         assert [i for block in rounds for rows in block for i in rows] == list(range(num_samples))
         assert all(len(block) == world and len(rows) <= batch for block in rounds for rows in block)
-    with pytest.raises(UserError, match="--num_samples 0"):
+    with pytest.raises(UserError, match="num_samples 0"):
         list(blocks(0, 3, 1))
 
 
@@ -59,7 +59,7 @@ def test_labels():
     assert torch.equal(Labels(10, seed=1)([5, 700]), drawn[[5, 700]])
     assert not torch.equal(Labels(10, seed=2)(range(2000)), drawn)
     assert torch.bincount(drawn, minlength=10).min() > 150
-    with pytest.raises(UserError, match="--classes 10"):
+    with pytest.raises(UserError, match="classes: 10"):
         Labels(10, classes=(3, 10))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from cm.commands.sample import CallCounter, class_labels, noise_levels, sample_batches
+from cm.commands.sample import CallCounter, class_labels, noise_levels, sample_batches, solver_options
 from cm.config.derived import precision
 from cm.config.scripts import SampleConfig
 from cm.networks.precision import torso_dtype
@@ -44,7 +44,7 @@ def sample_row(case: str, config: SampleConfig, options: Options) -> Row:
     model = random_model(config)
     generator = get_generator(config.generator, num_samples=config.num_samples, seed=config.seed)
     counter = CallCounter()
-    draw = sample_batches(model, generator, noise_levels(config), counter)
+    draw = sample_batches(model, generator, noise_levels(config), counter, solver_options(model))
     labels = class_labels(config)
 
     def batch() -> None:
@@ -72,11 +72,10 @@ def bench_edit(options: Options) -> list[Row]:
     config = sample_config(options, TINY_CASES["onestep"] if options.preset == "tiny" else ())
     model = random_model(config)
     labels = class_labels(config)
-    rows = range(config.batch_size)
-    cond = {} if labels is None else {"y": labels(rows).to(model.device)}
+    y = None if labels is None else labels(range(config.batch_size))
     side, channels = config.image_size, config.in_channels
     images = torch.rand(config.batch_size, channels, side, side, device=model.device) * 2 - 1
-    cost = edit_cost(lambda x, sigma: model.denoiser(x, sigma, **cond), images, repeats=options.repeats)
+    cost = edit_cost(model.denoise(y, clip=False), images, repeats=options.repeats)
     return [
         Row(
             f"edit/{name}",
