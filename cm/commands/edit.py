@@ -8,19 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm.commands.common import prepare_output
 from cm.commands.edit_inputs import Input, InputFiles
+from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
 from cm.config.derived import is_consistency, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
 from cm.config.scripts import EditConfig, resolved
 from cm.data.images import save_grid, save_json, save_png, to_pil, to_uint8
-from cm.diffusion.denoiser import clamped
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
 from cm.runtime.progress import progress
-from cm.sampling.consistency import ts_to_sigmas
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
+from cm.sampling.levels import ts_to_sigmas
 from cm.sampling.noise import IndexedGenerator
 from cm.seeding import derive_seed
 
@@ -39,7 +40,8 @@ class Edited:
     truth: np.ndarray
 
 
-def _inpaint(config: EditConfig) -> LinearEdit:
+def inpaint_task(config: EditConfig) -> LinearEdit:
+    """What --mask does not cover is known."""
     mask = known_mask(config.mask, config.image_size, config.image_size, config.seed)
     if mask.all() or not mask.any():
         what = "nothing to generate" if mask.all() else "nothing known"
@@ -47,25 +49,31 @@ def _inpaint(config: EditConfig) -> LinearEdit:
     return inpaint(mask)
 
 
-def _colorize(config: EditConfig) -> LinearEdit:
+def colorize_task(config: EditConfig) -> LinearEdit:
+    """The luma is known."""
     if config.in_channels == 1:
         raise UserError(f"colorize needs a colour model, and {config.model_path} is grey")
     return colorize()
 
 
-def _superres(config: EditConfig) -> LinearEdit:
+def superres_task(config: EditConfig) -> LinearEdit:
+    """The means of patches of --factor pixels are known."""
     if config.image_size % config.factor:
         raise UserError(f"--factor {config.factor} does not divide images of {config.image_size} pixels")
     return superres(config.factor)
 
 
+def free_task(config: EditConfig) -> None:
+    """Nothing is held fixed."""
+
+
 # --task -> what stays of an image; None: nothing is held fixed
 OPERATORS: dict[str, Callable[[EditConfig], LinearEdit | None]] = {
-    "inpaint": _inpaint,
-    "colorize": _colorize,
-    "superres": _superres,
-    "stroke": lambda config: None,
-    "denoise": lambda config: None,
+    "inpaint": inpaint_task,
+    "colorize": colorize_task,
+    "superres": superres_task,
+    "stroke": free_task,
+    "denoise": free_task,
 }
 
 # Tasks whose first noise level has a flag of its own; the others begin at sigma_max
@@ -85,8 +93,6 @@ def run_image_edit(config: EditConfig) -> None:
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.task}")
     logger.log("noise levels: " + ", ".join(f"{s:.4g}" for s in sigmas.tolist()))
     if c.task == "interpolate":
-        from cm.commands.interpolate import run_interpolation
-
         run_interpolation(model, sigmas)
     else:
         run_edits(model, sigmas)
@@ -114,9 +120,8 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     edit = OPERATORS[c.task](c)
     source = InputFiles(c)
     directory = Path(run_dir(c))
-    prepare_output(
-        directory, [result_name(n, i) for n in source.names for i in range(c.num_results)], c.overwrite
-    )
+    results = [result_name(name, i) for name in source.names for i in range(c.num_results)]
+    prepare_output(directory, [*results, "grid.png", "edit.json"], c.overwrite)
     rows = range(distributed.get_rank(), len(source.names), distributed.get_world_size())
     mine = source.load(rows)
     shown, done = [], []
@@ -152,22 +157,6 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
 def result_name(name: str, i: int) -> str:
     """File name of result i of an input."""
     return f"{name}_{i:03d}.png"
-
-
-def prepare_output(directory: Path, files: list[str], overwrite: bool) -> None:
-    """Make the folder on rank 0; UserError on every rank where it cannot be written or holds results already."""
-    problem = None
-    if distributed.is_main():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--out_dir {directory} cannot be written: {error.strerror}"
-        found = [f for f in [*files, "grid.png", "edit.json"] if (directory / f).exists()]
-        if found and not overwrite:
-            problem = f"{directory / found[0]} is already there: give --overwrite True or another --out_dir"
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise UserError(problem)
 
 
 def edit_all(
@@ -212,7 +201,7 @@ def edit_batch(
     images = torch.stack([item.image for item, _ in batch]).to(model.device)
     generator = IndexedGenerator(c.seed, "edit")
     generator.set_rows([derive_seed(item.key, i) for item, i in batch])
-    denoise = conditioned(model, [item.label for item, _ in batch])
+    labels = torch.tensor([item.label for item, _ in batch])
     known = images if edit is None else edit.measure(images)
     noise = generator.randn_like(images) if not c.noisy_input else torch.zeros_like(images)
     x = known + float(sigmas[0]) * noise
@@ -223,7 +212,7 @@ def edit_batch(
         picture = x
     for _ in range(c.repeat):
         images = edit_images(
-            denoise,
+            model.denoise(labels, clip=c.clip_denoised),
             images,
             sigmas,
             generator,
@@ -234,17 +223,6 @@ def edit_batch(
         )
         x = images + float(sigmas[0]) * generator.randn_like(images)
     return picture.cpu(), images.cpu()
-
-
-def conditioned(model: Pretrained[EditConfig], labels: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The denoiser of a batch with these labels (unconditional models ignore them), clamped if configured."""
-    c = model.config
-    cond = {"y": torch.tensor(labels, device=model.device)} if c.class_cond else {}
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return model.denoiser(x, sigma, **cond)
-
-    return clamped(denoise) if c.clip_denoised else denoise
 
 
 def save_side_by_side(path: Path, shown: list[Edited]) -> None:

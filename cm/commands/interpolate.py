@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.commands.edit import conditioned, prepare_output
+from cm.commands.common import prepare_output
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_classes
 from cm.config.scripts import EditConfig, resolved
@@ -37,7 +37,7 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     count = (len(corners) - 1) * (c.frames - 1) + 1
     directory, ending = Path(run_dir(c)), ANIMATIONS[c.animation][0]
     names = [f"frame_{i:03d}.png" for i in range(count)]
-    prepare_output(directory, [*names, f"interpolation{ending}"], c.overwrite)
+    prepare_output(directory, [*names, f"interpolation{ending}", "grid.png", "edit.json"], c.overwrite)
     if not distributed.is_main():
         return
     frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas, label)).numpy()
@@ -96,7 +96,7 @@ def decode(model: Pretrained[EditConfig], noise: Tensor, sigmas: Tensor, label: 
     for part in noise.split(c.batch_size):
         part = part.to(model.device)
         generator.set_rows([0] * len(part))
-        denoise = conditioned(model, [label] * len(part))
+        denoise = model.denoise(torch.full((len(part),), label), clip=c.clip_denoised)
         x = float(sigmas[0]) * part
         images.append(edit_images(denoise, x, sigmas, generator, x=x, sigma_min=c.sigma_min).cpu())
     return torch.cat(images)
