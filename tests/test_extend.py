@@ -170,6 +170,7 @@ def test_a_network(examples):
 
 def test_a_metric(examples):
     from evaluations.evaluator import Options, evaluate, parse_metrics
+    from evaluations.features import load_features
     from evaluations.npz_io import open_images, open_reference
     from evaluations.protocols import PROTOCOLS
 

@@ -1,6 +1,6 @@
 """Editing images as configured: inputs, tasks, batches over ranks, PNGs, a side-by-side grid, metadata."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
 from cm.config.derived import is_consistency, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
+from cm.config.rows import TASKS
 from cm.config.scripts import EditConfig, resolved
 from cm.data.images import save_grid, save_json, save_png, to_pil, to_uint8
 from cm.errors import UserError
@@ -67,19 +68,6 @@ def free_task(config: EditConfig) -> None:
     """Nothing is held fixed."""
 
 
-# --task -> what stays of an image; None: nothing is held fixed
-OPERATORS: dict[str, Callable[[EditConfig], LinearEdit | None]] = {
-    "inpaint": inpaint_task,
-    "colorize": colorize_task,
-    "superres": superres_task,
-    "stroke": free_task,
-    "denoise": free_task,
-}
-
-# Tasks whose first noise level has a flag of its own; the others begin at sigma_max
-FIRST_LEVEL = {"stroke": "sigma_start", "denoise": "sigma", "interpolate": "sigma_max"}
-
-
 def run_image_edit(config: EditConfig) -> None:
     """Edit --input as configured and write everything to --out_dir."""
     distributed.setup_dist(timeout=60 * config.startup_timeout)
@@ -103,21 +91,21 @@ def noise_levels(config: EditConfig) -> Tensor:
     c = config
     if c.sigmas:
         levels = parse_sigmas(c.sigmas, c.sigma_min, c.sigma_max)
-    elif c.ts or c.task not in FIRST_LEVEL:
+    elif c.ts or not TASKS[c.task].first_level:
         spread = np.linspace(0, c.steps - 1, DEFAULT_EVALUATIONS + 1).round().astype(int)
         ts = list(parse_ts(c.ts, c.steps)) if c.ts else np.unique(spread).tolist()
         if ts[-1] != c.steps - 1:
             ts.append(c.steps - 1)
         return ts_to_sigmas(ts, c.steps, c.sigma_min, c.sigma_max, c.rho)
     else:
-        levels = (getattr(c, FIRST_LEVEL[c.task]),)
+        levels = (getattr(c, TASKS[c.task].first_level),)
     return torch.tensor([*levels, c.sigma_min], dtype=torch.float64)
 
 
 def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     """All tasks that start from input images; the images are spread over the ranks."""
     c = model.config
-    edit = OPERATORS[c.task](c)
+    edit = TASKS.load(c.task)(c)
     source = InputFiles(c)
     directory = Path(run_dir(c))
     results = [result_name(name, i) for name in source.names for i in range(c.num_results)]
@@ -203,14 +191,14 @@ def edit_batch(
     generator.set_rows([derive_seed(item.key, i) for item, i in batch])
     labels = torch.tensor([item.label for item, _ in batch])
     known = images if edit is None else edit.measure(images)
-    noise = generator.randn_like(images) if not c.noisy_input else torch.zeros_like(images)
+    noise = generator.randn_like(images) if not getattr(c, "noisy_input", False) else torch.zeros_like(images)
     x = known + float(sigmas[0]) * noise
     picture = known  # unknown pixels are mid-grey: black would hide on dark images
     if c.task == "colorize":
         picture = luma(images)
     elif c.task == "denoise":
         picture = x
-    for _ in range(c.repeat):
+    for _ in range(getattr(c, "repeat", 1)):
         images = edit_images(
             model.denoise(labels, clip=c.clip_denoised),
             images,
@@ -219,7 +207,7 @@ def edit_batch(
             edit,
             x=x,
             sigma_min=c.sigma_min,
-            final_project=c.final_project,
+            final_project=getattr(c, "final_project", True),
         )
         x = images + float(sigmas[0]) * generator.randn_like(images)
     return picture.cpu(), images.cpu()

@@ -119,5 +119,5 @@ class InputFiles:
             from_uint8(pixels[None])[0],
             hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
             self._labels[index % len(self._labels)],
-            truth=not (low or grey or c.task == "stroke" or c.noisy_input),
+            truth=not (low or grey or c.task == "stroke" or getattr(c, "noisy_input", False)),
         )

@@ -11,7 +11,9 @@ from torch import Tensor
 from cm import __version__
 from cm.commands.common import prepare_output
 from cm.config.derived import run_dir
+from cm.config.fields import arguments_of
 from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
+from cm.config.rows import SAMPLERS
 from cm.config.scripts import SampleConfig, resolved
 from cm.data.images import SampleWriter, save_grid, save_json
 from cm.diffusion.denoiser import DenoiseFn
@@ -19,11 +21,12 @@ from cm.diffusion.sde import create_sde
 from cm.errors import UserError
 from cm.models.pretrained import Model, TrainedClassifier, load_classifier, load_pretrained
 from cm.runtime import distributed, logger
+from cm.sampling.driver import option_names
 from cm.sampling.generate import Labels, SampleBatch, generate
 from cm.sampling.guidance import guided
 from cm.sampling.levels import grid_levels
 from cm.sampling.noise import SampleGenerator, get_generator
-from cm.sampling.registry import SAMPLERS, run_sampler
+from cm.sampling.registry import run_sampler
 
 
 def run_image_sample(config: SampleConfig) -> None:
@@ -80,35 +83,22 @@ def noise_levels(config: SampleConfig) -> Tensor:
     if c.sigmas:
         levels = parse_sigmas(c.sigmas, c.sigma_min, c.sigma_max)
         return torch.tensor([*levels, c.sigma_min], dtype=torch.float64)
-    options = {
-        "ts": complete_ts(c),
-        "sde": create_sde(c.sde, c.sigma_min, c.sigma_max),
-        "diffusion_schedule": c.diffusion_schedule,
-    }
+    options = {**own_flags(c), "ts": complete_ts(c), "diffusion_schedule": c.diffusion_schedule}
     grid = c.time_steps or SAMPLERS[c.sampler].grid
     return grid_levels(grid, c.steps, c.sigma_min, c.sigma_max, c.rho, options)
 
 
+def own_flags(config: SampleConfig) -> dict[str, Any]:
+    """The options of the chosen sampler as its keyword arguments."""
+    own = arguments_of(SAMPLERS[config.sampler].options, config)
+    if "sde" in own:
+        own["sde"] = create_sde(own["sde"], config.sigma_min, config.sigma_max)
+    return own
+
+
 def solver_options(model: Model[SampleConfig]) -> dict[str, Any]:
-    """The options of all samplers, as flags give them."""
-    c = model.config
-    return {
-        "s_churn": c.s_churn,
-        "s_tmin": c.s_tmin,
-        "s_tmax": c.s_tmax,
-        "s_noise": c.s_noise,
-        "noise_schedule": c.noise_schedule,
-        "state_scale": c.state_scale,
-        "order": c.solver_order,
-        "alpha": c.solver_alpha,
-        "round_sigma": model.denoiser.precond.round_sigma,
-        "sde": create_sde(c.sde, c.sigma_min, c.sigma_max),
-        "predictor": c.predictor,
-        "corrector": c.corrector,
-        "corrector_steps": c.corrector_steps,
-        "snr": c.snr,
-        "tolerance": c.tolerance,
-    }
+    """What the sampler may take by keyword: its own flags, and the levels that the network knows."""
+    return {**own_flags(model.config), "round_sigma": model.denoiser.precond.round_sigma}
 
 
 def load_guide(model: Model[SampleConfig]) -> TrainedClassifier | None:
@@ -127,7 +117,7 @@ def load_guide(model: Model[SampleConfig]) -> TrainedClassifier | None:
 
 def complete_ts(config: SampleConfig) -> list[int] | None:
     """--ts with the last grid index appended where it is missing, since sampling that stops earlier leaves noise."""
-    if config.sampler != "multistep" or not config.ts:
+    if SAMPLERS[config.sampler].grid != "ts" or not config.ts:
         return None
     ts = list(parse_ts(config.ts, config.steps))
     if ts[0] != 0:
@@ -191,7 +181,7 @@ def sample_batches(
         own = dict(options or {})
         if classifier is not None:
             gradient = classifier.model.gradient(labels.to(model.device), c.classifier_scale)
-            if c.sampler == "ancestral":
+            if "gradient" in option_names(SAMPLERS.load(c.sampler)):
                 own["gradient"] = gradient
             else:
                 denoise = guided(denoise, gradient)

@@ -57,15 +57,13 @@ class Sampler(Row):
     """make(denoise, x, sigmas, generator, progress, callback, **options) -> x: see `cm.sampling.driver`.
 
     grid: the row of GRIDS that it walks along. order: of convergence as a solver of the flow; 0 where it is none.
-    guidance: a classifier can steer it. other_grids: --time_steps may replace its grid. bind: `module:attribute`, a
-    function (config, precond) -> keyword arguments beyond its options.
+    guidance: a classifier can steer it. other_grids: --time_steps may replace its grid.
     """
 
     grid: str = "karras"
     order: int = 0
     guidance: bool = True
     other_grids: bool = False
-    bind: str | Callable[..., Mapping[str, Any]] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +123,16 @@ class NoiseLevels(Row):
     """make(config) -> sampler of noise levels. grid: it draws points of a grid."""
 
     grid: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Row):
+    """make(config) -> what editing holds fixed of an image: LinearEdit, or None.
+
+    first_level: the flag whose noise level the task begins at; empty: it walks down from sigma_max.
+    """
+
+    first_level: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

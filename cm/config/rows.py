@@ -12,6 +12,7 @@ from cm.config.registry import (
     Registry,
     Row,
     Sampler,
+    Task,
     Weighting,
 )
 
@@ -65,7 +66,6 @@ SAMPLERS: Registry[Sampler] = Registry(
             make="cm.sampling.consistency:sample_multistep",
             grid="ts",
             guidance=False,
-            bind="cm.sampling.consistency:end_of_noise",
         ),
         "progdist": Sampler(
             make="cm.sampling.consistency:sample_progdist", grid="intervals", order=1, guidance=False
@@ -75,24 +75,21 @@ SAMPLERS: Registry[Sampler] = Registry(
             order=2,
             other_grids=True,
             options=options.GeneralOptions,
-            bind="cm.sampling.general:known_levels",
         ),
         "pc": Sampler(
             make="cm.sampling.predictor_corrector:sample_pc",
             grid="sde",
             options=options.PredictorCorrectorOptions,
-            bind="cm.sampling.predictor_corrector:sde_of",
         ),
         "rk45": Sampler(
             make="cm.sampling.predictor_corrector:sample_rk45",
             order=5,
             options=options.RungeKuttaOptions,
-            bind="cm.sampling.predictor_corrector:sde_of",
         ),
     },
 )
 
-# Noise levels that a sampler walks along: make(config) -> decreasing levels with the last one where sampling ends
+# Levels that a sampler walks along: make(steps, sigma_min, sigma_max, rho, **options), the last is where it ends
 GRIDS: Registry[Row] = Registry(
     "grid",
     {
@@ -196,16 +193,21 @@ NOISE_LEVELS: Registry[NoiseLevels] = Registry(
 # How a consistency loss draws its pairs t > r: make(config) -> cm.objectives.pairs.Pairs
 PAIRS: Registry[Row] = Registry("pairs", {"grid": Row(make="cm.objectives.pairs:grid_pairs")})
 
-# What image_edit does: make(config) -> LinearEdit, or None where nothing is held fixed
-TASKS: Registry[Row] = Registry(
+TASKS: Registry[Task] = Registry(
     "task",
     {
-        "inpaint": Row(make="cm.commands.edit:inpaint_task", options=options.InpaintTask),
-        "colorize": Row(make="cm.commands.edit:colorize_task", options=options.ProjectOptions),
-        "superres": Row(make="cm.commands.edit:superres_task", options=options.SuperresOptions),
-        "stroke": Row(make="cm.commands.edit:free_task", options=options.StrokeOptions),
-        "denoise": Row(make="cm.commands.edit:free_task", options=options.DenoiseOptions),
-        "interpolate": Row(make="cm.commands.edit:free_task", options=options.InterpolateOptions),
+        "inpaint": Task(make="cm.commands.edit:inpaint_task", options=options.InpaintTask),
+        "colorize": Task(make="cm.commands.edit:colorize_task", options=options.ProjectOptions),
+        "superres": Task(make="cm.commands.edit:superres_task", options=options.SuperresOptions),
+        "stroke": Task(
+            make="cm.commands.edit:free_task", first_level="sigma_start", options=options.StrokeOptions
+        ),
+        "denoise": Task(
+            make="cm.commands.edit:free_task", first_level="sigma", options=options.DenoiseOptions
+        ),
+        "interpolate": Task(
+            make="cm.commands.edit:free_task", first_level="sigma_max", options=options.InterpolateOptions
+        ),
     },
 )
 

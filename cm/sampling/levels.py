@@ -1,16 +1,17 @@
 """Grids of noise levels that samplers walk along, by name.
 
 A grid is a function (steps, sigma_min, sigma_max, rho, *, own options) -> decreasing levels, with the one at which the
-sample ends. A new one is one function and one entry in GRIDS.
+sample ends; the rows of GRIDS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cm.config.rows import GRIDS, TIME_STEPS
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import karras_sigma
 from cm.diffusion.sde import SDE, create_sde
@@ -79,19 +80,6 @@ def chosen(
     return levels
 
 
-def _with_zero(law: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda steps, sigma_min, sigma_max, rho: append_zero(law(steps, sigma_min, sigma_max, rho))
-
-
-GRIDS: dict[str, Callable[..., Tensor]] = {
-    "karras": karras,
-    "intervals": intervals,
-    "sde": of_sde,
-    "ts": chosen,
-    **{name: _with_zero(law) for name, law in TIME_STEPS.items()},
-}
-
-
 def grid_levels(
     name: str,
     steps: int,
@@ -100,9 +88,10 @@ def grid_levels(
     rho: float = 7.0,
     options: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The decreasing levels of the grid called `name`; it is given those of `options` that are its own."""
-    if name not in GRIDS:
-        raise UserError(f"grid must be one of {', '.join(GRIDS)}, got {name}")
+    """The levels of a row of GRIDS, which is given its own among `options`, or of TIME_STEPS with a final 0."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
-    return GRIDS[name](steps, sigma_min, sigma_max, rho, **own_options(GRIDS[name], options or {}))
+    if name in TIME_STEPS:
+        return append_zero(TIME_STEPS.load(name)(steps, sigma_min, sigma_max, rho))
+    grid = GRIDS.load(name)
+    return grid(steps, sigma_min, sigma_max, rho, **own_options(grid, options or {}))

@@ -5,14 +5,13 @@ log p(x; sigma_min) = log N(x(sigma_max); 0, sigma_max^2) + integral of div(x - 
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cm.config.choices import PROBES
 from cm.diffusion.denoiser import DenoiseFn
-from cm.errors import UserError
 from cm.sampling.noise import SampleGenerator
 from cm.sampling.runge_kutta import solve_rk45
 
@@ -29,23 +28,19 @@ class Likelihood(NamedTuple):
 
 
 def rademacher(x: Tensor, generator: SampleGenerator) -> Tensor:
+    """Row rademacher: signs."""
     """Signs: the estimate is exact where the Jacobian is diagonal."""
     return generator.randn_like(x).sign()
 
 
 def gaussian(x: Tensor, generator: SampleGenerator) -> Tensor:
+    """Row gaussian: normal numbers."""
     """Standard normal numbers."""
     return generator.randn_like(x)
 
 
-EXACT = None  # the sum over all coordinates
-
-# probe: how the divergence is estimated
-PROBES: dict[str, Callable[..., Tensor] | None] = {
-    "rademacher": rademacher,
-    "gaussian": gaussian,
-    "exact": EXACT,
-}
+# Stands for the sum over all coordinates among PROBES
+EXACT = None
 
 
 def log_likelihood(
@@ -64,9 +59,8 @@ def log_likelihood(
     one e per image, held fixed along the flow; `exact` takes one backward pass per coordinate. The estimate is unbiased
     in log p.
     """
-    if probe not in PROBES:
-        raise UserError(f"probe must be one of {', '.join(PROBES)}, got {probe}")
-    probes = [PROBES[probe](x0, generator)] if PROBES[probe] else _unit_vectors(x0)
+    draw = PROBES.load(probe)
+    probes = [draw(x0, generator)] if draw else _unit_vectors(x0)
 
     def slope(u: Tensor, state: Tensor) -> Tensor:
         x = state[:, :-1].reshape(x0.shape).to(x0, copy=True)

@@ -5,11 +5,12 @@ Training: `StepRandom` makes the draws of one step. Sampling: a generator is any
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from cm.config.choices import GENERATORS
 from cm.errors import UserError
 from cm.sampling.mersenne import SkippingStream
 from cm.seeding import derive_seed
@@ -288,16 +289,6 @@ def indexed(num_samples: int, seed: int) -> IndexedGenerator:
     return IndexedGenerator(seed)
 
 
-GENERATORS: dict[str, Callable[[int, int], SampleGenerator]] = {
-    "dummy": dummy,
-    "determ": DeterministicGenerator,
-    "determ-indiv": DeterministicIndividualGenerator,
-    "indexed": indexed,
-}
-
-
 def get_generator(generator: str, num_samples: int = 0, seed: int = 0) -> SampleGenerator:
     """Noise source by name: dummy, determ, determ-indiv or indexed. Rank and world come from torch.distributed."""
-    if generator not in GENERATORS:
-        raise UserError(f"generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
-    return GENERATORS[generator](num_samples, seed)
+    return GENERATORS.load(generator)(num_samples, seed)

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cm.config.choices import CORRECTORS, PREDICTORS
 from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.sde import SDE, create_sde
-from cm.errors import UserError
 from cm.nn import append_dims
 from cm.sampling.driver import Callback, Denoise, Step, Walk, evaluate, sampler, start
 from cm.sampling.noise import SampleGenerator
@@ -62,27 +62,8 @@ def annealed_langevin_step(
     return (2 * alpha * (snr * std) ** 2).to(z.dtype)
 
 
+# Stands for no step size among CORRECTORS
 NO_CORRECTION = None
-
-# predictor: (sde, z, t, r, score) -> (mean, std) of the state at r
-PREDICTORS = {
-    "reverse_diffusion": reverse_diffusion,
-    "euler_maruyama": euler_maruyama,
-    "ancestral": ancestral,
-    "none": stay,
-}
-# corrector: step size of z + step * score + sqrt(2 step) noise
-CORRECTORS = {
-    "langevin": langevin_step,
-    "annealed_langevin": annealed_langevin_step,
-    "none": NO_CORRECTION,
-}
-
-
-def _named(registry: dict, argument: str, name: str):
-    if name not in registry:
-        raise UserError(f"{argument} must be one of {', '.join(registry)}, got {name}")
-    return registry[name]
 
 
 def _edm_sde(sigmas: Tensor) -> SDE:
@@ -109,8 +90,8 @@ def sample_pc(
     0 returns the denoised image, without noise. sigmas: levels of the SDE, such as `sde.levels(...)`, and a
     final 0. sde None: EDM's. snr: ratio of the norms of score and noise in a Langevin step (0.16 for VE on CIFAR-10).
     """
-    predict = _named(PREDICTORS, "predictor", predictor)
-    step_size = _named(CORRECTORS, "corrector", corrector)
+    predict = PREDICTORS.load(predictor)
+    step_size = CORRECTORS.load(corrector)
     sde = sde or _edm_sde(sigmas)
     for sigma, sigma_next in pairwise(sigmas.double()):
         t = sde.time(sigma)

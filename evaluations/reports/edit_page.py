@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from cm.commands.cli import parse_config
-from cm.commands.edit import OPERATORS, edit_all, noise_levels
+from cm.commands.edit import edit_all, noise_levels
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import corner_noise, decode, path_between
+from cm.config.rows import TASKS
 from cm.config.scripts import EditConfig
 from cm.data.images import from_uint8, to_pil, to_uint8
 from cm.models.pretrained import Pretrained, load_pretrained
@@ -56,7 +57,7 @@ def edit_block(
 ) -> Block:
     """One group per image: input | results | truth."""
     c = replace(model.config, num_results=results, **flags)
-    edited = edit_all(replace(model, config=c), iter(inputs), OPERATORS[c.task](c), noise_levels(c))
+    edited = edit_all(replace(model, config=c), iter(inputs), TASKS.load(c.task)(c), noise_levels(c))
     return Block(title, [np.concatenate([e.picture, e.results, e.truth])[None] for e in edited])
 
 
