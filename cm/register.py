@@ -59,6 +59,7 @@ def _adder(
     registry: Registry, kind: type[Row], name: str, facts: dict, adapt: Callable[[F], Any] | None = None
 ):
     """A decorator that adds what it decorates, adapted to the row's contract, and returns it unchanged."""
+    registry.check_new(name, origin())
     options = as_flags(facts.pop("options", None), name)
 
     def add(make: F) -> F:

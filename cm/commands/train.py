@@ -22,6 +22,7 @@ from cm.config.derived import (
     stored_config,
 )
 from cm.config.inherit import adopt_teacher
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.data import open_dataset
 from cm.data.dataset import ImageData
@@ -144,11 +145,11 @@ def open_training_data(config: TrainConfig) -> ImageData:
 
 def load_teacher(config: TrainConfig) -> ModelFile | None:
     """The teacher's weights, where a teacher path is given: on rank 0, elsewhere their shapes."""
-    if isinstance(config, EdmTrainConfig) or not config.teacher_model_path:
+    if not isinstance(config, CmTrainConfig) or not config.teacher_model_path:
         return None
     teacher = load_on_main(config.teacher_model_path, flag="teacher_model_path")
     mode = (teacher.config or {}).get("training_mode", "edm")
-    if mode not in ("edm", "progdist"):
+    if mode in OBJECTIVES and not OBJECTIVES[mode].can_teach:
         raise UserError(
             f"--teacher_model_path {config.teacher_model_path} was trained by {mode}; a teacher is a denoiser (edm)"
         )

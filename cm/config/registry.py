@@ -56,7 +56,7 @@ class Objective(Row):
 class Sampler(Row):
     """make(denoise, x, sigmas, generator, progress, callback, **options) -> x: see `cm.sampling.driver`.
 
-    grid: the row of GRIDS that it walks along. order: of convergence as a solver of the flow; 0 where it is none.
+    grid: the row of GRIDS that it walks along. order: of convergence with fixed steps along the flow; 0: none.
     guidance: a classifier can steer it. other_grids: --time_steps may replace its grid.
     """
 
@@ -188,15 +188,19 @@ class Registry(Mapping[str, R], Generic[R]):
         """The object that a name stands for."""
         return self[name].load()
 
-    def add(self, name: str, row: R) -> None:
-        """One more row; UserError for a name that is taken by another origin, or that no command line could hold."""
+    def check_new(self, name: str, origin: str) -> None:
+        """UserError for a name that is taken by another origin, or that no command line could hold."""
         if not name or name.strip() != name or any(c in name for c in ", \t\n=") or name.startswith("-"):
             raise UserError(f"{self.what} {name!r}: a name must be one word without commas")
         taken = self._rows.get(name)
-        if taken is not None and not (taken.origin and taken.origin == row.origin):
+        if taken is not None and not (taken.origin and taken.origin == origin):
             raise UserError(
                 f"{self.what} {name} is there already" + (f", from {taken.origin}" if taken.origin else "")
             )
+
+    def add(self, name: str, row: R) -> None:
+        """One more row, under a name that `check_new` lets pass."""
+        self.check_new(name, row.origin)
         self._rows[name] = row
 
     def drop(self, name: str) -> None:

@@ -67,9 +67,7 @@ SAMPLERS: Registry[Sampler] = Registry(
             grid="ts",
             guidance=False,
         ),
-        "progdist": Sampler(
-            make="cm.sampling.consistency:sample_progdist", grid="intervals", order=1, guidance=False
-        ),
+        "progdist": Sampler(make="cm.sampling.consistency:sample_progdist", grid="intervals", guidance=False),
         "general": Sampler(
             make="cm.sampling.general:sample_general",
             order=2,
@@ -83,7 +81,6 @@ SAMPLERS: Registry[Sampler] = Registry(
         ),
         "rk45": Sampler(
             make="cm.sampling.predictor_corrector:sample_rk45",
-            order=5,
             options=options.RungeKuttaOptions,
         ),
     },

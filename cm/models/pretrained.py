@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cm.config import plugins
 from cm.config.derived import channels_last, is_consistency, precision
 from cm.config.flags import GuidanceFlags
 from cm.config.inherit import inherit
@@ -17,6 +18,7 @@ from cm.models.files import ModelFile, load_model_file
 from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.identify import identify
 from cm.networks.precision import torso_dtype
+from cm.runtime import logger
 from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)
@@ -130,6 +132,8 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
         stored = {} if fully_given else identify(file.state, config.model_path, size)
         if config.class_cond and "label_emb.weight" in file.state:
             stored["num_classes"] = len(file.state["label_emb.weight"])
+    for note in plugins.require(stored, config.model_path):
+        logger.log(note)
     config = inherit(config, stored, config.model_path)
     device = choose_device(config.device)
     network = create_network(config)

@@ -245,7 +245,7 @@ def test_result_stems_never_collide():
         ("inpaint", ["--ts", "5"], "--ts needs at least a start and an end"),
         ("stroke", ["--sigma_start", "81"], "--sigma_start 81.0 must lie between"),
         ("stroke", ["--repeat", "0"], "--repeat must be at least 1"),
-        ("colorize", ["--factor", "4"], "--factor is for superres, not for colorize"),
+        ("colorize", ["--factor", "4"], "--factor is for --task superres, not for colorize"),
         ("inpaint", ["--classes", "1"], "--classes needs a class-conditional model"),
         ("inpaint", ["--input", "nowhere"], "--input nowhere: no such file or folder"),
         ("inpaint", ["--num_results", "0"], "--num_results must be at least 1"),

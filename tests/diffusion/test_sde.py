@@ -190,19 +190,19 @@ def test_one_step_of_each_predictor_by_hand():
     ve, vp = VESDE(0.01, 50), VPSDE()
     s = double(-1.3)
     high, low = ve.std(t) ** 2, ve.std(r) ** 2
-    mean, std = PREDICTORS["reverse_diffusion"](ve, z, t, r, s)
+    mean, std = PREDICTORS.load("reverse_diffusion")(ve, z, t, r, s)
     torch.testing.assert_close(mean, z + (high - low) * s)
     torch.testing.assert_close(std, (high - low).sqrt())
-    mean, std = PREDICTORS["ancestral"](ve, z, t, r, s)
+    mean, std = PREDICTORS.load("ancestral")(ve, z, t, r, s)
     torch.testing.assert_close(mean, z + (high - low) * s)
     torch.testing.assert_close(std, (low * (high - low) / high).sqrt())
     beta = 1 - (vp.alpha(t) / vp.alpha(r)) ** 2
-    mean, std = PREDICTORS["reverse_diffusion"](vp, z, t, r, s)
+    mean, std = PREDICTORS.load("reverse_diffusion")(vp, z, t, r, s)
     torch.testing.assert_close(mean, (2 - (1 - beta).sqrt()) * z + beta * s)
     torch.testing.assert_close(std, beta.sqrt())
-    mean, _ = PREDICTORS["ancestral"](vp, z, t, r, s)
+    mean, _ = PREDICTORS.load("ancestral")(vp, z, t, r, s)
     torch.testing.assert_close(mean, (z + beta * s) / (1 - beta).sqrt())
-    mean, std = PREDICTORS["euler_maruyama"](vp, z, t, r, s)
+    mean, std = PREDICTORS.load("euler_maruyama")(vp, z, t, r, s)
     rate = 0.1 + 19.9 * 0.5
     torch.testing.assert_close(mean, z + 0.1 * (0.5 * rate * z + rate * s))
     assert std.item() == pytest.approx(math.sqrt(0.1 * rate))
@@ -211,9 +211,9 @@ def test_one_step_of_each_predictor_by_hand():
 def test_langevin_step_sizes_by_hand():
     z = torch.ones(2, 4, dtype=torch.float64)
     noise, s = 2 * z, double(1.0, 4.0)[:, None] * z
-    step = CORRECTORS["langevin"](z, s, noise, scalar(0.9), scalar(3.0), 0.16)
+    step = CORRECTORS.load("langevin")(z, s, noise, scalar(0.9), scalar(3.0), 0.16)
     assert step.flatten().tolist() == pytest.approx([1.8 * (0.16 * 2) ** 2, 1.8 * (0.16 / 2) ** 2])
-    step = CORRECTORS["annealed_langevin"](z, s, noise, scalar(0.9), scalar(3.0), 0.16)
+    step = CORRECTORS.load("annealed_langevin")(z, s, noise, scalar(0.9), scalar(3.0), 0.16)
     assert step.item() == pytest.approx(1.8 * (0.16 * 3) ** 2)
 
 

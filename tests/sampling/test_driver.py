@@ -43,13 +43,13 @@ def test_the_public_call():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_has_the_same_call(name):
-    parameters = list(inspect.signature(SAMPLERS[name].sample).parameters.values())
+    parameters = list(inspect.signature(SAMPLERS.load(name)).parameters.values())
     assert [p.name for p in parameters[:6]] == [
         "denoiser", "x", "sigmas", "generator", "progress", "callback",
     ]  # fmt: skip
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters[6:])
     assert [p.default for p in parameters[3:6]] == [None, False, None]
-    assert SAMPLERS[name].sample.__doc__
+    assert SAMPLERS.load(name).__doc__
 
 
 def test_the_callback_sees_each_step_before_it_is_taken():

@@ -1,6 +1,7 @@
 """Classifier guidance on data whose class posterior is known, and the classifier's training objective."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_the_gradient_leaves_no_graph_and_works_without_grad_mode():
 def test_the_objective_is_cross_entropy_on_noisy_images():
     x0, noise = points(6), torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double()
     t, y = torch.tensor([0.1, 0.5, 1, 2, 4, 8]).double(), torch.tensor([0, 1, 1, 0, 1, 0])
-    objective = ClassifierObjective(ve_levels(0.1, 8.0))
+    objective = ClassifierObjective(ve_levels(SimpleNamespace(sigma_min=0.1, sigma_max=8.0)))
     roles = Roles(Denoiser(logits, plain))
     got = objective.forward(roles, x0, Draw(t=t, noise=noise, weight=torch.ones(6)), 0, y=y)
     log_prob = torch.log_softmax(logits(x0 + t[:, None] * noise, t), 1)

@@ -57,7 +57,7 @@ def test_a_sampler_walks_along_its_grid():
 
 def test_messages_name_the_argument():
     for match, arguments in (
-        ("grid must be one of karras, .* got nope", ("nope", 3)),
+        ("grid must be one of karras, .* got .nope", ("nope", 3)),
         ("steps must be at least 1, got 0", ("karras", 0)),
         ("steps must be at least 2 where ts", ("ts", 1)),
         ("ts needs at least two", ("ts", 3)),
