@@ -8,7 +8,7 @@ PRECISIONS = simple(
 )
 OPTIMIZERS = simple(
     "optimizer",
-    {name: f"cm.training.optimizers:{name}" for name in ("radam", "adam", "adamw")},
+    {"radam": "torch.optim:RAdam", "adam": "torch.optim:Adam", "adamw": "torch.optim:AdamW"},
 )
 LR_SCHEDULES = simple(
     "lr_schedule",

@@ -1,19 +1,12 @@
-"""Optimizers by flag value, and the shape of their state."""
+"""Optimizers by name, and the shape of their state."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
-from cm.training.fused_adam import Adam, AdamW, RAdam
-
-# --optimizer
-OPTIMIZERS = {
-    "radam": lambda params, **options: RAdam(params, **options, foreach=True),
-    "adam": lambda params, **options: Adam(params, **options, fused=True),
-    "adamw": lambda params, **options: AdamW(params, **options, fused=True),
-}
+from cm.config.choices import OPTIMIZERS
+from cm.errors import choose
 
 
 def make_optimizer(
@@ -25,12 +18,13 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """Optimizer with fused kernels; RAdam without warm-up is what all released models used."""
-    if name not in OPTIMIZERS:
-        raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name}")
-    if lr < 0:
-        raise UserError(f"--lr must not be negative, got {lr}")
-    return OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    """One of torch's optimizers; RAdam without warm-up is what all released models used.
+
+    foreach, and not Adam's fused: on a CPU the fused kernel does not look at strides, and moments of a contiguous run,
+    loaded into a channels-last one, would silently meet the wrong weights.
+    """
+    make = choose(OPTIMIZERS, name, "optimizer").load()
+    return make(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, foreach=True)
 
 
 def state_per_parameter(state: dict[int, dict], shapes: list[torch.Size]) -> dict[int, dict]:

@@ -1,7 +1,7 @@
 """Networks alone: the U-Net and its peers with the same weights, forward and training step at three sizes, in turns.
 
 Peers: diffusers' UNet2DModel, where that package is installed, and `plain`: the same network in torch's default memory
-format, with its blocks and its loop (torch.optim.RAdam) as one writes them without thinking of speed.
+format, with its blocks as one writes them without thinking of speed.
 
 Of the score-SDE networks for CIFAR-10, which have no peer, the part of the time that is not convolution.
 """
@@ -217,13 +217,11 @@ def forwards(
 
 
 def steps(contestants: dict[str, tuple[nn.Module, Network]], x: Tensor, times: Tensor) -> dict[str, Callable]:
-    """A training step of each contestant: mean squared output, backward, RAdam; ours with our optimizer."""
+    """A training step of each contestant: mean squared output, backward, RAdam."""
 
     def make(name: str, module: nn.Module, call: Network) -> Callable[[], None]:
         params = list(module.parameters())
-        optimizer = (
-            make_optimizer("radam", params, lr=1e-5) if name == "cm" else torch.optim.RAdam(params, lr=1e-5)
-        )
+        optimizer = make_optimizer("radam", params, lr=1e-5)
 
         def step() -> None:
             mean_flat(call(x, times) ** 2).mean().backward()

@@ -12,8 +12,6 @@ from cm.tools.profiling.trace import Trace
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
 FP32 = 4  # bytes
-# Times 4 bytes per parameter: what an optimizer's step needs for itself. RAdam's first steps are torch's own.
-OPTIMIZER_TEMPORARIES = {"radam": 1, "adam": 0, "adamw": 0}
 DDP_BUCKET = 128 * 2**20  # bytes; the last one has nothing left to hide behind
 
 
@@ -113,8 +111,8 @@ def step_memory(
     w = traced.weights
     fp32, masters = FP32 * w.parameters, FP32 * w.parameters if w.halved else 0
     parts = shards(config, cluster.count)
-    # At the optimizer: fp32 gradients of what is in half precision, and the optimizer's own tensors.
-    updating = FP32 * w.halved + OPTIMIZER_TEMPORARIES[config.optimizer] * fp32 / parts
+    # At the optimizer: fp32 gradients of what is in half precision, and the root of the second moments.
+    updating = FP32 * w.halved + fp32 / parts
     updating += w.nbytes if gradients_in_trace else 0
     peak = max(traced.trace.peak, updating)
     gpu = cluster.device.is_gpu
@@ -137,12 +135,11 @@ def step_memory(
 def update_traffic(config: TrainConfig, traced: StepTrace, count: int) -> float:
     """Bytes that optimizer, averages and target read and write in a step.
 
-    In units of fp32 weights: 2 for the two norms, 7 for an update (weights, gradient and two moments read, all but the
-    gradient written), 3 for an average.
+    In units of fp32 weights: 2 for the two norms, 22 for an update by RAdam, operation by operation, 3 for an average.
     """
     w, parts = traced.weights, shards(config, count)
     rates = 0 if config.ema_device == "cpu" else len(parse_ema_rates(config.ema_rate))
-    units = 2 + 7 / parts + 2 * bool(config.grad_clip) + 3 * rates / parts + 3 * traced.target
+    units = 2 + 22 / parts + 2 * bool(config.grad_clip) + 3 * rates / parts + 3 * traced.target
     units += 2 * (precision(config) == "fp16")  # the loss scale is taken out
     to_module = (FP32 * w.parameters + w.nbytes) * bool(w.halved) * (1 + traced.target)
     return units * FP32 * w.parameters + (FP32 + 2) * w.halved + to_module
