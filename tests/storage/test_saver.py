@@ -14,6 +14,7 @@ from cm.errors import UserError
 from cm.runtime import distributed, logger
 from cm.storage import checkpoint as ck
 from cm.storage.saver import Saver, copy_to_host
+from cm.storage.weights import load_weights
 from tests.helpers.mp import run_ranks
 
 
@@ -56,7 +57,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(tmp
     gate.set()
     saver.wait()
     [path] = ck.complete_checkpoints(tmp_path)
-    assert ck.load_weights(path / "model000001.pt")[0]["w"].tolist() == [0, 0, 0]
+    assert load_weights(path / "model000001.pt")[0]["w"].tolist() == [0, 0, 0]
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, gate):

@@ -11,7 +11,7 @@ from torch import nn
 
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.diffusion.denoiser import Denoiser
-from cm.objectives import Roles
+from cm.objectives.base import Roles
 from cm.runtime import distributed
 from cm.training.ema import EmaBank
 from cm.training.previews import Preview
