@@ -3,10 +3,11 @@
 Shapes: images in the library are (N, C, H, W) in [-1, 1]; in files (N, H, W, C) uint8 with C = 1 or 3.
 """
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.runtime.files import whole_file
 from cm.storage.filesystem import write_atomic
 
 SMALLEST_CELL = 64  # pixels: smaller images are enlarged in a grid
@@ -106,15 +108,31 @@ class SampleWriter:
         self.path, self.shape = Path(path), tuple(shape)
         self.written = 0
         self._labels: list[np.ndarray] | None = [] if labels else None
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._block = self._open()
 
     def __enter__(self) -> "SampleWriter":
         try:
-            self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
+            self._block.__enter__()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-        self._images = self._member("arr_0.npy", np.dtype(np.uint8), self.shape)
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with whole_file(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as self._zip:
+            with self._member("arr_0.npy", np.dtype(np.uint8), self.shape) as self._images:
+                yield
+            if self.written != self.shape[0]:
+                raise ValueError(f"{self.written} samples were written, {self.shape[0]} announced")
+            if self._labels is not None:
+                with self._member("arr_1.npy", np.dtype(np.int64), (self.written,)) as member:
+                    for values in self._labels:
+                        member.write(values.tobytes())
 
     def _member(self, name: str, dtype: np.dtype, shape: tuple[int, ...]):
         """An open zip member that begins with the header of an array file."""
@@ -140,24 +158,3 @@ class SampleWriter:
             self._labels.append(values)
         self._images.write(memoryview(array).cast("B"))
         self.written += len(array)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._images.close()
-            if kind is None:
-                self._finish()
-            self._zip.close()
-            if kind is None:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        if self.written != self.shape[0]:
-            raise ValueError(f"{self.written} samples were written, {self.shape[0]} announced")
-        if self._labels is not None:
-            with self._member("arr_1.npy", np.dtype(np.int64), (self.written,)) as member:
-                for values in self._labels:
-                    member.write(values.tobytes())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cm.errors import UserError
+from cm.runtime.files import whole_file
 
 
 class KVWriter:
@@ -91,7 +92,8 @@ class JSONOutputFormat(KVWriter):
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = _until(lines, [_json_step(line) for line in lines], step)
-            _replace_text(self.path, "".join(kept))
+            with whole_file(self.path) as file:
+                file.write("".join(kept).encode())
 
 
 class CSVOutputFormat(KVWriter):
@@ -128,7 +130,8 @@ class CSVOutputFormat(KVWriter):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.keys)
         writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows)
-        _replace_text(self.path, text.getvalue())
+        with whole_file(self.path) as file:
+            file.write(text.getvalue().encode())
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -207,9 +210,3 @@ def _drop_torn_line(path: Path) -> None:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

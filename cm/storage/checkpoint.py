@@ -8,7 +8,6 @@ A checkpoint is one directory per step, `checkpoints/step_000123/`, written unde
 its manifest (sizes and hashes, written last) is on disk. A directory without a manifest is not a checkpoint.
 """
 
-import errno
 import json
 import os
 import re
@@ -18,7 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.storage.weights import Damaged, _parse_object, file_sha256, save_weights
+from cm.runtime.files import sync_folder, whole_file
+from cm.storage.weights import Damaged, file_sha256, parse_object, save_weights
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -54,11 +54,10 @@ def write_checkpoint(
             for name in (*files, STATE)
         }
         _write_json(temporary / MANIFEST, {"step": step, "files": manifest})
-        _sync_directory(temporary)
         if final.exists():
             os.rename(final, final.parent / f".tmp_replaced_{final.name}")
         os.rename(temporary, final)
-        _sync_directory(final.parent)
+        sync_folder(final.parent)
         shutil.rmtree(final.parent / f".tmp_replaced_{final.name}", ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,22 +66,8 @@ def write_checkpoint(
 
 
 def _write_json(path: Path, content: dict) -> None:
-    with open(path, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot: their renames are durable or not, whatever we do.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def checkpoint_directories(run_dir: str | os.PathLike) -> list[Path]:
@@ -94,6 +79,13 @@ def checkpoint_directories(run_dir: str | os.PathLike) -> list[Path]:
 def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     """Checkpoint directories of a run whose manifest is present and sizes agree, oldest first."""
     return [path for path in checkpoint_directories(run_dir) if is_complete(path)]
+
+
+def newest_checkpoint(path: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run directory, or `path` itself where it is a checkpoint directory."""
+    if Path(path, MANIFEST).is_file():
+        return Path(path)
+    return next(reversed(complete_checkpoints(path)), None)
 
 
 def _step_of(path: Path) -> int:
@@ -117,7 +109,7 @@ def _manifest(path: Path) -> dict[str, dict]:
 
 def parse_manifest(text: bytes, source: str) -> dict[str, dict]:
     """File name -> {"bytes", "sha256"} of a manifest's content; Damaged names the source when it is none."""
-    files = _parse_object(text, source).get("files")
+    files = parse_object(text, source).get("files")
     if not isinstance(files, dict) or not files:
         raise Damaged(f"{source} lists no files")
     for name, entry in files.items():
@@ -137,7 +129,7 @@ def verify_checkpoint(path: Path) -> None:
         for name, entry in _manifest(path).items():
             if file_sha256(path / name) != entry["sha256"]:
                 raise Damaged(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
-        _parse_object((path / STATE).read_bytes(), str(path / STATE))
+        parse_object((path / STATE).read_bytes(), str(path / STATE))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -145,7 +137,7 @@ def verify_checkpoint(path: Path) -> None:
 def read_state(path: Path) -> dict:
     """The JSON state of a checkpoint directory: step, loss scale, configuration, versions."""
     try:
-        return _parse_object((path / STATE).read_bytes(), str(path / STATE))
+        return parse_object((path / STATE).read_bytes(), str(path / STATE))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

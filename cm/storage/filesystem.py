@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import IO, Any, TypeVar
 
 from cm.errors import UserError
+from cm.runtime.files import whole_file
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ _answered: set[str] = set()
 
 
 class Unreachable(UserError):
-    """A remote storage does not answer, or refuses; the cause is chained."""
+    """A storage does not answer, or refuses; the cause is chained."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -156,8 +157,8 @@ def locked(target: str | os.PathLike) -> Iterator[None]:
 def write_atomic(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a whole file or nothing: bytes, or a function that writes to the binary file it is given.
 
-    Locally: a temporary name in the same folder, fsync, rename. Remotely: one upload that is dropped when the
-    writer raises. A failure of the storage is a UserError with the path and the cause, chained to its OSError.
+    Locally as `cm.runtime.files.whole_file`; remotely one upload that is dropped when the writer raises. A failure of
+    a local disk is a UserError with the path and the cause, chained to its OSError.
     """
     writer = content if callable(content) else lambda file: file.write(content)
     path = os.fspath(path)
@@ -166,34 +167,11 @@ def write_atomic(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
         with _remote(path, lambda store: store.BlobFile(path, "wb", **options)) as file:
             writer(file)
         return
-    temporary = f"{path}.tmp-{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             writer(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_folder(os.path.dirname(path) or ".")
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-def _fsync_folder(folder: str) -> None:
-    """Make a rename durable; some network file systems refuse to open a folder, which is no failure."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _is_loop(parent: str, name: str) -> bool:
@@ -216,24 +194,27 @@ def be_patient(path: str | os.PathLike) -> None:
     _answered.add(_storage_of(path))
 
 
-def describe(error: BaseException | None) -> str:
-    """An error of blobfile in one short line: its type and the cause, without the request."""
-    lines = str(error).strip().splitlines() or [""]
-    cause = lines[0].removeprefix("message=").partition(", request=<")[0]
-    return f"{type(error).__name__}: {cause[:200]}"
-
-
 @contextmanager
 def reaching(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever blobfile, urllib3 or an authentication raises in the body becomes Unreachable; local paths: nothing."""
+    """A failure of the path's storage in the body becomes Unreachable, in one line.
+
+    Of a local path that is any OSError, of a remote one whatever blobfile, urllib3 or an authentication raises; that a
+    file is missing is an answer, no failure.
+    """
     try:
         yield
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except Exception as error:
-        if not is_remote(path):
+        if not (isinstance(error, OSError) or is_remote(path)):
             raise
-        raise Unreachable(f"{os.fspath(path)} cannot be reached: {describe(error)}") from error
+        lines = str(error).strip().splitlines() or [""]
+        cause = (
+            lines[0].removeprefix("message=").partition(", request=<")[0]
+        )  # blobfile adds the whole request
+        raise Unreachable(
+            f"{os.fspath(path)} cannot be reached: {type(error).__name__}: {cause[:200]}"
+        ) from error
 
 
 def _remote(path: str | os.PathLike, call: Callable[[Any], T]) -> T:

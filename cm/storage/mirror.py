@@ -7,9 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from cm.errors import UserError
 from cm.storage import filesystem
@@ -35,7 +33,7 @@ def newest_checkpoint(path: str, flag: str) -> tuple[str, dict[str, dict]]:
     for checkpoint in [path] if itself else checkpoint_paths(path):
         if files := _complete_manifest(checkpoint):
             return checkpoint, files
-    raise UserError(f"--{flag} {path} holds no complete checkpoint")
+    raise UserError(f"{path} holds no complete checkpoint (--{flag})")
 
 
 def verified_copy(path: str, sha256: str) -> str:
@@ -54,7 +52,7 @@ def fetch_to_cache(checkpoint: str, files: dict[str, dict], flag: str) -> Path:
     target = Path(filesystem.cache_folder(), f"{key}-{checkpoint.rsplit('/', 1)[-1]}")
     with filesystem.locked(target):
         if not target.exists() and fetch(checkpoint, target) is None:
-            raise Damaged(f"--{flag} {checkpoint} is damaged: its files differ from its manifest")
+            raise Damaged(f"{checkpoint} is damaged: its files differ from its manifest (--{flag})")
     return target
 
 
@@ -104,7 +102,6 @@ def _complete_manifest(checkpoint: str) -> dict[str, dict] | None:
     return files if whole else None
 
 
-T = TypeVar("T")
 LOGS = ("config.json", "progress.csv", "progress.jsonl", "log.txt", "status.json")
 
 
@@ -120,51 +117,37 @@ class Mirror:
         filesystem.be_patient(self.path)
         there = f"{self.path}/checkpoints/{checkpoint.name}"
         names = sorted(file.name for file in checkpoint.iterdir() if file.name != MANIFEST)
-        self._make(there)
-        for name in (*names, MANIFEST):
-            self._copy(checkpoint / name, f"{there}/{name}")
+        with filesystem.reaching(self.path):
+            filesystem.makedirs(there)
+            for name in (*names, MANIFEST):
+                copy(checkpoint / name, f"{there}/{name}")
         self.push_logs()
 
     def push_logs(self) -> None:
         """Copy the small files of the run directory."""
-        self._make(self.path)
-        for name in LOGS:
-            if (self.run_dir / name).is_file():
-                self._copy(self.run_dir / name, f"{self.path}/{name}")
+        with filesystem.reaching(self.path):
+            filesystem.makedirs(self.path)
+            for name in LOGS:
+                if (self.run_dir / name).is_file():
+                    copy(self.run_dir / name, f"{self.path}/{name}")
 
     def pull(self) -> Path | None:
         """Bring the newest undamaged checkpoint to a run directory that has none; None when there is none there."""
         if complete_checkpoints(self.run_dir):
             return None
-        for source in self._guarded(lambda: checkpoint_paths(self.path)):
-            target = self.run_dir / "checkpoints" / source.rsplit("/", 1)[-1]
-            if self._guarded(lambda source=source, target=target: fetch(source, target)):
-                self._pull_logs(target)
-                return target
+        with filesystem.reaching(self.path):
+            for source in checkpoint_paths(self.path):
+                target = self.run_dir / "checkpoints" / source.rsplit("/", 1)[-1]
+                if fetch(source, target):
+                    self._pull_logs(target)
+                    return target
         return None
 
     def _pull_logs(self, checkpoint: Path) -> None:
         try:
             for name in LOGS:
-                if self._guarded(lambda there=f"{self.path}/{name}": filesystem.exists(there)):
-                    self._copy(f"{self.path}/{name}", self.run_dir / name)
-        except UserError:
+                if filesystem.exists(f"{self.path}/{name}"):
+                    copy(f"{self.path}/{name}", self.run_dir / name)
+        except (OSError, UserError):
             shutil.rmtree(checkpoint)  # the next start fetches all again
             raise
-
-    def _make(self, folder: str) -> None:
-        self._guarded(lambda: filesystem.makedirs(folder))
-
-    def _copy(self, source: str | os.PathLike, target: str | os.PathLike) -> None:
-        self._guarded(lambda: copy(source, target))
-
-    def _guarded(self, action: Callable[[], T]) -> T:
-        """Run an action; blobfile raises errors of its own when a bucket cannot be reached."""
-        try:
-            return action()
-        except filesystem.Unreachable as error:
-            raise UserError(f"--mirror {self.path}: {filesystem.describe(error.__cause__)}") from error
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"--mirror {self.path}: {filesystem.describe(error)}") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime import distributed, logger
+from cm.runtime.provenance import versions
 from cm.storage.checkpoint import complete_checkpoints, prune_checkpoints, write_checkpoint
 from cm.storage.mirror import Mirror
 from cm.storage.weights import map_tensors
@@ -21,6 +22,7 @@ class Saver:
 
     At most one write is under way: the next save waits for it. A failed write raises the same error on all ranks, at
     the next `save`, `wait` or `check`. With on_error "warn" it is a warning, except for the last one (`finish`).
+    meta: what every checkpoint says of the run, beside the versions it was made with.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Saver:
         self.run_dir = Path(run_dir)
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.meta = meta or {}
+        self.meta = {"versions": versions(), **(meta or {})}
         self.background = background
         self.on_error = on_error
         self.mirror = mirror

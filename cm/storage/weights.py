@@ -11,13 +11,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.runtime.files import whole_file
+from cm.storage.filesystem import cache_locally
 
 META_MEMBER = "extra/cm.json"
 
@@ -31,23 +32,16 @@ def save_weights(path: str | os.PathLike, state_dict: dict[str, Tensor], meta: d
 
     Tensors are moved to the CPU and made contiguous. The parent directory must exist.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Through Python's file: torch's own would hide the cause of a failed write (disk full, quota).
-        with open(temporary, "wb") as file:
+    with whole_file(path) as file:
+        try:
+            # Through Python's file: torch's own would hide the cause of a failed write (disk full, quota).
             torch.save(map_tensors(state_dict, _to_cpu), file)
+        except RuntimeError as error:
+            raise _storage_error(error) or error from None
         if meta is not None:
-            with zipfile.ZipFile(temporary, "a") as archive:
+            with zipfile.ZipFile(file, "a") as archive:
                 root = archive.namelist()[0].split("/")[0]
                 archive.writestr(f"{root}/{META_MEMBER}", json.dumps(meta))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:
-        raise _storage_error(error) or error from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -81,8 +75,6 @@ def load_weights(
 
     UserError in one line when the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    from cm.storage.filesystem import cache_locally
-
     local = cache_locally(str(path))
     if not os.path.isfile(local):
         raise UserError(f"no such weights file: {path}")
@@ -129,11 +121,11 @@ def read_meta(path: str | os.PathLike) -> dict | None:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith("/" + META_MEMBER):
-                return _parse_object(archive.read(name), f"{path}: its member {META_MEMBER}")
+                return parse_object(archive.read(name), f"{path}: its member {META_MEMBER}")
     return None
 
 
-def _parse_object(text: bytes, source: str) -> dict:
+def parse_object(text: bytes, source: str) -> dict:
     """The JSON object in a text; Damaged names the source."""
     try:
         content = json.loads(text)

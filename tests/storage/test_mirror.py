@@ -80,9 +80,7 @@ def test_a_mirror_that_fails_is_a_failed_save(tmp_path, bucket, monkeypatch, on_
 
     monkeypatch.setattr(bucket, "BlobFile", fail)
     saver = Saver(tmp_path / "run", on_error=on_error, mirror=Mirror(BUCKET, tmp_path / "run"))
-    words = (
-        rf"could not save step 1 under .*--mirror {BUCKET}: Unreachable: HTTP 503; the newest .*step_000001"
-    )
+    words = rf"could not save step 1 under .*: {BUCKET}/\S* cannot be reached: Unreachable: HTTP 503; the newest .*"
     if on_error == "stop":
         with pytest.raises(UserError, match=words) as error:
             saver.save({"model000001.pt": {"w": torch.ones(1)}}, {"step": 1})
@@ -114,3 +112,20 @@ def test_a_run_moves_to_another_machine(tmp_path, bucket):
     assert "from step 1" in (tmp_path / "second" / "log.txt").read_text()
     compare(tmp_path / "second", tmp_path / "whole")
     assert f"{BUCKET}/checkpoints/step_000004/manifest.json" in bucket.files
+
+
+@pytest.mark.parametrize("action", ["push", "pull", "push_logs"])
+def test_a_second_folder_that_fails_is_one_line_too(tmp_path, monkeypatch, action):
+    """A mirror may be a mounted disk: its errors name the place, as those of a bucket do."""
+    path = write(tmp_path / "run", 1)
+    (tmp_path / "run" / "log.txt").write_text("until 1")
+    place = str(tmp_path / "disk")
+    Mirror(place, tmp_path / "run").push(path)
+
+    def stale(*args, **options):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("cm.storage.mirror.filesystem.open_file", stale)
+    mirror = Mirror(place, tmp_path / ("other" if action == "pull" else "run"))
+    with pytest.raises(UserError, match=r"cannot be reached: OSError: \[Errno 116\] Stale file handle$"):
+        mirror.push(path) if action == "push" else getattr(mirror, action)()

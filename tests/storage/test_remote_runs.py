@@ -18,6 +18,7 @@ from cm.runtime import distributed, logger
 from cm.storage import checkpoint as ck
 from cm.storage import filesystem
 from cm.storage.mirror import checkpoint_paths, fetch, newest_checkpoint
+from cm.storage.weights import Damaged, file_sha256, load_weights
 from cm.tools.torture import compare
 from cm.training.resume import checkpoint_of
 from tests.helpers.mp import run_ranks
@@ -70,7 +71,9 @@ def test_a_model_comes_from_a_run_and_only_its_file_is_fetched(trained, bucket, 
     assert file.sha256 == local.sha256 and file.config == local.config
     assert cached(tmp_path) == ["ema_0.9_000002.pt"]
     assert load_model_file(path, "raw").path.endswith("step_000002/model000002.pt")
-    with pytest.raises(UserError, match=r"--weights ema:0.7: gs://bucket/run/.* has ema:0.5, ema:0.9, raw"):
+    with pytest.raises(
+        UserError, match=r"gs://bucket/run/.* has no ema:0.7, but ema:0.5, ema:0.9, raw \(--weights\)"
+    ):
         load_model_file(path, "ema:0.7")
 
 
@@ -98,7 +101,7 @@ def test_the_newest_complete_checkpoint_counts(bucket):
         if name.endswith("manifest.json"):
             del bucket.files[name]
     for load in (load_model_file, checkpoint_of):
-        with pytest.raises(UserError, match=rf"--\w+ {RUN} holds no complete checkpoint"):
+        with pytest.raises(UserError, match=rf"^{RUN} holds no complete checkpoint \(--\w+\)"):
             load(RUN)
 
 
@@ -117,9 +120,9 @@ def test_a_file_with_another_hash_is_refused_and_not_kept(bucket, tmp_path):
     name = f"{RUN}/checkpoints/step_000002/ema_0.9_000002.pt"
     right = bucket.files[name]
     bucket.files[name] = flip_last_byte(right)
-    with pytest.raises(ck.Damaged, match=rf"{name} is damaged: its hash differs"):
+    with pytest.raises(Damaged, match=rf"{name} is damaged: its hash differs"):
         load_model_file(RUN)
-    with pytest.raises(ck.Damaged, match=r"--resume_checkpoint gs://bucket/run/.*step_000002 is damaged"):
+    with pytest.raises(Damaged, match=r"gs://bucket/run/.*step_000002 is damaged.*\(--resume_checkpoint\)"):
         checkpoint_of(RUN)
     assert cached(tmp_path) == []
     bucket.files[name] = right
@@ -155,8 +158,8 @@ def test_training_goes_on_from_a_bucket(trained, bucket, tmp_path):
     train(trained, tmp_path / "whole", "--total_training_steps", "4")
     for name in ("model000004.pt", "ema_0.9_000004.pt", "opt000004.pt"):
         one, other = (tmp_path / run / "checkpoints/step_000004" / name for run in ("there", "whole"))
-        assert ck.file_sha256(one) == ck.file_sha256(other) or compare_tensors(one, other), name
-    with pytest.raises(UserError, match=r"--resume_checkpoint gs://bucket/empty holds no complete"):
+        assert file_sha256(one) == file_sha256(other) or compare_tensors(one, other), name
+    with pytest.raises(UserError, match=r"gs://bucket/empty holds no complete .*\(--resume_checkpoint\)"):
         train(
             trained, tmp_path / "x", "--total_training_steps", "4", "--resume_checkpoint", "gs://bucket/empty"
         )
@@ -165,7 +168,7 @@ def test_training_goes_on_from_a_bucket(trained, bucket, tmp_path):
 def compare_tensors(one: Path, other: Path) -> bool:
     import torch
 
-    a, b = (ck.load_weights(path)[0] for path in (one, other))
+    a, b = (load_weights(path)[0] for path in (one, other))
     leaves = [torch.utils._pytree.tree_leaves(state) for state in (a, b)]
     return all(
         torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*leaves, strict=True)
