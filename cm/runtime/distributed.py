@@ -22,7 +22,7 @@ T = TypeVar("T")
 # Parameters are broadcast in flat pieces of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
 
-_place = launch.Launch()
+_launch = launch.Launch()
 _store: dist.Store | None = None
 
 
@@ -38,7 +38,7 @@ def setup_dist(timeout: float = 1800.0) -> None:
     store = join(timeout)
     if store is not None:
         store.set_timeout(datetime.timedelta(seconds=timeout))
-    local_rank, local_world = _place.local_rank, _place.local_world_size
+    local_rank, local_world = _launch.local_rank, _launch.local_world_size
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local_rank % gpus)
@@ -51,8 +51,8 @@ def setup_dist(timeout: float = 1800.0) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if _all_differ(store, "cm/gpu", _gpu_uuid() if gpus else "") else "gloo",
         store=store,
-        rank=_place.rank,
-        world_size=_place.world_size,
+        rank=_launch.rank,
+        world_size=_launch.world_size,
         timeout=datetime.timedelta(seconds=timeout),
     )
 
@@ -66,24 +66,24 @@ def _all_differ(store: dist.Store, key: str, gpu: str) -> bool:
 
     Counting visible GPUs would not tell: SLURM and others may show each rank its own one only. gpu: empty for none.
     """
-    store.set(f"{key}/{_place.rank}", gpu)
-    gpus = store.multi_get([f"{key}/{rank}" for rank in range(_place.world_size)])
+    store.set(f"{key}/{_launch.rank}", gpu)
+    gpus = store.multi_get([f"{key}/{rank}" for rank in range(_launch.world_size)])
     return b"" not in gpus and len(set(gpus)) == len(gpus)
 
 
 def join(timeout: float) -> dist.Store | None:
     """Find this process's place in the job, and the store that all ranks share (None for one process)."""
-    global _place, _store
+    global _launch, _store
     if _store is None:
-        _place = launch.detect()
-        if _place.world_size > 1:
-            _place, _store = launch.connect(_place, datetime.timedelta(seconds=timeout))
+        _launch = launch.detect()
+        if _launch.world_size > 1:
+            _launch, _store = launch.connect(_launch, datetime.timedelta(seconds=timeout))
     return _store
 
 
-def place() -> launch.Launch:
+def current_launch() -> launch.Launch:
     """This process's place in its job, as far as `join` has found it."""
-    return _place
+    return _launch
 
 
 def store() -> dist.Store | None:
@@ -124,7 +124,7 @@ def get_world_size() -> int:
 
 def get_local_rank() -> int:
     """Rank among the processes of this node; 0 without a process group."""
-    return _place.local_rank if dist.is_initialized() else 0
+    return _launch.local_rank if dist.is_initialized() else 0
 
 
 def is_main() -> bool:

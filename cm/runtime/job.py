@@ -58,7 +58,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return 1, f"{error.code}\n"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted\n"
-    place = distributed.place()
+    place = distributed.current_launch()
     where = f"rank {place.rank} of {place.world_size} failed:\n" if place.world_size > 1 else ""
     return 1, where + "".join(traceback.format_exception(error))
 
@@ -85,7 +85,7 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
     if _all_ended(grace):
         raise SystemExit(code) from None
     sys.stdout.flush()
-    if distributed.place().kind == "mpi":
+    if distributed.current_launch().kind == "mpi":
         launch.abort_mpi(code)
     # Not sys.exit: the interpreter would wait for threads that wait for the other ranks. The launcher ends those.
     os._exit(code)
@@ -108,7 +108,7 @@ def _all_ended(grace: float) -> bool:
     """Wait at most `grace` seconds until every rank has finished or failed."""
     deadline = time.monotonic() + grace
     try:
-        while distributed.store().add("cm/ended", 0) < distributed.place().world_size:
+        while distributed.store().add("cm/ended", 0) < distributed.current_launch().world_size:
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_INTERVAL)
@@ -122,7 +122,7 @@ def _all_ended(grace: float) -> bool:
 
 def _keeps_store() -> bool:
     """Whether the store ends with this process. Under torchrun another process has it; MPI ends all ranks together."""
-    return distributed.place().kind == "slurm" and distributed.place().rank == 0
+    return distributed.current_launch().kind == "slurm" and distributed.current_launch().rank == 0
 
 
 def _write_error(text: str) -> None:

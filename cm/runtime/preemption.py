@@ -1,4 +1,4 @@
-"""An orderly end before the last step: SIGTERM, SIGUSR1 or a time limit; all ranks stop after the same step.
+"""Preemption: an orderly end at SIGTERM, SIGUSR1 or a time limit; all ranks stop after the same step.
 
 The first signal lets the step finish and a checkpoint be written; the second ends the process at once.
 """

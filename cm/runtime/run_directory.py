@@ -7,6 +7,7 @@ from typing import Any
 
 from cm.errors import UserError
 from cm.runtime import distributed, logger
+from cm.runtime.files import whole_file
 
 
 class RunDirectory:
@@ -32,6 +33,15 @@ class RunDirectory:
         """Training begins: from here on the directory stays."""
         self._made = []
 
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run, on rank 0."""
+        if distributed.is_main():
+            try:
+                with whole_file(Path(self.path, name)) as file:
+                    file.write(text.encode())
+            except OSError as error:
+                raise self._unwritable(error) from None
+
     def _prepare(self) -> None:
         """Make the directory; UserError when it cannot be written."""
         path = Path(self.path).absolute()
@@ -42,10 +52,13 @@ class RunDirectory:
             if not os.access(path, os.W_OK):
                 raise PermissionError(f"[Errno 13] Permission denied: '{self.path}'")
         except OSError as error:
-            raise UserError(f"--out_dir {self.path} cannot be written: {error.strerror or error}") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.path} cannot be written: {error.strerror or error} (--out_dir)")
 
     def _remove(self) -> None:
-        if not self._made or (self._made[0] / "checkpoints").exists():
+        if not self._made or any(Path(self._made[0], "checkpoints").glob("*")):
             return
         logger.reset()  # its files lie in there
         shutil.rmtree(self._made[0], ignore_errors=True)

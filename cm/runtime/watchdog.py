@@ -1,4 +1,4 @@
-"""A sign of life of every rank: who it is, which step and phase it is in. Ends the job when a rank dies or is stuck.
+"""Heartbeat and watchdog: every rank says which step and phase it is in; one that dies or is stuck ends the job.
 
 Each rank keeps a small file in <run>/heartbeats, rewritten in place by a thread. The same thread watches the ranks of
 its own node, whose deaths the system reports at once, and the time that the main thread spends in a phase. What it
@@ -177,6 +177,22 @@ def supervised(run_dir: str, limits: dict[str, float]) -> Iterator[Heartbeat]:
             rank, code = distributed.get_rank(), error.code if isinstance(error.code, int) else 1
             job.end_job(code or 1, f"error: rank {rank} left training with exit code {code}\n")
         raise
+
+
+def record_end(run_dir: str, ended: str, *, step: int, signal: str = "") -> int:
+    """Say on the screen and in status.json why training ended in good order; returns the exit code.
+
+    ended: as `cm.runtime.liveness` names it. signal: the one this rank has received, if any.
+    """
+    finished = ended == liveness.FINISHED
+    code = 0 if finished else liveness.EXIT_UNFINISHED
+    if distributed.is_main():
+        liveness.write_status(run_dir, ended, exit_code=code, message=signal, step=step)
+    causes = {liveness.PREEMPTED: signal or "another rank", liveness.TIME: "the time limit (--max_hours)"}
+    how = f"stopped by {causes[ended]}" if ended in causes else ended
+    again = "" if finished else "; the same command goes on"
+    logger.log(f"{how} at step {step}; checkpoints are in {run_dir}/checkpoints{again}")
+    return code
 
 
 def _explain(error: RuntimeError, run_dir: str) -> None:
