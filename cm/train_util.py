@@ -10,17 +10,20 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.noise_levels import LogNormalSampler, NoiseSampler, ScheduleSampler
 from cm.diffusion.precond import EDMPrecond
-from cm.errors import UserError
+from cm.errors import choose
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.curricula import EmaAndScales, Stage, progdist_stage
 from cm.objectives.pairs import draw_pair
 from cm.objectives.progressive import interval_at
 from cm.runtime import distributed, logger
 from cm.seeding import StepRandom
+from cm.storage.saver import Saver
 from cm.training.learning_rate import LearningRate
-from cm.training.trainer import Optimization, Reporting, Trainer
+from cm.training.options import BatchSize, Optimization, Reports
+from cm.training.trainer import Trainer
 
 
 class DiffusionObjective(Objective):
@@ -162,12 +165,14 @@ class TrainLoop(Trainer):
     ):
         objective = self._make_objective(diffusion, schedule_sampler)
         self.diffusion = diffusion
+        self.microbatch = microbatch
+        # The diffusion object applies its own preconditionings; the loop hands it bare networks.
+        networks = (model, self.target_model, self.teacher_model)
         super().__init__(
-            student=model,
+            roles=Roles(*(None if net is None else Denoiser(net, EDMPrecond()) for net in networks)),
             objective=objective,
             data=data,
-            global_batch_size=batch_size * distributed.get_world_size(),
-            microbatch=microbatch,
+            batch=BatchSize(batch_size * distributed.get_world_size(), microbatch),
             optimization=Optimization(
                 LearningRate(lr, "linear" if lr_anneal_steps else "constant", lr_anneal_steps),
                 weight_decay=weight_decay,
@@ -175,11 +180,8 @@ class TrainLoop(Trainer):
                 fp16_scale_growth=fp16_scale_growth,
                 ema_rate=ema_rate,
             ),
-            reporting=Reporting(logger.get_dir(), log_interval, save_interval),
-            # The diffusion object applies its own preconditionings; the loop hands it bare networks.
-            student_precond=EDMPrecond(),
-            target=self.target_model,
-            teacher=self.teacher_model,
+            saver=Saver(logger.get_dir()),
+            reports=Reports(log_interval, save_interval),
             total_steps=total_training_steps or lr_anneal_steps,
             seed=seed,
             sigma_range=(diffusion.sigma_min, diffusion.sigma_max),
@@ -236,10 +238,7 @@ class CMTrainLoop(TrainLoop):
         total_training_steps: int,
         **kwargs,
     ):
-        if training_mode not in TRAINING_MODES:
-            raise UserError(
-                f"--training_mode must be one of {', '.join(TRAINING_MODES)}, got {training_mode}"
-            )
+        choose(TRAINING_MODES, training_mode, "training_mode")
         self.training_mode = training_mode
         self.ema_scale_fn = ema_scale_fn
         # Roles that a mode has no use for are left alone, as published training commands pass a teacher.

@@ -87,7 +87,7 @@ def test_a_background_save_is_what_was_there_when_it_began():
         for _ in range(3):  # goes on while the write is under way
             trainer.run_step(*next(trainer.data))
         trainer.saver.wait()
-        (saved,) = Path(trainer.reporting.run_dir).glob("checkpoints/step_*/model*.pt")
+        (saved,) = Path(trainer.saver.run_dir).glob("checkpoints/step_*/model*.pt")
         state = torch.load(saved, weights_only=True)
         after = [state[n] for n in trainer.state.student.weights.names]
     for a, b in zip(before, after, strict=True):

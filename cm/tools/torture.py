@@ -20,6 +20,7 @@ import torch
 
 from cm.storage.checkpoint import complete_checkpoints, read_state
 from cm.storage.weights import load_weights
+from cm.training.meters import MEASURED
 
 STEPS = 10
 NETWORK = (
@@ -228,7 +229,7 @@ def _difference(a, b, where: str = "") -> str:
 def _rows(run_dir: Path) -> list[dict]:
     """Logged rows without their timings."""
     rows = [json.loads(line) for line in Path(run_dir, "progress.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_sec"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def _newest_step(run_dir: Path) -> int:

@@ -1,11 +1,27 @@
-"""torch.compile: whether it works here, asked before a long run relies on it, and how networks are compiled."""
+"""Settings of torch for a training run: device, deterministic algorithms, torch.compile."""
 
+import contextlib
+import os
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from cm.models.factory import choose_device
 from cm.runtime import distributed, logger
+from cm.runtime.cpu import keep_freed_memory
+
+
+def configure_torch(device: str, *, deterministic: bool = False) -> torch.device:
+    """Prepare this process for training; returns its device. device: auto, cpu or cuda."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    return chosen
 
 
 def can_compile(device: torch.device) -> bool:
@@ -19,7 +35,7 @@ def can_compile(device: torch.device) -> bool:
     problems = [text for text in distributed.all_gather_object(problem) if text]
     if problems:
         logger.warn(
-            f"warning: --compile True: torch.compile does not work here, training goes on without ({problems[0]})"
+            f"warning: torch.compile does not work here, training goes on without: {problems[0]} (--compile)"
         )
     return not problems
 
@@ -32,3 +48,9 @@ def compile_in_place(networks: Iterable[nn.Module]) -> None:
     torch._inductor.config.fallback_random = True
     for network in networks:
         network.compile()
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
+    """Within the body, calls of compiled networks run as they were before."""
+    known = hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if known else contextlib.nullcontext()

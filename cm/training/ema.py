@@ -1,4 +1,4 @@
-"""Moving averages of the student's weights, several rates at once."""
+"""EMA: exponential moving averages of the student's weights, several rates at once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,54 +38,51 @@ class EmaBank:
         self.rates = parse_ema_rates(rates)
         self.warmup = warmup
         self.partition = partition or Partition(params)
-        own = self.partition.mine(params)
-        place = self.partition.device if device == "auto" else torch.device(device)
-        self._copies = [[p.detach().to(place, copy=True) for p in own] for _ in self.rates]
-        self._arrivals = Arrivals(own) if place != self.partition.device else None
+        own = self.partition.own(params)
+        kept_on = self.partition.device if device == "auto" else torch.device(device)
+        self._copies = [[p.detach().to(kept_on, copy=True) for p in own] for _ in self.rates]
+        self._transfer = HostTransfer(own) if kept_on != self.partition.device else None
 
     @property
     def copies(self) -> list[list[Tensor]]:
         """The averages of this rank's part of the parameters, one list per rate."""
-        self._settle()
+        if self._transfer is not None:
+            self._transfer.wait()
         return self._copies
 
     def update(self, params: list[Tensor], step: int) -> None:
         """Move every average towards params; `step` counts from 0."""
-        own = self.partition.mine(params)
+        own = self.partition.own(params)
         rates = [min(rate, (1 + step) / (10 + step)) if self.warmup else rate for rate in self.rates]
-        if self._arrivals is None:
-            self._move(own, rates)
+        if self._transfer is None:
+            self._update(own, rates)
         else:
-            self._arrivals.send(own, lambda arrived: self._move(arrived, rates))
+            self._transfer.send(own, lambda arrived: self._update(arrived, rates))
 
-    def _move(self, own: list[Tensor], rates: list[float]) -> None:
+    def _update(self, own: list[Tensor], rates: list[float]) -> None:
         for rate, copy in zip(rates, self._copies, strict=True):
             update_ema(copy, own, rate)
-
-    def _settle(self) -> None:
-        if self._arrivals is not None:
-            self._arrivals.wait()
 
     @torch.no_grad()
     def reset(self, params: list[Tensor]) -> None:
         """Restart every average from params."""
         for copy in self.copies:
-            torch._foreach_copy_(copy, self.partition.mine(params))
+            torch._foreach_copy_(copy, self.partition.own(params))
 
     @torch.no_grad()
     def load(self, number: int, items: Iterable[tuple[int, Tensor]]) -> None:
         """Set average `number` from (parameter number, tensor) pairs; other ranks' parameters are passed over."""
-        places = dict(zip(self.partition.numbers, self.copies[number], strict=True))
+        own = dict(zip(self.partition.indices, self.copies[number], strict=True))
         for i, tensor in items:
-            if i in places:
-                places[i].copy_(tensor)
+            if i in own:
+                own[i].copy_(tensor)
 
     def whole(self, number: int) -> list[Tensor] | None:
         """Average `number` of all parameters; sharded, copied to rank 0's host memory, and None elsewhere.
 
         All ranks must call it.
         """
-        found = self.partition.collect(dict(zip(self.partition.numbers, self.copies[number], strict=True)))
+        found = self.partition.gather(dict(zip(self.partition.indices, self.copies[number], strict=True)))
         return None if found is None else [found[i] for i in sorted(found)]
 
     @property
@@ -94,7 +91,7 @@ class EmaBank:
         return max(self.rates)
 
 
-class Arrivals:
+class HostTransfer:
     """Page-locked host memory through which parameters travel, once a step for all averages.
 
     Copy and averaging overlap with the next step: the copy is queued behind the optimizer's work, a thread waits for

@@ -1,13 +1,20 @@
-"""Running means of losses, overall and by true noise level, kept on the device until they are read."""
+"""What the log shows of a run: means of losses by noise level, speed, memory, and the size of the network."""
 
 import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm.runtime import distributed
 
 BUCKETS = 4
+# Logged values that two equal runs do not share
+MEASURED = ("images_per_sec", "data_wait", "peak_memory_mib")
 
 
 class LossMeter:
@@ -72,3 +79,48 @@ class LossMeter:
             key: torch.tensor(table, dtype=torch.float64, device=device) * share
             for key, table in tables.items()
         }
+
+
+class RunClock:
+    """Steps and times of one start of a run: where it began, what it has saved, how fast it goes."""
+
+    def __init__(self, step: int, saved_step: int):
+        self.first_step = step
+        self.saved_step = saved_step  # -1: none
+        self._lap_step, self._lap_time, self._waited = step, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time within the body was spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """(steps per second, share of the time spent waiting for data) since the last call."""
+        now = time.perf_counter()
+        seconds = max(now - self._lap_time, 1e-9)
+        found = (step - self._lap_step) / seconds, self._waited / seconds
+        self._lap_step, self._lap_time, self._waited = step, now, 0.0
+        return found
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory this process has used so far: on its GPU as torch's allocator counts, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def module_summary(module: nn.Module) -> str:
+    """Class and parameters of a network, in all and by its outermost blocks: one line each."""
+
+    def count(part: nn.Module) -> int:
+        return sum(p.numel() for p in part.parameters())
+
+    blocks = {name: count(child) for name, child in module.named_children()}
+    blocks["(own)"] = sum(p.numel() for p in module.parameters(recurse=False))
+    rows = [(type(module).__name__, count(module)), *((f"  {n}", c) for n, c in blocks.items() if c)]
+    widths = max(len(name) for name, _ in rows), len(f"{rows[0][1]:,}")
+    return "\n".join(f"{name:<{widths[0]}}  {c:>{widths[1]},} parameters" for name, c in rows)

@@ -1,4 +1,4 @@
-"""fp32 master weights for a network whose torso runs in half precision, and the dynamic loss scale of fp16."""
+"""Mixed precision: fp32 master weights of a network with a half-precision torso, and fp16's dynamic loss scale."""
 
 from collections.abc import Iterable
 
@@ -30,7 +30,7 @@ class MasterWeights:
         if dtype != torch.float32:
             if not hasattr(module, "convert_torso"):
                 raise UserError(
-                    f"--precision {precision}: {type(module).__name__} has no half-precision torso"
+                    f"{type(module).__name__} has no half-precision torso for {precision}: use fp32 (--precision)"
                 )
             module.convert_torso(dtype)
         for p in copies:

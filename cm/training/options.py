@@ -1,12 +1,20 @@
-"""Options of a training loop, grouped: how weights move, and what a run leaves behind."""
+"""Options of a training run, grouped by what they decide."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cm.storage.mirror import Mirror
-from cm.storage.saver import Saver
+from cm.runtime.preemption import Stopper
+from cm.runtime.watchdog import Heartbeat
 from cm.training.learning_rate import LearningRate
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Images of a step over all ranks, and of a forward pass on one rank (-1: all of the rank's images at once)."""
+
+    total: int
+    micro: int = -1
 
 
 @dataclass(frozen=True)
@@ -24,38 +32,38 @@ class Optimization:
     ema_rate: str | float = "0.9999"
     ema_warmup: bool = False
     ema_device: str = "auto"  # where the averages are kept; auto: beside the weights
-    shard_optimizer: bool = False  # share moments and averages out over the ranks
+    shard_optimizer: bool = (
+        False  # ZeRO-1: each rank keeps moments and averages of its part of the parameters
+    )
     max_bad_steps: int = 100
 
 
 @dataclass(frozen=True)
-class Reporting:
-    """What a run leaves behind: logs every log_interval steps, checkpoints every save_interval (-1: at the end).
+class Execution:
+    """How networks compute, with equal results up to rounding: by torch.compile, in channels-last memory."""
 
-    `cm.storage.saver.Saver` explains the others.
+    compile: bool = False
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What a run shows of itself, and every how many steps; all of it is due after the last step, too.
+
+    save_interval -1: the last step only. preview: called with the trainer; preview_interval 0: at each checkpoint.
+    progress_bar: with the time left, on rank 0.
     """
 
-    run_dir: str
     log_interval: int = 10
     save_interval: int = 10000
-    keep_last: int = 0
-    keep_every: int = 0
-    async_save: bool = False
-    on_save_error: str = "stop"
-    mirror: Mirror | None = None
-    meta: dict = field(default_factory=dict)
     preview: Callable[[Any], None] | None = None
-    preview_interval: int = 0  # 0: at each checkpoint
-    progress: bool = False  # a bar with the time left, on rank 0
+    preview_interval: int = 0
+    progress_bar: bool = False
 
-    def saver(self) -> Saver:
-        """The writer of this run's checkpoints."""
-        return Saver(
-            self.run_dir,
-            keep_last=self.keep_last,
-            keep_every=self.keep_every,
-            meta=self.meta,
-            background=self.async_save,
-            on_error=self.on_save_error,
-            mirror=self.mirror,
-        )
+
+@dataclass(frozen=True)
+class Supervision:
+    """Who may end a run before its last step, and who watches that it goes on."""
+
+    stopper: Stopper = field(default_factory=Stopper)
+    heartbeat: Heartbeat | None = None

@@ -2,48 +2,63 @@
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cm.config.derived import global_batch
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig, result_flags
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.runtime.liveness import is_alive, read_beats
 from cm.storage import mirror
-from cm.storage.checkpoint import checkpoint_directories, complete_checkpoints, read_state, verify_checkpoint
+from cm.storage.checkpoint import checkpoint_directories, newest_checkpoint, read_state, verify_checkpoint
 from cm.storage.filesystem import is_remote
 from cm.storage.weights import Damaged
+from cm.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run the same run: flags that change its result, images per step, fingerprint of the data set."""
+
+    flags: dict[str, Any]
+    global_batch: int
+    data: str
 
 
 def find_checkpoint(
-    config: EdmTrainConfig | CmTrainConfig, directory: str, data: str
-) -> tuple[Path | None, list[str]]:
-    """(the newest undamaged checkpoint of a run directory, what the log should say); None for a new run.
+    directory: str, identity: Identity, resume: str = "auto", *, allow_changes: bool = False
+) -> tuple[Path | None, int, list[str]]:
+    """(newest undamaged checkpoint of a run directory, its step, lines for the log); (None, 0, []) for a new run.
 
-    Rank 0 looks, every rank gets the answer. data: fingerprint of the data set. UserError where flags or data differ
-    and --resume_with_changes is not given.
+    Rank 0 looks, every rank gets the answer. resume: auto, must or never. UserError where the checkpoint has another
+    identity and changes are not allowed.
     """
-    return distributed.on_main(lambda: _find(config, directory, data))
+    return distributed.on_main(lambda: _find(directory, identity, resume, allow_changes))
 
 
-def _find(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str) -> tuple[Path | None, list[str]]:
+def _find(
+    directory: str, identity: Identity, resume: str, allow_changes: bool
+) -> tuple[Path | None, int, list[str]]:
     _refuse_second_start(directory)
     found = checkpoint_directories(directory)
     if not found:
-        if config.resume == "must":
-            raise UserError(f"--resume must: {directory} holds no checkpoint")
-        return None, []
-    if config.resume == "never":
-        raise UserError(f"--resume never: {directory} already holds {found[-1].name}; give another --out_dir")
+        if resume == "must":
+            raise UserError(f"{directory} holds no checkpoint (--resume must)")
+        return None, 0, []
+    if resume == "never":
+        raise UserError(
+            f"{directory} already holds {found[-1].name}: give another --out_dir (--resume never)"
+        )
     newest, damaged = _newest_intact(found)
-    changes = _changes(config, directory, data, read_state(newest))
-    if changes and not config.resume_with_changes:
+    state = read_state(newest)
+    changes = _changes(directory, identity, state)
+    if changes and not allow_changes:
         raise UserError(
             f"{directory} holds a run with other flags ({', '.join(changes[:5])}); "
             "give another --out_dir, or --resume_with_changes True"
         )
     notes = [_set_aside(path, problem) for path, problem in damaged.items()]
-    return newest, notes + [f"--resume_with_changes: {change}" for change in changes]
+    return newest, state["step"], notes + [f"changed (--resume_with_changes): {change}" for change in changes]
 
 
 def _refuse_second_start(directory: str) -> None:
@@ -82,18 +97,18 @@ def _set_aside(path: Path, problem: Damaged) -> str:
     return f"warning: {problem}; it is now {aside.name}, and the one before it is taken"
 
 
-def _changes(config: EdmTrainConfig | CmTrainConfig, directory: str, data: str, state: dict) -> list[str]:
+def _changes(directory: str, identity: Identity, state: dict) -> list[str]:
     """What differs from the run that the checkpoint belongs to, and would change its result."""
-    stored, mine = state.get("config"), result_flags(config)
+    stored, mine = state.get("config"), identity.flags
     if not isinstance(stored, dict):
         raise UserError(f"{directory}: its checkpoint does not say with which flags it was made")
     changes = [f"--{n} {stored[n]} -> {v}" for n, v in mine.items() if n in stored and stored[n] != v]
-    batch, stored_batch = global_batch(config, distributed.get_world_size()), state.get("global_batch_size")
-    if stored_batch != batch:
-        changes.append(f"images per step {stored_batch} -> {batch}")
-    if state.get("data") != data:
-        stored_data = str(state.get("data"))
-        changes.append(f"the images or labels of --data_dir (fingerprint {stored_data[:8]} -> {data[:8]})")
+    if (batch := state.get("global_batch_size")) != identity.global_batch:
+        changes.append(f"images per step {batch} -> {identity.global_batch}")
+    if (data := state.get("data")) != identity.data:
+        changes.append(
+            f"the images or labels of --data_dir (fingerprint {str(data)[:8]} -> {identity.data[:8]})"
+        )
     return changes
 
 
@@ -106,11 +121,17 @@ def checkpoint_of(path: str) -> Path:
     if is_remote(path):
         found = distributed.on_main(lambda: mirror.newest_checkpoint(path, "resume_checkpoint"))
         return mirror.fetch_to_cache(*found, "resume_checkpoint")
-    return distributed.on_main(lambda: _local_checkpoint(path))
+    checkpoint = distributed.on_main(lambda: newest_checkpoint(path))
+    if checkpoint is None:
+        raise UserError(f"{path} holds no complete checkpoint (--resume_checkpoint)")
+    return checkpoint
 
 
-def _local_checkpoint(path: str) -> Path:
-    found = [Path(path)] if Path(path, "manifest.json").is_file() else complete_checkpoints(path)
-    if not found:
-        raise UserError(f"--resume_checkpoint {path} holds no complete checkpoint")
-    return found[-1]
+def resume_from(trainer: Trainer, path: str) -> None:
+    """Go on from a checkpoint directory, a run directory, or a model file of the original repository."""
+    if is_remote(path) or os.path.isdir(path):
+        trainer.load(checkpoint_of(path))
+    elif os.path.isfile(path):
+        trainer.load_original(path)
+    else:
+        raise UserError(f"{path}: no such file or directory (--resume_checkpoint)")

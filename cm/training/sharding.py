@@ -1,7 +1,7 @@
-"""What ranks need not hold twice: optimizer moments and averages shared out, files read once and handed on.
+"""ZeRO stage 1: optimizer moments and averages divided among ranks; files that rank 0 reads for all.
 
-Stage 1 of ZeRO (Rajbhandari et al. 2020): every rank has all weights and gradients, but keeps the moments and the
-averages of its own part of the parameters. Whole tensors are shared out, so that the arithmetic on each is that of an
+Every rank has all weights and gradients, but keeps the moments and averages of its own part of the parameters only
+(Rajbhandari et al. 2020). Parameters are divided tensor by tensor, so that the arithmetic on each is that of an
 unsharded run to the last bit.
 """
 
@@ -17,13 +17,13 @@ from cm.runtime import distributed
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-# Tensors travel between ranks in pieces of at most this many bytes, or one by one.
+# Tensors are broadcast in pieces of at most this many bytes, or one by one.
 PIECE_BYTES = distributed.BUCKET_BYTES
-# Bytes to which a parameter's place is aligned, as torch's allocator of GPU memory does.
+# Bytes at whose multiples parameters begin, as in torch's allocator of GPU memory.
 ALIGNMENT = 512
 
 
-def share_out(sizes: Sequence[int], parts: int) -> list[int]:
+def assign_parts(sizes: Sequence[int], parts: int) -> list[int]:
     """The part (0 .. parts - 1) of each item: the largest first, each to the part that has least so far."""
     loads, owners = [0] * parts, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -35,27 +35,27 @@ def share_out(sizes: Sequence[int], parts: int) -> list[int]:
 class Partition:
     """Which rank keeps what belongs to which parameter; unless `sharded`, every rank keeps everything.
 
-    Sharded, the parameters of each part move into one piece of memory, with their strides, so that a part travels
-    without being packed.
+    Sharded, the parameters of each part move into one buffer, with their strides, so that a part is broadcast without
+    being packed.
     """
 
     def __init__(self, params: Sequence[Tensor], *, sharded: bool = False):
         self.device = params[0].device if params else torch.device("cpu")
         self.parts = distributed.get_world_size() if sharded else 1
-        self.owners = share_out([p.numel() for p in params], self.parts)
+        self.owners = assign_parts([p.numel() for p in params], self.parts)
         mine = distributed.get_rank() if self.parts > 1 else 0
-        self.numbers = [i for i, owner in enumerate(self.owners) if owner == mine]
+        self.indices = [i for i, owner in enumerate(self.owners) if owner == mine]
         self._memory: list[Tensor] = []
         if self.parts > 1:
             for part in range(self.parts):
                 theirs = [p for p, owner in zip(params, self.owners, strict=True) if owner == part]
-                self._memory.append(move_together(theirs, self.device))
+                self._memory.append(move_into_one_buffer(theirs, self.device))
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def own(self, items: Sequence[T]) -> list[T]:
         """Of one item per parameter, those of this rank's part."""
-        return [items[i] for i in self.numbers]
+        return [items[i] for i in self.indices]
 
-    def spread(self) -> None:
+    def broadcast(self) -> None:
         """Give every rank the parameters as their owners have them."""
         under_way = [
             dist.broadcast(memory, src=part, async_op=True)
@@ -65,7 +65,7 @@ class Partition:
         for work in under_way:
             work.wait()
 
-    def collect(self, tensors: dict[K, Tensor]) -> dict[K, Tensor] | None:
+    def gather(self, tensors: dict[K, Tensor]) -> dict[K, Tensor] | None:
         """The tensors of all parts in rank 0's host memory, copied; None on other ranks.
 
         Unsharded, the tensors themselves on every rank.
@@ -76,8 +76,8 @@ class Partition:
 
 
 @torch.no_grad()
-def move_together(params: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Move parameters into one new piece of memory, which is returned as bytes; values and layouts stay."""
+def move_into_one_buffer(params: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Move parameters into one new buffer, which is returned as bytes; values and layouts stay."""
     starts = [0]
     for p in params:
         starts.append(starts[-1] + -(-p.nbytes // ALIGNMENT) * ALIGNMENT)
@@ -90,7 +90,7 @@ def move_together(params: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 class ShardedOptimizer:
-    """An optimizer of this rank's part of the parameters; every step ends with the exchange of the new weights.
+    """An optimizer of this rank's part of the parameters; every step ends with the broadcast of the new weights.
 
     `make` builds an ordinary optimizer from parameter groups. torch's ZeroRedundancyOptimizer does as much, but its
     fast form takes the parameters' channels-last layout away, and its state dict is gathered through pickle.
@@ -104,7 +104,7 @@ class ShardedOptimizer:
     ):
         self.partition = partition
         # A group, because a bare list must not be empty and there may be more ranks than parameters.
-        self.own = make([{"params": partition.mine(params)}])
+        self.own = make([{"params": partition.own(params)}])
 
     @property
     def param_groups(self) -> list[dict]:
@@ -119,7 +119,7 @@ class ShardedOptimizer:
     def step(self) -> None:
         """A step on this rank's parameters; then all ranks have all new weights."""
         self.own.step()
-        self.partition.spread()
+        self.partition.broadcast()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer | ShardedOptimizer) -> dict:
@@ -127,9 +127,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer | ShardedOptimizer) -> dict
     if not isinstance(optimizer, ShardedOptimizer):
         return optimizer.state_dict()
     own, partition = optimizer.own.state_dict(), optimizer.partition
-    found = partition.collect(
+    found = partition.gather(
         {
-            (partition.numbers[i], key): torch.as_tensor(value)
+            (partition.indices[i], key): torch.as_tensor(value)
             for i, moments in own["state"].items()
             for key, value in moments.items()
         }
@@ -152,25 +152,25 @@ def load_moments(
     """
     sharded = isinstance(optimizer, ShardedOptimizer)
     own = optimizer.own if sharded else optimizer
-    numbers = optimizer.partition.numbers if sharded else range(len(own.param_groups[0]["params"]))
-    places = {number: i for i, number in enumerate(numbers)}
+    numbers = optimizer.partition.indices if sharded else range(len(own.param_groups[0]["params"]))
+    position = {number: i for i, number in enumerate(numbers)}
     state: dict[int, dict] = {}
     for (number, key), value in items:
-        if number in places:
+        if number in position:
             # Step counters belong on the host, unless the optimizer itself moves them.
             scalar = isinstance(value, Tensor) and value.ndim == 0
-            state.setdefault(places[number], {})[key] = value.cpu() if scalar else value
+            state.setdefault(position[number], {})[key] = value.cpu() if scalar else value
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
 
 
 def gather_to_main(tensors: dict[K, Tensor], device: torch.device) -> dict[K, Tensor] | None:
-    """The named tensors of all ranks, copied to rank 0's host memory; None elsewhere. They travel over `device`."""
+    """The named tensors of all ranks, copied to rank 0's host memory; None elsewhere. They are sent over `device`."""
     own = [(key, t.shape, t.dtype) for key, t in tensors.items()]
     layouts = distributed.all_gather_object(own if not distributed.is_main() else [])
     found = {}
     for rank, layout in enumerate(layouts):
         source = dict(tensors) if rank == distributed.get_rank() else None
-        for key, tensor in _transfer(layout, source, rank, device):
+        for key, tensor in _broadcast_pieces(layout, source, rank, device):
             if distributed.is_main():
                 found[key] = tensor.cpu()
     if not distributed.is_main():
@@ -178,7 +178,7 @@ def gather_to_main(tensors: dict[K, Tensor], device: torch.device) -> dict[K, Te
     return found | {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
 
 
-def shared_items(read: Callable[[], dict[K, Any]], device: torch.device) -> Iterator[tuple[K, Any]]:
+def broadcast_items(read: Callable[[], dict[K, Any]], device: torch.device) -> Iterator[tuple[K, Any]]:
     """(key, value) of what read() returns on rank 0, on every rank; tensors and plain values, tensors over `device`.
 
     Every rank must take all of them. A UserError of read() is raised on all ranks. No rank but 0 holds more than a
@@ -196,20 +196,20 @@ def shared_items(read: Callable[[], dict[K, Any]], device: torch.device) -> Iter
     yield from plain
     if distributed.get_world_size() > 1:
         source = items if distributed.is_main() else None
-        yield from _transfer(tensors, source, 0, device)
+        yield from _broadcast_pieces(tensors, source, 0, device)
     else:
         for key, _, _ in tensors:
             yield key, items.pop(key)
 
 
-def _transfer(
+def _broadcast_pieces(
     layout: list[tuple[K, torch.Size, torch.dtype]],
     source: dict[K, Tensor] | None,
     rank: int,
     device: torch.device,
 ) -> Iterator[tuple[K, Tensor]]:
     """Broadcast a rank's tensors piece by piece; yields copies on `device`, on the rank itself its own tensors."""
-    for piece in _pieces(layout):
+    for piece in _in_pieces(layout):
         if source is not None:
             sent = [source[key].detach().to(device).reshape(-1).view(torch.uint8) for key, _, _ in piece]
             flat = torch.cat(sent)
@@ -222,7 +222,7 @@ def _transfer(
             yield key, part.clone().view(dtype).view(shape) if source is None else source.pop(key)
 
 
-def _pieces(layout: list[tuple]) -> Iterator[list[tuple]]:
+def _in_pieces(layout: list[tuple]) -> Iterator[list[tuple]]:
     """Consecutive entries of at most PIECE_BYTES together, or one."""
     piece: list[tuple] = []
     for entry in layout:

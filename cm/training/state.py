@@ -19,10 +19,22 @@ from cm.storage.weights import check_matching, load_weights
 from cm.training.ema import EmaBank
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.optimizers import state_per_parameter
-from cm.training.sharding import ShardedOptimizer, load_moments, optimizer_state, shared_items
+from cm.training.sharding import ShardedOptimizer, broadcast_items, load_moments, optimizer_state
 
 COUNTS = ("step", "bad_steps", "skipped")
 _MODEL_FILE = re.compile(r"model(\d+)\.pt$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a checkpoint.
+
+    write() is its content; on ranks other than 0 it may be empty, but all ranks call it. read(path) restores the part
+    from a file on rank 0, or from the student's weights, or not at all, where there is no file.
+    """
+
+    write: Callable[[], dict]
+    read: Callable[[Path | None], None]
 
 
 @dataclass
@@ -54,33 +66,52 @@ class TrainState:
         self.optimizer = self.new_optimizer(self.student.master_params)
         self.ema.reset(self.student.master_params)
 
+    def parts(self, step: int) -> dict[str, Part]:
+        """The files of a checkpoint at this step, by stem: the file is {stem}{step:06d}.pt, as in the original."""
+        averages = {f"ema_{rate}_": self._average(number) for number, rate in enumerate(self.ema.rates)}
+        # Only a teacher that stages replace cannot be had again from where it came.
+        staged = self.objective.stage(step) is not None
+        table = {
+            "model": self._weights(self.student.weights),
+            **averages,
+            "target_model": self.target and self._weights(self.target),
+            "teacher_model": self.teacher and staged and self._weights(self.teacher),
+            "opt": Part(lambda: self._snapshot(optimizer_state(self.optimizer)), self._read_optimizer),
+            "objective": self.objective.state_dict()
+            and Part(self.objective.state_dict, self._read_objective),
+        }
+        return {stem: part for stem, part in table.items() if part}
+
     def files(self) -> dict[str, dict]:
-        """Weights and tensors by file name; the names are those of the original repository.
+        """Weights and tensors of a checkpoint by file name.
 
         All ranks must call it. What is sharded is gathered on rank 0; those files are empty elsewhere.
         """
-        roles = {name: weights.state_dict() for name, weights in self._roles(self.step).items()}
-        tag = f"{self.step:06d}"
-        files = {f"model{tag}.pt": roles.pop("model")}
-        for number, rate in enumerate(self.ema.rates):
-            average = self.ema.whole(number)
-            content = {} if average is None else self.student.weights.state_dict(average)
-            files[f"ema_{rate}_{tag}.pt"] = self._snapshot(content)
-        files |= {f"{name}{tag}.pt": content for name, content in roles.items()}
-        files[f"opt{tag}.pt"] = self._snapshot(optimizer_state(self.optimizer))
-        if self.objective.state_dict():
-            files[f"objective{tag}.pt"] = self.objective.state_dict()
-        return files
+        return {f"{stem}{self.step:06d}.pt": part.write() for stem, part in self.parts(self.step).items()}
 
-    def _roles(self, step: int) -> dict[str, MasterWeights]:
-        """Weights that belong in a checkpoint, by the stem of the file name."""
-        keeps_teacher = self.teacher is not None and self.objective.stage(step) is not None
-        roles = {
-            "model": self.student.weights,
-            "target_model": self.target,
-            "teacher_model": self.teacher if keeps_teacher else None,
-        }
-        return {name: weights for name, weights in roles.items() if weights is not None}
+    def _weights(self, weights: MasterWeights) -> Part:
+        def read(path: Path | None) -> None:
+            if path is None:
+                weights.copy_from(self.student.master_params)
+            else:
+                weights.load(self._tensors(weights.module, path))
+
+        return Part(weights.state_dict, read)
+
+    def _average(self, number: int) -> Part:
+        def write() -> dict[str, Tensor]:
+            average = self.ema.whole(number)
+            return self._snapshot({} if average is None else self.student.weights.state_dict(average))
+
+        def read(path: Path | None) -> None:
+            if path is None:
+                self.ema.load(number, enumerate(self.student.master_params))
+            else:
+                index = {name: i for i, name in enumerate(self.student.weights.names)}
+                items = self._tensors(self.student.model, path)
+                self.ema.load(number, ((index[name], tensor) for name, tensor in items if name in index))
+
+        return Part(write, read)
 
     def _snapshot(self, content: dict) -> dict:
         """What was gathered is a copy already."""
@@ -118,7 +149,7 @@ class TrainState:
         }
 
     def load(self, path: Path) -> None:
-        """Restore from a checkpoint directory; every file that `files` names must be there.
+        """Restore from a checkpoint directory; the file of every part must be there, others are left alone.
 
         Rank 0 reads, one file at a time; all ranks must call it.
         """
@@ -127,7 +158,7 @@ class TrainState:
             setattr(self, name, scalars[name])
         if self.student.use_fp16 and scalars.get("lg_loss_scale") is not None:
             self.student.lg_loss_scale = scalars["lg_loss_scale"]
-        self._load_files(lambda name: path / name)
+        self._read_parts(lambda name: path / name)
 
     def _read_scalars(self, path: Path) -> dict:
         """The JSON part of a checkpoint directory, checked, as is the presence of the other files."""
@@ -139,23 +170,20 @@ class TrainState:
         is_number = isinstance(scale, (int, float)) and math.isfinite(scale)
         if self.student.use_fp16 and scale is not None and not is_number:
             raise UserError(f"{path / STATE}: lg_loss_scale should be a number, not {scale!r}")
-        for name in self._file_names(scalars["step"]):
+        for stem in self.parts(scalars["step"]):
+            name = f"{stem}{scalars['step']:06d}.pt"
             if not (path / name).is_file():
                 raise UserError(
-                    f"{path} has no {name}; it belongs to a run with other --ema_rate or --training_mode"
+                    f"{path} has no {name}: its run had other averages or objectives (--ema_rate, --training_mode)"
                 )
         return scalars
-
-    def _file_names(self, step: int) -> list[str]:
-        stems = [*self._roles(step), *(f"ema_{rate}_" for rate in self.ema.rates), "opt"]
-        return [f"{stem}{step:06d}.pt" for stem in stems + ["objective"] * bool(self.objective.state_dict())]
 
     def load_original(self, model_path: str) -> None:
         """Go on from a run of the original repository, given its model%06d.pt; siblings are found beside it."""
         name = Path(model_path).name
         match = _MODEL_FILE.search(name)
         if not match:
-            raise UserError(f"--resume_checkpoint {model_path}: the name does not end in model<step>.pt")
+            raise UserError(f"{model_path}: the name does not end in model<step>.pt (--resume_checkpoint)")
         self.step = int(match[1])
         folder, tag = Path(model_path).parent, f"{self.step:06d}"
 
@@ -165,35 +193,20 @@ class TrainState:
             if path.is_file():
                 return path
             if wanted.startswith("model"):
-                raise UserError(f"--resume_checkpoint {model_path}: no such file")
-            logger.warn(f"--resume_checkpoint: no {path}; this part starts anew from the model's weights")
+                raise UserError(f"{model_path}: no such file (--resume_checkpoint)")
+            logger.warn(f"warning: no {path}; this part starts anew from the model's weights")
             return None
 
-        self._load_files(find)
+        self._read_parts(find)
 
-    def _load_files(self, find: Callable[[str], Path | None]) -> None:
-        """Restore from the files that find(name) names on rank 0; None: from the model's weights, or not at all."""
-        names = self._file_names(self.step)
-        paths = distributed.on_main(lambda: {name: find(name) for name in names})
-        tag = f"{self.step:06d}"
-        for stem, weights in self._roles(self.step).items():
-            if path := paths[f"{stem}{tag}.pt"]:
-                weights.load(self._read_weights(weights.module, path))
-            else:
-                weights.copy_from(self.student.master_params)
-        numbers = {name: i for i, name in enumerate(self.student.weights.names)}
-        for number, rate in enumerate(self.ema.rates):
-            if path := paths[f"ema_{rate}_{tag}.pt"]:
-                items = self._read_weights(self.student.model, path)
-                self.ema.load(number, ((numbers[n], tensor) for n, tensor in items if n in numbers))
-            else:
-                self.ema.load(number, enumerate(self.student.master_params))
-        if path := paths[f"opt{tag}.pt"]:
-            self._load_optimizer(path)
-        if path := paths.get(f"objective{tag}.pt"):
-            self.objective.load_state_dict(distributed.on_main(lambda: load_weights(path)[0]))
+    def _read_parts(self, find: Callable[[str], Path | None]) -> None:
+        """Restore every part from the file that find(name) names on rank 0."""
+        parts = {f"{stem}{self.step:06d}.pt": part for stem, part in self.parts(self.step).items()}
+        paths = distributed.on_main(lambda: {name: find(name) for name in parts})
+        for name, part in parts.items():
+            part.read(paths[name])
 
-    def _read_weights(self, module: torch.nn.Module, path: Path) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, module: torch.nn.Module, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a file that rank 0 reads and checks against the module."""
 
         def read() -> dict[str, Tensor]:
@@ -201,9 +214,11 @@ class TrainState:
             check_matching(module, state, str(path))
             return state
 
-        return shared_items(read, self.ema.partition.device)
+        return broadcast_items(read, self.ema.partition.device)
 
-    def _load_optimizer(self, path: Path) -> None:
+    def _read_optimizer(self, path: Path | None) -> None:
+        if path is None:
+            return
         shapes = [p.shape for p in self.student.master_params]
 
         def read() -> dict[tuple[int, str], Any]:
@@ -214,8 +229,12 @@ class TrainState:
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{path} does not fit the optimizer: {error}") from None
 
-        items = shared_items(read, self.ema.partition.device)
+        items = broadcast_items(read, self.ema.partition.device)
         try:
             load_moments(self.optimizer, items)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit the optimizer: {error}") from None
+
+    def _read_objective(self, path: Path | None) -> None:
+        if path is not None:
+            self.objective.load_state_dict(distributed.on_main(lambda: load_weights(path)[0]))

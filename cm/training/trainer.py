@@ -6,204 +6,87 @@ batch whatever the number of ranks and the size of the micro-batches.
 """
 
 import contextlib
-import inspect
 import math
-import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.precond import EDMPrecond, Precond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Objective, Roles
 from cm.runtime import distributed, logger
 from cm.runtime.liveness import FINISHED
-from cm.runtime.preemption import SAVE_FAILED, Stopper
+from cm.runtime.preemption import SAVE_FAILED
 from cm.runtime.progress import progress
-from cm.runtime.watchdog import Heartbeat
 from cm.seeding import StepRandom, derive_seed
 from cm.storage.checkpoint import read_state, verify_checkpoint
-from cm.training.anomalies import NumberGuard
-from cm.training.compilation import compile_in_place
-from cm.training.ema import EmaBank
-from cm.training.meters import LossMeter
-from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
-from cm.training.optimizers import make_optimizer
-from cm.training.options import Optimization, Reporting
-from cm.training.sharding import Partition, ShardedOptimizer
-from cm.training.state import TrainState
+from cm.storage.saver import Saver
+from cm.training.anomalies import NanGuard
+from cm.training.compilation import compile_in_place, uncompiled
+from cm.training.meters import LossMeter, RunClock, peak_memory_mib
+from cm.training.options import BatchSize, Execution, Optimization, Reports, Supervision
+from cm.training.setup import distribute, initial_state
 
 
 class Trainer:
-    """Trains `student` with `objective` on batches of (images, conditions) for this rank's rows.
+    """Trains the student of `roles` with `objective` on batches of (images, conditions) for this rank's rows.
 
-    data yields (x0 (b, C, H, W) in [-1, 1], {name: (b,) tensor}). student, target and teacher are bare networks on
-    one device; the target starts as a copy of the student if None is given and the objective needs one.
+    roles: denoisers of bare networks on one device, with initial weights. data yields (x0 (b, C, H, W) in [-1, 1],
+    {name: (b,) tensor}). total_steps 0: no end. sigma_range: of the noise levels in which the log groups losses.
     """
 
     def __init__(
         self,
         *,
-        student: nn.Module,
+        roles: Roles,
         objective: Objective,
         data: Iterator[tuple[Tensor, dict[str, Tensor]]],
-        global_batch_size: int,
+        batch: BatchSize,
         optimization: Optimization,
-        reporting: Reporting,
-        student_precond: Precond,
-        target: nn.Module | None = None,
-        teacher: nn.Module | None = None,
-        teacher_precond: Precond | None = None,
-        microbatch: int = -1,
+        saver: Saver,
+        reports: Reports,
         total_steps: int = 0,
         seed: int = 0,
         sigma_range: tuple[float, float] = (0.002, 80.0),
-        stopper: Stopper | None = None,
-        heartbeat: Heartbeat | None = None,
-        compile: bool = False,
-        channels_last: bool = False,
+        execution: Execution | None = None,
+        supervision: Supervision | None = None,
     ):
-        if objective.needs_teacher and teacher is None:
-            raise UserError("--teacher_model_path: distillation needs a teacher")
-        if objective.needs_target and target is None:
-            raise ValueError("this objective needs a target network")
-        if global_batch_size < distributed.get_world_size():
+        ranks = distributed.get_world_size()
+        if batch.total < ranks:
             raise UserError(
-                f"--global_batch_size {global_batch_size} is smaller than the {distributed.get_world_size()} ranks"
+                f"{batch.total} images per step are fewer than the {ranks} ranks (--global_batch_size)"
             )
-        self.model = student
+        self.execution = execution or Execution()
+        self.supervision = supervision or Supervision()
         self.objective = objective
         self.data = data
-        self.global_batch_size = global_batch_size
-        self.microbatch = microbatch
+        self.batch = batch
+        self.optimization = optimization
+        self.saver = saver
+        self.reports = reports
         self.total_steps = total_steps
         self.seed = seed
-        self.optimization = optimization
-        self.reporting = reporting
-        self.device = next(student.parameters()).device
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = roles.student.net
+        self.device = next(self.model.parameters()).device
+        self.state = initial_state(roles, objective, optimization)
+        self.ddp_model = distribute(self.model)
+        self.roles = replace(roles, student=replace(roles.student, net=self.ddp_model))
+        if self.execution.compile:
+            compile_in_place(role.net for role in (self.roles.student, roles.target, roles.teacher) if role)
+        self.guard = NanGuard(optimization.max_bad_steps)
         self.meter = LossMeter(*sigma_range)
-        self.guard = NumberGuard(optimization.max_bad_steps)
-        self.stopper = stopper or Stopper()
-        self.heartbeat = heartbeat
-        self.saver = reporting.saver()
-        self.state = self._initial_state(target, teacher)
-        self.sync_parameters()
-        self.ddp_model = self._distributed()
-        self.compile = compile
-        if compile:
-            compile_in_place(net for net in (self.ddp_model, target, teacher) if net is not None)
-        self.roles = Roles(
-            Denoiser(self.ddp_model, student_precond),
-            target and Denoiser(target, student_precond),
-            teacher and Denoiser(teacher, teacher_precond or EDMPrecond()),
-        )
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in student.modules())
-        self._saved_step = -1
-        self._begin()
-
-    def _begin(self) -> None:
-        self._first_step = self.state.step
-        self._logged = (self.state.step, time.perf_counter())
-
-    def _initial_state(self, target: nn.Module | None, teacher: nn.Module | None) -> TrainState:
-        o = self.optimization
-        student = MixedPrecisionTrainer(
-            model=self.model.train(),
-            precision=o.precision,
-            fp16_scale_growth=o.fp16_scale_growth,
-            grad_clip=o.grad_clip,
-        )
-        for role in (target, teacher):
-            if role is not None:
-                role.requires_grad_(False)
-        self.partition = Partition(student.master_params, sharded=o.shard_optimizer)
-        # A teacher that no stage replaces never changes.
-        keep_fp32 = self.objective.stage(0) is not None
-        return TrainState(
-            student=student,
-            optimizer=self._new_optimizer(student.master_params),
-            ema=EmaBank(
-                student.master_params,
-                o.ema_rate,
-                warmup=o.ema_warmup,
-                partition=self.partition,
-                device=o.ema_device,
-            ),
-            objective=self.objective,
-            # The target keeps its dropout (student and target share masks); the teacher predicts without.
-            target=target and MasterWeights(target.train(), o.precision),
-            teacher=teacher and MasterWeights(teacher.eval(), o.precision, keep_fp32=keep_fp32),
-            new_optimizer=self._new_optimizer,
-        )
-
-    def _new_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer | ShardedOptimizer:
-        o = self.optimization
-        make = partial(
-            make_optimizer,
-            o.optimizer,
-            lr=o.learning_rate(0),
-            weight_decay=o.weight_decay,
-            betas=o.betas,
-            eps=o.eps,
-        )
-        return ShardedOptimizer(make, params, self.partition) if self.partition.parts > 1 else make(params)
-
-    def sync_parameters(self) -> None:
-        """Give every rank the weights and buffers of rank 0, in all roles; the averages start from them."""
-        s = self.state
-        for w in (s.student.weights, s.target, s.teacher):
-            if w is not None:
-                distributed.sync_params([*w.master_params, *w.module.buffers()])
-                w.to_model()
-        s.ema.reset(s.student.master_params)
-
-    def _distributed(self) -> nn.Module:
-        if distributed.get_world_size() == 1:
-            return self.model
-        # Buffers are constants: no broadcast in each forward pass. torch 2.13 gave the option its second name.
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(
-            self.model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{name: False},
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=128,
-        )
-
-    def load(self, checkpoint: Path, *, verified: bool = False) -> None:
-        """Continue from a checkpoint directory as if the run had never stopped. All ranks must call it.
-
-        Rank 0 compares the files with their hashes first, unless they have been verified.
-        """
-        distributed.on_main(lambda: verified or verify_checkpoint(checkpoint))
-        self.state.load(checkpoint)
-        unread = distributed.on_main(lambda: read_state(checkpoint).get("unread_means", {}))
-        self.meter.load_state(unread, self.device)
-        self._after_load()
-
-    def load_original(self, model_path: str) -> None:
-        """Continue from a run of the original repository."""
-        self.state.load_original(model_path)
-        self._after_load()
-
-    def _after_load(self) -> None:
-        self._saved_step = self.state.step
-        self._begin()
-        if self.state.step:
-            self.anneal_lr()
+        self.clock = RunClock(step=0, saved_step=-1)
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
 
     @property
     def finished(self) -> bool:
         """True when total_steps are done; total_steps 0 never ends."""
         return 0 < self.total_steps <= self.state.step
+
+    # -- the loop ------------------------------------------------------------------------------------------------
 
     def run_loop(self) -> str:
         """Train to the end, or until the stopper says so; returns why it ended, as `cm.runtime.liveness` names it.
@@ -211,27 +94,29 @@ class Trainer:
         Logs, saves and draws previews on the way; the last step is always saved.
         """
         stop = ""
+        stopper = self.supervision.stopper
         bar = progress(
             total=self.total_steps or None,
             initial=self.state.step,
             desc="train",
             unit="image",
-            unit_scale=self.global_batch_size,
-            enabled=self.reporting.progress,
+            unit_scale=self.batch.total,
+            enabled=self.reports.progress_bar,
         )
         try:
             while not (self.finished or stop):
                 self._enter("data")
-                batch, cond = next(self.data)
+                with self.clock.waiting():
+                    images, cond = next(self.data)
                 self._enter("step")
-                self.stopper.ask(self.saver.failed)
-                self.run_step(batch, cond)
-                stop = self.stopper.answer()
+                stopper.ask(self.saver.failed)
+                self.run_step(images, cond)
+                stop = stopper.answer()
                 if stop == SAVE_FAILED:
                     self.saver.check()
                 self._report()
                 bar.update()
-            if self._saved_step != self.state.step:
+            if self.clock.saved_step != self.state.step:
                 self.save()
             self.saver.finish()
         finally:
@@ -240,33 +125,6 @@ class Trainer:
             if hasattr(self.data, "close"):
                 self.data.close()  # ends its worker processes
         return FINISHED if self.finished else stop
-
-    def _report(self) -> None:
-        """Log, save and draw what is due after this step."""
-        r = self.reporting
-        if self._due(r.log_interval):
-            self._enter("log")
-            self.log_step()
-        if self._due(r.save_interval):
-            self.save()
-        if r.preview and self._due(r.preview_interval or r.save_interval):
-            self._enter("preview")
-            with self._uncompiled():
-                r.preview(self)
-
-    def _uncompiled(self) -> contextlib.AbstractContextManager:
-        """Previews have a batch and a mode of their own, which are not worth compiling for."""
-        known = self.compile and hasattr(torch.compiler, "set_stance")
-        return torch.compiler.set_stance("force_eager") if known else contextlib.nullcontext()
-
-    def _due(self, interval: int) -> bool:
-        return self.finished or (interval > 0 and self.state.step % interval == 0)
-
-    def _enter(self, phase: str) -> None:
-        """Tell the heartbeat; the first step may compile, download, start workers."""
-        if self.heartbeat is not None:
-            first = self.state.step == self._first_step and phase in ("data", "step")
-            self.heartbeat.phase("first step" if first else phase, self.state.step)
 
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> bool:
         """One step on this rank's rows; False when bad numbers made it a skipped one, which still counts."""
@@ -293,13 +151,14 @@ class Trainer:
 
     def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> tuple[Draw, dict[str, Tensor]]:
         """Draw for the whole local batch, then losses and gradients by micro-batches; returns draws and losses."""
-        x0 = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        layout = torch.channels_last if self.execution.channels_last else torch.preserve_format
+        x0 = batch.to(self.device, non_blocking=True, memory_format=layout)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         random = self._random(len(x0))
         x0, cond = self.objective.prepare(x0, cond, random)
         draw = self.objective.draw(x0, self.state.step, random)
         self.state.student.zero_grad()
-        size = self.microbatch if self.microbatch > 0 else len(x0)
+        size = self.batch.micro if self.batch.micro > 0 else len(x0)
         parts = []
         for start in range(0, len(x0), size):
             part = slice(start, min(start + size, len(x0)))
@@ -322,7 +181,7 @@ class Trainer:
         """The source of all draws of this step for the local rows."""
         rank, world = distributed.get_rank(), distributed.get_world_size()
         # One process may be given a batch of any size; several must each bring their rows.
-        global_batch = local_batch if world == 1 else self.global_batch_size
+        global_batch = local_batch if world == 1 else self.batch.total
         rows = distributed.local_rows(global_batch)
         if len(rows) != local_batch:
             raise ValueError(
@@ -334,8 +193,7 @@ class Trainer:
         return StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device)
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
-        distributed = isinstance(self.ddp_model, DistributedDataParallel)
-        return self.ddp_model.no_sync() if distributed else contextlib.nullcontext()
+        return contextlib.nullcontext() if self.ddp_model is self.model else self.ddp_model.no_sync()
 
     def update_ema(self) -> None:
         """Move every average towards the student."""
@@ -356,14 +214,39 @@ class Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr
 
+    # -- what is due after a step --------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        r = self.reports
+        if self._due(r.log_interval):
+            self._enter("log")
+            self.log_step()
+        if self._due(r.save_interval):
+            self.save()
+        if r.preview and self._due(r.preview_interval or r.save_interval):
+            self._enter("preview")
+            # Previews have a batch and a mode of their own, which are not worth compiling for.
+            with uncompiled() if self.execution.compile else contextlib.nullcontext():
+                r.preview(self)
+
+    def _due(self, interval: int) -> bool:
+        return self.finished or (interval > 0 and self.state.step % interval == 0)
+
+    def _enter(self, phase: str) -> None:
+        """Tell the heartbeat; the first step may compile, download, start workers."""
+        heartbeat, step = self.supervision.heartbeat, self.state.step
+        if heartbeat is not None:
+            first = step == self.clock.first_step and phase in ("data", "step")
+            heartbeat.phase("first step" if first else phase, step)
+
     def log_step(self) -> None:
-        """Write the means since the last call: losses, norms, schedules, speed."""
-        state = self.state
-        step, now = state.step, time.perf_counter()
+        """Write the means since the last call: losses, norms, schedules, speed, memory."""
+        state, batch = self.state, self.batch.total
+        step = state.step
         means = self.meter.read()
         logger.logkvs(means)
         logger.logkv("step", step)
-        logger.logkv("samples", step * self.global_batch_size)
+        logger.logkv("samples", step * batch)
         logger.logkv("lr", state.optimizer.param_groups[0]["lr"])
         logger.logkv("skipped", state.skipped)
         if state.student.use_fp16:
@@ -372,17 +255,39 @@ class Trainer:
             logger.logkv("num_scales", scales)
         if self.objective.needs_target:
             logger.logkv("target_ema", self.objective.target_decay(step - 1))
-        last_step, last_time = self._logged
-        logger.logkv(
-            "images_per_sec", (step - last_step) * self.global_batch_size / max(now - last_time, 1e-9)
-        )
-        self._logged = (step, now)
+        steps_per_sec, data_wait = self.clock.lap(step)
+        logger.logkv("images_per_sec", steps_per_sec * batch)
+        logger.logkv("data_wait", data_wait)
+        logger.logkv("peak_memory_mib", peak_memory_mib(self.device))
         logger.dumpkvs()
         self.guard.watch(step, means)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint; every rank must call it, and every rank fails if the write fails."""
         self._enter("save")
         scalars = {**self.state.scalars(), "unread_means": self.meter.state()}
         self.saver.save(self.state.files(), scalars)
-        self._saved_step = self.state.step
+        self.clock.saved_step = self.state.step
+
+    def load(self, checkpoint: Path, *, verified: bool = False) -> None:
+        """Continue from a checkpoint directory as if the run had never stopped. All ranks must call it.
+
+        Rank 0 compares the files with their hashes first, unless they have been verified.
+        """
+        distributed.on_main(lambda: verified or verify_checkpoint(checkpoint))
+        self.state.load(checkpoint)
+        unread = distributed.on_main(lambda: read_state(checkpoint).get("unread_means", {}))
+        self.meter.load_state(unread, self.device)
+        self._loaded()
+
+    def load_original(self, model_path: str) -> None:
+        """Continue from a run of the original repository."""
+        self.state.load_original(model_path)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        self.clock = RunClock(self.state.step, saved_step=self.state.step)
+        if self.state.step:
+            self.anneal_lr()

@@ -306,7 +306,7 @@ def test_distillation_without_a_teacher_is_an_error(mode):
 
 
 def test_unknown_training_mode():
-    with pytest.raises(UserError, match="--training_mode"):
+    with pytest.raises(UserError, match="training_mode must be one of"):
         small_cm_loop("consistency")
 
 

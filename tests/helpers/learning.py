@@ -20,19 +20,22 @@ from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
-from cm.objectives.base import Objective
+from cm.objectives.base import Objective, Roles
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.continuous import ContinuousObjective
 from cm.objectives.curricula import EmaAndScales, progdist_steps
 from cm.objectives.distances import make_distance
 from cm.objectives.edm import EDMObjective
 from cm.objectives.pairs import GridPairs
+from cm.objectives.parts import Weight
 from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import logger
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
+from cm.storage.saver import Saver
 from cm.training.learning_rate import LearningRate
-from cm.training.trainer import Optimization, Reporting, Trainer
+from cm.training.options import BatchSize, Optimization, Reports
+from cm.training.trainer import Trainer
 from tests.helpers.models import PointNet
 
 GRID = Grid(sigma_max=10.0)
@@ -84,8 +87,8 @@ class Recipe:
     boundary: bool = True
 
 
-def _weight(name: str) -> Callable[[Tensor], Tensor]:
-    return lambda sigma: get_weightings(name, get_snr(sigma), 0.5)
+def _weight(name: str) -> Weight:
+    return lambda t, r=None: get_weightings(name, get_snr(t), 0.5)
 
 
 L2, UNIFORM = make_distance("l2"), _weight("uniform")
@@ -151,21 +154,22 @@ def train(recipe: Recipe, teacher: nn.Module | None, length: float = 1.0) -> Den
     with tempfile.TemporaryDirectory() as folder:
         logger.configure(folder, ["json"])
         trainer = Trainer(
-            student=student,
+            roles=Roles(
+                Denoiser(student, precond),
+                Denoiser(copy.deepcopy(student), precond) if objective.needs_target else None,
+                Denoiser(copy.deepcopy(teacher), PRECONDS[False]) if objective.needs_teacher else None,
+            ),
             objective=objective,
             data=batches(),
-            global_batch_size=BATCH,
+            batch=BatchSize(BATCH),
             optimization=Optimization(
                 LearningRate(recipe.lr, "late_decay", steps),
                 optimizer="adam",
                 ema_rate="0.98",
                 ema_warmup=True,
             ),
-            reporting=Reporting(folder, log_interval=100, save_interval=-1),
-            student_precond=precond,
-            target=copy.deepcopy(student) if objective.needs_target else None,
-            teacher=copy.deepcopy(teacher) if objective.needs_teacher else None,
-            teacher_precond=PRECONDS[False],
+            saver=Saver(folder),
+            reports=Reports(log_interval=100, save_interval=-1),
             total_steps=steps,
         )
         trainer.run_loop()

@@ -1,12 +1,17 @@
 """Small networks for tests: those of the golden files, and tiny ones."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from cm.config.derived import stored_config
 from cm.config.scripts import CmTrainConfig, configure
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.precond import EDMPrecond, Precond
 from cm.models.factory import create_network
 from cm.networks.architecture import Architecture, build_network
+from cm.objectives.base import Objective, Roles
 from cm.storage.weights import save_weights
 from tests.helpers.golden_data import GoldenFile
 
@@ -73,3 +78,12 @@ class PointNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         return self.layers(torch.cat([x, c_noise[:, None].to(x.dtype)], dim=1))
+
+
+def roles_of(objective: Objective, make: Callable[[], nn.Module], precond: Precond) -> Roles:
+    """New networks for the roles that an objective has; student and target under `precond`, the teacher under EDM's."""
+    return Roles(
+        Denoiser(make(), precond),
+        Denoiser(make(), precond) if objective.needs_target else None,
+        Denoiser(make(), EDMPrecond()) if objective.needs_teacher else None,
+    )

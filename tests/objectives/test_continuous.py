@@ -20,9 +20,11 @@ from cm.objectives.continuous import (
 from cm.objectives.distances import L2, FunctionDistance, make_distance
 from cm.runtime import distributed, logger
 from cm.seeding import StepRandom
+from cm.storage.saver import Saver
 from cm.training.factory import create_objective
 from cm.training.learning_rate import LearningRate
-from cm.training.trainer import Optimization, Reporting, Trainer
+from cm.training.options import BatchSize, Optimization, Reports
+from cm.training.trainer import Trainer
 from tests.helpers import lpips_files
 from tests.helpers.analytic import free, ones
 from tests.helpers.continuous_functions import DATA, DIM, GRID, Function, at_levels, feature_distance, teacher
@@ -227,18 +229,20 @@ def train(form, run_dir, microbatch=-1):
             yield images(5, seed=step)[rows.start : rows.stop], {}
 
     logger.configure(run_dir, ["json"])
+    precond = ConsistencyPrecond(time_scale=1.0)
     trainer = Trainer(
-        student=tiny_unet(),
+        roles=Roles(
+            Denoiser(tiny_unet(), precond),
+            teacher=Denoiser(tiny_unet(), EDMPrecond()) if distillation else None,
+        ),
         objective=ContinuousObjective(
             make_distance(norm), ones, grid=GRID, distillation=distillation, stop_grad=stop_grad
         ),
         data=batches(),
-        global_batch_size=5,
+        batch=BatchSize(5, microbatch),
         optimization=Optimization(LearningRate(1e-3), optimizer="adam", eps=1e-2, ema_rate="0.9"),
-        reporting=Reporting(run_dir, log_interval=2, save_interval=-1),
-        student_precond=ConsistencyPrecond(time_scale=1.0),
-        teacher=tiny_unet() if distillation else None,
-        microbatch=microbatch,
+        saver=Saver(run_dir),
+        reports=Reports(log_interval=2, save_interval=-1),
         total_steps=3,
     )
     trainer.run_loop()

@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 
+from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResampler
 from cm.diffusion.precond import EDMPrecond
 from cm.errors import BadNumbers, UserError
 from cm.karras_diffusion import KarrasDenoiser
+from cm.objectives.base import Roles
 from cm.objectives.edm import EDMObjective
 from cm.runtime import logger
-from cm.training.anomalies import LEAP, LEAST_ROWS, NumberGuard
+from cm.storage.saver import Saver
+from cm.training.anomalies import LEAST_ROWS, SPIKE, NanGuard, advice, cause_of_skip
 from cm.training.learning_rate import LearningRate
 from cm.training.mixed_precision import MIN_LG_LOSS_SCALE
-from cm.training.options import Optimization, Reporting
+from cm.training.options import BatchSize, Optimization, Reports
 from cm.training.trainer import Trainer
 from tests.helpers.models import tiny_unet
 
@@ -48,13 +51,13 @@ def make_trainer(run_dir, spoil, sampler=None, **options):
             yield torch.zeros(4, 1, 8, 8), {}
 
     return Trainer(
-        student=tiny_unet(),
+        roles=Roles(Denoiser(tiny_unet(), EDMPrecond())),
         objective=Spoiled(spoil, sampler),
         data=batches(),
-        global_batch_size=4,
+        batch=BatchSize(4),
         optimization=Optimization(LearningRate(1e-3), ema_rate="0.9", **{"max_bad_steps": 3, **options}),
-        reporting=Reporting(str(run_dir), log_interval=1, save_interval=-1),
-        student_precond=EDMPrecond(),
+        saver=Saver(run_dir),
+        reports=Reports(log_interval=1, save_interval=-1),
         total_steps=6,
     )
 
@@ -119,19 +122,19 @@ def test_too_many_in_a_row_end_training_with_a_diagnosis(run_dir):
 
 def test_the_diagnosis_tells_bad_images_bad_weights_and_a_spent_loss_scale(run_dir):
     trainer = make_trainer(run_dir, lambda losses, step: losses)
-    state, guard = trainer.state, trainer.guard
+    state = trainer.state
     images, t, losses = torch.zeros(4, 1, 8, 8), torch.ones(4), torch.ones(4)
-    assert guard._cause(state, images, t, losses) == "finite losses, but gradients that are not"
-    assert guard._cause(state, images / 0, t, losses * math.nan) == "images that are not finite"
-    assert "lower --lr" in guard._advice(state)
+    assert cause_of_skip(state, images, t, losses) == "finite losses, but gradients that are not"
+    assert cause_of_skip(state, images / 0, t, losses * math.nan) == "images that are not finite"
+    assert "lower --lr" in advice(state)
     with torch.no_grad():
         state.student.master_params[3].fill_(math.nan)
-    assert "weights themselves are not finite" in guard._advice(state)
+    assert "weights themselves are not finite" in advice(state)
     half = make_trainer(run_dir, lambda losses, step: losses, precision="fp16").state
-    assert guard._cause(half, images, t, losses).endswith("; loss scale 2^20")
-    assert "--precision bf16" in guard._advice(half)
+    assert cause_of_skip(half, images, t, losses).endswith("; loss scale 2^20")
+    assert "--precision bf16" in advice(half)
     half.student.lg_loss_scale = MIN_LG_LOSS_SCALE
-    assert "has reached its floor" in guard._advice(half)
+    assert "has reached its floor" in advice(half)
 
 
 def test_fp16_lowers_the_loss_scale_by_one_for_each_skipped_step(run_dir):
@@ -147,23 +150,23 @@ def rows(guard, values, start=0, name="loss"):
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_a_leap_above_the_running_median_is_told_once(run_dir, name):
-    guard = NumberGuard(3)
+def test_a_spike_above_the_running_median_is_told_once(run_dir, name):
+    guard = NanGuard(3)
     rows(guard, [1.0, 3.0, 2.0] * 4, name=name)
-    rows(guard, [1.9 * LEAP], start=20, name=name)
+    rows(guard, [1.9 * SPIKE], start=20, name=name)
     assert not (run_dir / "log.txt").exists()
-    rows(guard, [2.2 * LEAP] * 3, start=21, name=name)
+    rows(guard, [2.2 * SPIKE] * 3, start=21, name=name)
     text = log_text(run_dir)
     assert (
         text.count("warning") == 1
         and f"{name} 22 at step 21 is 11 times its median of the last 13 rows" in text
     )
-    rows(guard, [2.0, 2.2 * LEAP], start=24, name=name)
+    rows(guard, [2.0, 2.2 * SPIKE], start=24, name=name)
     assert log_text(run_dir).count("warning") == 2
 
 
-def test_no_leap_without_a_history(run_dir):
-    guard = NumberGuard(3)
+def test_no_spike_without_a_history(run_dir):
+    guard = NanGuard(3)
     rows(guard, [1.0] * (LEAST_ROWS - 1) + [100.0])
     guard.forget()
     rows(guard, [1e6])

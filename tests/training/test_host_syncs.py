@@ -59,8 +59,8 @@ def l2(a, b):
     return (a - b).square().flatten(1).mean(1)
 
 
-def weight(sigma):
-    return get_weightings("karras", get_snr(sigma), 0.5)
+def weight(t, r=None):
+    return get_weightings("karras", get_snr(t), 0.5)
 
 
 def schedule(scale_mode: str) -> EmaAndScales:
@@ -75,7 +75,10 @@ STEPS = {
     "edm_even": (lambda: EDMObjective(LogNormalSampler(even=True), weight), EDMPrecond()),
     "edm_index": (lambda: EDMObjective(UniformSampler(GRID), weight), EDMPrecond()),
     "edm_vp": (lambda: EDMObjective(vp_levels(), weight), VPPrecond()),
-    "edm_ve": (lambda: EDMObjective(ve_levels(0.02, 100.0), weight), VEPrecond()),
+    "edm_ve": (
+        lambda: EDMObjective(ve_levels(types.SimpleNamespace(sigma_min=0.02, sigma_max=100.0)), weight),
+        VEPrecond(),
+    ),
     "cd": (
         lambda: ConsistencyObjective(
             schedule("fixed"), l2, weight, pairs=GridPairs(Grid()), distillation=True

@@ -126,7 +126,7 @@ def test_norms_are_those_before_the_step():
 
 
 def test_unknown_precision_and_networks_without_a_torso():
-    with pytest.raises(UserError, match="--precision"):
+    with pytest.raises(UserError, match="precision"):
         MasterWeights(tiny_unet(), "fp8")
     with pytest.raises(UserError, match="half-precision"):
         MasterWeights(torch.nn.Linear(2, 2), "fp16")

@@ -118,7 +118,7 @@ def test_changed_flags_are_named_and_need_consent(data, stopped):
     train(data, stopped, "--lr", "2e-3", "--resume_with_changes", "True")
     optimizer = load_weights(complete_checkpoints(stopped)[-1] / "opt000005.pt")[0]
     assert optimizer["param_groups"][0]["lr"] == 2e-3
-    assert "--resume_with_changes: --lr 0.001 -> 0.002" in (stopped / "log.txt").read_text()
+    assert "--resume_with_changes): --lr 0.001 -> 0.002" in (stopped / "log.txt").read_text()
 
 
 def test_changed_images_are_noticed(data, stopped):
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(data
 
 
 def test_resume_never_and_must(data, stopped, tmp_path):
-    with pytest.raises(UserError, match=r"--resume never.*step_000004"):
+    with pytest.raises(UserError, match=r"step_000004.*--resume never"):
         train(data, stopped, "--resume", "never")
     with pytest.raises(UserError, match="--resume must"):
         train(data, tmp_path / "other", "--resume", "must")
@@ -228,6 +228,21 @@ def test_a_run_that_is_still_going_on_is_left_alone(data, stopped):
     (stopped / "heartbeats" / "rank_0000.json").write_text(json.dumps(dataclasses.asdict(alive)))
     with pytest.raises(UserError, match=rf"still going on: rank 0 of 1 on .*pid {parent}"):
         train(data, stopped)
+
+
+def test_a_target_without_a_decay_is_no_file_and_an_old_one_of_it_is_left_alone(data, tmp_path):
+    """With mu = 0 the target is the student: checkpoints hold one set of weights, older ones may hold both."""
+    mu = ("--start_ema", "0")
+    whole = train(data, tmp_path / "whole", *mu)
+    assert not list(whole.rglob("target_model*"))
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    shutil.rmtree(old / "checkpoints" / "step_000005")
+    step = old / "checkpoints" / "step_000004"
+    shutil.copy(step / "model000004.pt", step / "target_model000004.pt")
+    approve(step, "target_model000004.pt")
+    train(data, old, *mu)
+    compare(old, whole)
 
 
 def test_other_averages_than_those_of_the_checkpoint(data, stopped):
@@ -243,7 +258,7 @@ def test_a_run_goes_on_in_another_directory(data, finished, stopped, tmp_path):
     for name in ("model000005.pt", "target_model000005.pt", "ema_0.9_000005.pt"):
         a, b = (load_weights(run / "checkpoints" / "step_000005" / name)[0] for run in (other, finished))
         assert all(torch.equal(a[key], b[key]) for key in b)
-    with pytest.raises(UserError, match=r"--resume_checkpoint .* no such file"):
+    with pytest.raises(UserError, match=r"no such file .*--resume_checkpoint"):
         train(data, tmp_path / "third", "--resume_checkpoint", str(tmp_path / "nothing"))
 
 

@@ -1,4 +1,6 @@
-"""Moments and averages shared out over ranks: the numbers of an unsharded run to the last bit, and its files."""
+"""ZeRO-1, moments and averages divided among ranks: the numbers of an unsharded run to the last bit, and its files."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,17 +14,19 @@ from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
 from cm.models import files
 from cm.runtime import distributed, logger
-from cm.storage import checkpoint
-from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.checkpoint import complete_checkpoints, step_directory
+from cm.storage.saver import Saver
+from cm.storage.weights import load_weights
 from cm.tools.bench.train import state_memory
 from cm.training import sharding, state
-from cm.training.ema import Arrivals, EmaBank
+from cm.training.ema import EmaBank, HostTransfer
 from cm.training.learning_rate import LearningRate
 from cm.training.mixed_precision import MasterWeights
 from cm.training.optimizers import make_optimizer
-from cm.training.sharding import Partition, ShardedOptimizer, move_together, share_out
-from cm.training.trainer import Optimization, Reporting, Trainer
-from tests.helpers.models import tiny_unet
+from cm.training.options import BatchSize, Execution, Optimization, Reports
+from cm.training.sharding import Partition, ShardedOptimizer, assign_parts, move_into_one_buffer
+from cm.training.trainer import Trainer
+from tests.helpers.models import roles_of, tiny_unet
 from tests.helpers.mp import run_ranks
 from tests.training.test_train_ranks import GLOBAL_BATCH, OBJECTIVES, batches
 
@@ -41,20 +45,20 @@ def make_trainer(name, run_dir, sharded, student=None):
     objective = OBJECTIVES[objective]()
     options = {"learning_rate": LearningRate(1e-3), "ema_rate": "0.9", **more}
     layout = torch.channels_last if name == "edm" else torch.preserve_format
+    roles = roles_of(objective, tiny_unet, ConsistencyPrecond() if objective.needs_target else EDMPrecond())
+    student = student or roles.student.net
     return Trainer(
-        student=(student or tiny_unet()).to(memory_format=layout),
+        roles=replace(roles, student=replace(roles.student, net=student.to(memory_format=layout))),
         objective=objective,
         data=batches(),
-        global_batch_size=GLOBAL_BATCH,
+        batch=BatchSize(GLOBAL_BATCH),
         optimization=Optimization(
             optimizer=optimizer, precision=precision, shard_optimizer=sharded, **options
         ),
-        reporting=Reporting(str(run_dir), log_interval=100, save_interval=-1, async_save=sharded),
-        student_precond=ConsistencyPrecond() if objective.needs_target else EDMPrecond(),
-        target=tiny_unet() if objective.needs_target else None,
-        teacher=tiny_unet() if objective.needs_teacher else None,
+        saver=Saver(run_dir, background=sharded),
+        reports=Reports(log_interval=100, save_interval=-1),
         total_steps=STEPS,
-        channels_last=name == "edm",
+        execution=Execution(channels_last=name == "edm"),
     )
 
 
@@ -79,7 +83,7 @@ def both(name, folder):
 def contents(run_dir):
     """File name -> what the newest checkpoint holds: paths in the file, with types, shapes and bytes in order."""
     files = sorted(complete_checkpoints(run_dir)[-1].glob("*.pt"))
-    return {path.name: flattened(checkpoint.load_weights(path)[0]) for path in files}
+    return {path.name: flattened(load_weights(path)[0]) for path in files}
 
 
 def flattened(value):
@@ -111,11 +115,11 @@ def resaved(folder, target, sharded, piece):
     logger.configure(target, ["json"])
     sharding.PIECE_BYTES = piece
     trainer = make_trainer("cd_bf16", target, sharded)
-    before = [read_calls(module) for module in (state, checkpoint)]
+    reads = read_calls(state)
     trainer.load(complete_checkpoints(folder)[-1])
     trainer.save()
     trainer.saver.finish()
-    return sum(len(calls) for calls in before)
+    return len(reads)
 
 
 def read_calls(module):
@@ -162,7 +166,7 @@ def failing_load(folder):
     """The error of a load that skips the hashes, so that the file itself must be found damaged."""
     trainer = make_trainer("edm", f"{folder}/other", True)
     try:
-        trainer.load(checkpoint.step_directory(folder, STEPS), verified=True)
+        trainer.load(step_directory(folder, STEPS), verified=True)
     except UserError as error:
         return str(error)
 
@@ -225,7 +229,7 @@ def test_scripts_take_the_flags_and_previews_are_the_same(tmp_path):
             ).read_bytes()
 
 
-def test_one_process_has_nothing_to_share_out(tmp_path, capsys):
+def test_one_process_has_nothing_to_divide(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((8, 8, 8, 1), np.uint8))
     script("edm", tmp_path, str(tmp_path / "run"), "--shard_optimizer", "True")
     assert "note: --shard_optimizer" in capsys.readouterr().out
@@ -236,16 +240,16 @@ def test_one_process_has_nothing_to_share_out(tmp_path, capsys):
 
 def test_parts_are_even_and_hold_everything_once():
     sizes = [100, 1, 60, 41, 3, 97, 2, 1]
-    owners = share_out(sizes, 3)
+    owners = assign_parts(sizes, 3)
     loads = [sum(s for s, o in zip(sizes, owners) if o == part) for part in range(3)]
-    assert loads == [102, 102, 101] and owners == share_out(sizes, 3)
-    assert share_out([5, 7], 4) == [1, 0]
+    assert loads == [102, 102, 101] and owners == assign_parts(sizes, 3)
+    assert assign_parts([5, 7], 4) == [1, 0]
 
 
-def test_parameters_that_move_together_keep_values_and_layouts():
+def test_parameters_that_move_into_one_buffer_keep_values_and_layouts():
     given = [*parameters(), torch.randn(3, 2).t(), torch.tensor(2.0), torch.randn(5, 4, 1, 1).bfloat16()]
     params = [p.clone() for p in given]
-    memory = move_together(params, torch.device("cpu"))
+    memory = move_into_one_buffer(params, torch.device("cpu"))
     assert all(torch.equal(p, q) and p.stride() == q.stride() for p, q in zip(params, given))
     places = [p.data_ptr() - memory.data_ptr() for p in params]
     assert places[0] == 0 and all(place % 512 == 0 for place in places) and sorted(set(places)) == places
@@ -268,7 +272,7 @@ def few_parameters():
             optimizer.step()
         state = sharding.optimizer_state(optimizer)
         weights.append([p.detach().tolist() for p in params])
-    return weights, len(partition.numbers), sorted(state.get("state", {}))
+    return weights, len(partition.indices), sorted(state.get("state", {}))
 
 
 def test_a_rank_may_have_no_parameters():
@@ -291,7 +295,7 @@ def hand_on(piece):
         4: torch.randn(3, generator=torch.Generator().manual_seed(0)).bfloat16(),
         5: torch.tensor([-1, 2**40]),
     }
-    got = dict(sharding.shared_items(lambda: dict(given), device))
+    got = dict(sharding.broadcast_items(lambda: dict(given), device))
     same = all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in given.items() if k != "plain")
     rank = float(distributed.get_rank())
     back = sharding.gather_to_main({rank: torch.full((2,), rank), (rank, "b"): got[5]}, device)
@@ -308,7 +312,7 @@ def test_tensors_of_all_types_travel_in_pieces(piece):
 def test_pieces_are_bounded_and_in_order(monkeypatch):
     monkeypatch.setattr(sharding, "PIECE_BYTES", 100)
     layout = [(i, torch.Size([n]), torch.float32) for i, n in enumerate([10, 15, 1, 100, 25, 5])]
-    pieces = [[key for key, _, _ in piece] for piece in sharding._pieces(layout)]
+    pieces = [[key for key, _, _ in piece] for piece in sharding._in_pieces(layout)]
     assert pieces == [[0, 1], [2], [3], [4], [5]]
 
 
@@ -342,7 +346,7 @@ def parameters(device="cpu"):
 
 def test_averages_that_lag_behind_in_a_thread_are_the_same():
     banks = [EmaBank(parameters(), "0.9,0.5", warmup=True) for _ in range(2)]
-    banks[1]._arrivals = Arrivals(parameters())
+    banks[1]._transfer = HostTransfer(parameters())
     a, b = (moved(parameters(), 5, bank) for bank in banks)
     assert all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
     banks[1].update(parameters(), 0)
@@ -352,12 +356,12 @@ def test_averages_that_lag_behind_in_a_thread_are_the_same():
 
 def test_an_error_in_the_thread_is_raised_by_the_next_reader():
     bank = EmaBank(parameters(), 0.9)
-    bank._arrivals = Arrivals(parameters())
+    bank._transfer = HostTransfer(parameters())
     bank._copies = [[torch.zeros(1)] * 2]
     bank.update(parameters(), 0)
     with pytest.raises(ValueError, match="cannot follow"):
         bank.copies  # noqa: B018
-    bank._arrivals.wait()
+    bank._transfer.wait()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -18,9 +18,11 @@ from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
 from cm.runtime import distributed, logger
 from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.saver import Saver
 from cm.training.learning_rate import LearningRate
-from cm.training.trainer import Optimization, Reporting, Trainer
-from tests.helpers.models import tiny_unet
+from cm.training.options import BatchSize, Optimization, Reports
+from cm.training.trainer import Trainer
+from tests.helpers.models import roles_of, tiny_unet
 from tests.helpers.mp import run_ranks
 
 GLOBAL_BATCH = 6  # does not divide evenly over 4 ranks
@@ -30,8 +32,8 @@ def l2(a, b):
     return ((a - b) ** 2).flatten(1).mean(1)
 
 
-def ones(sigma):
-    return torch.ones_like(sigma)
+def ones(t, r=None):
+    return torch.ones_like(t)
 
 
 OBJECTIVES = {
@@ -67,17 +69,13 @@ def make_trainer(name, run_dir, microbatch=-1):
     if distributed.get_rank() > 0:
         torch.nn.init.normal_(torch.empty(1000))  # initial weights must come from rank 0 only
     return Trainer(
-        student=tiny_unet(),
+        roles=roles_of(objective, tiny_unet, ConsistencyPrecond() if consistency else EDMPrecond()),
         objective=objective,
         data=batches(),
-        global_batch_size=GLOBAL_BATCH,
+        batch=BatchSize(GLOBAL_BATCH, microbatch),
         optimization=Optimization(LearningRate(1e-3), ema_rate="0.9"),
-        reporting=Reporting(run_dir, log_interval=2, save_interval=-1),
-        student_precond=ConsistencyPrecond() if consistency else EDMPrecond(),
-        target=tiny_unet() if objective.needs_target else None,
-        teacher=tiny_unet() if objective.needs_teacher else None,
-        teacher_precond=EDMPrecond(),
-        microbatch=microbatch,
+        saver=Saver(run_dir),
+        reports=Reports(log_interval=2, save_interval=-1),
         total_steps=5,
     )
 

@@ -34,7 +34,7 @@ def bench_checkpoint(options: Options) -> list[Row]:
                 with timed(timings["stall"], device):
                     trainer.save()
                 trainer.saver.wait()
-            path = complete_checkpoints(trainer.reporting.run_dir)[-1]
+            path = complete_checkpoints(trainer.saver.run_dir)[-1]
             with timed(timings["load"], device):
                 trainer.load(path)
             trainer.save()

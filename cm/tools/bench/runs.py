@@ -25,6 +25,8 @@ from cm.objectives.lpips import FEATURES, LINEAR_FILE, VGG_FILE
 from cm.runtime import logger
 from cm.runtime.distributed import get_world_size
 from cm.tools.profiling.flops import VGG16
+from cm.training.compilation import configure_torch
+from cm.training.roles import create_roles
 from cm.training.trainer import Trainer
 
 TrainConfig = EdmTrainConfig | CmTrainConfig
@@ -96,11 +98,13 @@ def training(config: TrainConfig) -> Iterator[Trainer]:
             and not config.lpips_path
         ):
             config = replace(config, lpips_path=write_lpips(folder))
-        train.set_up_torch(config)
+        device = configure_torch(config.device, deterministic=config.deterministic)
         logger.configure(folder, ["csv"])
         dataset = train.open_training_data(config)
         teacher = ModelFile("random", "file", create_network(config).state_dict(), None)
-        trainer = train.build_trainer(config, dataset, teacher, folder)
+        saver = train.create_saver(config, folder, dataset.fingerprint)
+        trainer = train.build_trainer(config, *create_roles(config, teacher, device), saver)
+        trainer.data = iter(train.open_stream(config, dataset, 0, device.type))
         try:
             yield trainer
         finally:

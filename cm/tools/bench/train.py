@@ -37,7 +37,7 @@ def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> di
     device, world = trainer.device, get_world_size()
     timing = interleaved({"step": step}, device, warmup=options.warmup, repeats=options.repeats)["step"]
     peak = peak_memory(step, device)
-    images = trainer.global_batch_size
+    images = trainer.batch.total
     rate = step_cost(config, network_cost(config)).total * images / world / timing.undisturbed(device)
     ceiling = product_ceiling(device, torso_dtype(precision(config)))
     phases = phase_times(trainer, config, options.repeats)
@@ -148,9 +148,9 @@ def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any
             torch.distributed.all_reduce(values)
 
     runs = {"silent": without, "all-reduce": exchange}
-    sharded = trainer.partition.parts > 1
+    sharded = trainer.state.ema.partition.parts > 1
     if sharded:
-        runs["new weights"] = trainer.partition.spread
+        runs["new weights"] = trainer.state.ema.partition.broadcast
     timings = interleaved(runs, trainer.device, warmup=1, repeats=repeats)
     world = get_world_size()
     exposed = max(step.median - timings["silent"].median, 0.0)

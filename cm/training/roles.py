@@ -1,0 +1,98 @@
+"""The networks of a run, from its configuration, its data and its teacher: student, target, teacher."""
+
+import torch
+from torch import nn
+
+from cm.config import plugins
+from cm.config.derived import augmentation_labels, channels_last, init_source
+from cm.config.inherit import adopt_teacher
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import CmTrainConfig, TrainConfig, changed
+from cm.data import ImageData
+from cm.diffusion.denoiser import Denoiser
+from cm.errors import UserError
+from cm.models.factory import create_network, create_precond
+from cm.models.files import ModelFile, load_on_main
+from cm.objectives.base import Objective, Roles
+from cm.runtime import distributed
+from cm.seeding import derive_seed
+from cm.storage.weights import check_matching
+from cm.training.factory import create_objective, trains_consistency
+
+
+def load_teacher(model_path: str) -> ModelFile | None:
+    """The teacher's weights, where a path is given: on rank 0, elsewhere their shapes."""
+    if not model_path:
+        return None
+    teacher = load_on_main(model_path, flag="teacher_model_path")
+    stored = teacher.config or {}
+    plugins.require(stored, model_path)
+    mode = stored.get("training_mode", "edm")
+    if not OBJECTIVES[mode].can_teach:
+        raise UserError(f"{model_path} was trained by {mode}: a teacher is a denoiser (--teacher_model_path)")
+    return teacher
+
+
+def resolve_config(config: TrainConfig, dataset: ImageData, teacher: ModelFile | None) -> TrainConfig:
+    """The configuration with the channels, classes and preconditioning that the data and the teacher decide."""
+    if teacher is not None:
+        config = adopt_teacher(config, teacher.config, teacher.path)
+    classes = config.num_classes
+    if config.class_cond:
+        known = (teacher.config or {}).get("num_classes") if teacher else None
+        if known is None and teacher and "label_emb.weight" in teacher.state:
+            known = len(teacher.state["label_emb.weight"])
+        classes = classes or known or dataset.num_classes
+        if dataset.num_classes > classes:
+            raise UserError(
+                f"--data_dir {config.data_dir} has {dataset.num_classes} classes, the model {classes}"
+            )
+    augment_dim = augmentation_labels(config)
+    return changed(config, in_channels=dataset.channels, num_classes=classes, augment_dim=augment_dim)
+
+
+def create_roles(
+    config: TrainConfig, teacher_file: ModelFile | None, device: torch.device
+) -> tuple[Objective, Roles]:
+    """The objective, and the denoisers that it needs, with their initial weights. All ranks must call it.
+
+    Weights from a file are right on rank 0 only; the trainer gives them to all ranks.
+    """
+    objective = create_objective(config)
+    objective.load(device)
+    layout = torch.channels_last if channels_last(config, device.type) else torch.preserve_format
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    student = create_network(config).to(device, memory_format=layout)
+    if initial_weights(config) == "teacher":
+        load_into(student, teacher_file, "--init teacher", config)
+    precond = create_precond(config, consistency=trains_consistency(config))
+    target = teacher = None
+    if objective.needs_target:
+        network = create_network(config).to(device, memory_format=layout)
+        network.load_state_dict(student.state_dict())
+        target = Denoiser(network, precond)
+    if objective.needs_teacher:
+        network = create_network(config, dropout=config.teacher_dropout).to(device, memory_format=layout)
+        load_into(network, teacher_file, "--teacher_model_path", config)
+        teacher = Denoiser(network, create_precond(config, consistency=False))
+    return objective, Roles(Denoiser(student, precond), target, teacher)
+
+
+def initial_weights(config: TrainConfig) -> str:
+    """Where the student's initial weights come from: teacher or random."""
+    return init_source(config) if isinstance(config, CmTrainConfig) else "random"
+
+
+def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: TrainConfig) -> None:
+    """Load weights strictly on rank 0; UserError names the first tensors that differ."""
+    if file is None:
+        raise UserError(f"{flag} needs --teacher_model_path")
+    for name in ("sigma_data", "network", "time_scale"):
+        stored = (file.config or {}).get(name, getattr(config, name))
+        if stored != getattr(config, name):
+            raise UserError(
+                f"{flag}: {file.path} was trained with --{name} {stored}, not {getattr(config, name)}"
+            )
+    distributed.on_main(lambda: check_matching(network, file.state, f"{flag} {file.path}"))
+    if distributed.is_main():
+        network.load_state_dict(file.state)
