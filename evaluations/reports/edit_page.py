@@ -19,7 +19,7 @@ from cm.commands.edit import edit_all, noise_levels
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import corner_noise, decode, path_between
 from cm.config.rows import TASKS
-from cm.config.scripts import EditConfig
+from cm.config.scripts import EditConfig, changed
 from cm.data.images import from_uint8, to_pil, to_uint8
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import job
@@ -56,7 +56,7 @@ def edit_block(
     model: Pretrained[EditConfig], title: str, inputs: list[Input], results: int, **flags
 ) -> Block:
     """One group per image: input | results | truth."""
-    c = replace(model.config, num_results=results, **flags)
+    c = changed(model.config, num_results=results, **flags)
     edited = edit_all(replace(model, config=c), iter(inputs), TASKS.load(c.task)(c), noise_levels(c))
     return Block(title, [np.concatenate([e.picture, e.results, e.truth])[None] for e in edited])
 
@@ -75,7 +75,7 @@ def as_strokes(item: Input) -> Input:
 
 def interpolation_block(model: Pretrained[EditConfig], label: int) -> Block:
     """Frames on the spherical path through the noises of three seeds, all of one class."""
-    c = replace(model.config, task="interpolate")
+    c = changed(model.config, task="interpolate")
     shape = (c.in_channels or 3, c.image_size, c.image_size)
     noise = path_between([corner_noise(str(seed), shape) for seed in range(3)], COLUMNS // 2 + 1)
     images = decode(replace(model, config=c), noise, noise_levels(c), label)
