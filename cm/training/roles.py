@@ -45,7 +45,7 @@ def resolve_config(config: TrainConfig, dataset: ImageData, teacher: ModelFile |
         classes = classes or known or dataset.num_classes
         if dataset.num_classes > classes:
             raise UserError(
-                f"--data_dir {config.data_dir} has {dataset.num_classes} classes, the model {classes}"
+                f"{config.data_dir} has {dataset.num_classes} classes, the model {classes} (--data_dir)"
             )
     augment_dim = augmentation_labels(config)
     return changed(config, in_channels=dataset.channels, num_classes=classes, augment_dim=augment_dim)
@@ -86,13 +86,13 @@ def initial_weights(config: TrainConfig) -> str:
 def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: TrainConfig) -> None:
     """Load weights strictly on rank 0; UserError names the first tensors that differ."""
     if file is None:
-        raise UserError(f"{flag} needs --teacher_model_path")
+        raise UserError(f"no teacher is given, whose weights are needed ({flag}, --teacher_model_path)")
     for name in ("sigma_data", "network", "time_scale"):
         stored = (file.config or {}).get(name, getattr(config, name))
         if stored != getattr(config, name):
             raise UserError(
-                f"{flag}: {file.path} was trained with --{name} {stored}, not {getattr(config, name)}"
+                f"{file.path} was trained with {name} {stored}, not {getattr(config, name)} ({flag}, --{name})"
             )
-    distributed.on_main(lambda: check_matching(network, file.state, f"{flag} {file.path}"))
+    distributed.on_main(lambda: check_matching(network, file.state, f"{file.path} ({flag})"))
     if distributed.is_main():
         network.load_state_dict(file.state)
