@@ -93,20 +93,18 @@ def sampler(walk: Callable[..., Walk]) -> Callable[..., Tensor]:
 
     call = inspect.signature(sample)
     shared = [p for p in call.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = list(inspect.signature(walk).parameters.values())[4:]
     update_wrapper(sample, walk)
-    sample.__signature__ = call.replace(parameters=[*shared, *_keyword_only(walk)])
+    sample.__signature__ = call.replace(parameters=[*shared, *(p.replace(kind=p.KEYWORD_ONLY) for p in own)])
     sample.__annotations__ = {p.name: p.annotation for p in sample.__signature__.parameters.values()}
     sample.__annotations__["return"] = Tensor
     return sample
 
 
-def _keyword_only(function: Callable) -> list[inspect.Parameter]:
-    return [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
 def option_names(function: Callable) -> frozenset[str]:
     """The own options of a sampler or a grid: what it takes by keyword only."""
-    return frozenset(p.name for p in _keyword_only(function))
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def own_options(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,13 +28,11 @@ class Likelihood(NamedTuple):
 
 
 def rademacher(x: Tensor, generator: SampleGenerator) -> Tensor:
-    """Row rademacher: signs."""
     """Signs: the estimate is exact where the Jacobian is diagonal."""
     return generator.randn_like(x).sign()
 
 
 def gaussian(x: Tensor, generator: SampleGenerator) -> Tensor:
-    """Row gaussian: normal numbers."""
     """Standard normal numbers."""
     return generator.randn_like(x)
 

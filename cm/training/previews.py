@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cm.config.derived import training_mode
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import TrainConfig
 from cm.data.images import save_grid, to_uint8
 from cm.diffusion.denoiser import Denoiser
 from cm.models.pretrained import Model
@@ -17,8 +18,8 @@ from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
 from cm.training.trainer import Trainer
 
-HEUN_STEPS = 18
-MAX_PROGDIST_STEPS = 32
+DENOISER_STEPS = 18  # of denoisers that were not distilled
+MAX_STEPS = 32  # of progressive distillation, whose first stages have very many
 # Where on the grid of noise levels, from 0 at sigma_max to 1, the second evaluation of two takes place
 SECOND_EVALUATION = 0.6
 
@@ -26,7 +27,7 @@ SECOND_EVALUATION = 0.6
 class Preview:
     """Draws `preview_count` images into <run>/previews/step_<n>_<sampler>.png; rank 0 draws, the others wait."""
 
-    def __init__(self, config: EdmTrainConfig | CmTrainConfig, directory: str):
+    def __init__(self, config: TrainConfig, directory: str):
         self.config = config
         self.folder = Path(directory, "previews")
 
@@ -46,12 +47,12 @@ class Preview:
     def samples(self, trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
         """(name, images in [-1, 1]) of each way to sample that suits the objective."""
         objective, done = trainer.objective, trainer.state.step
-        mode = training_mode(self.config)
-        if mode == "edm":
-            yield f"heun{HEUN_STEPS}", self._draw(trainer, "heun", HEUN_STEPS)
-        elif mode == "progdist":
-            steps = min(objective.num_scales(max(done - 1, 0)), MAX_PROGDIST_STEPS)
-            yield f"progdist{steps}", self._draw(trainer, "progdist", steps)
+        row = OBJECTIVES[training_mode(self.config)]
+        if row.stages:
+            steps = min(objective.num_scales(max(done - 1, 0)), MAX_STEPS)
+            yield f"{row.sampler}{steps}", self._draw(trainer, row.sampler, steps)
+        elif not row.consistency:
+            yield f"{row.sampler}{DENOISER_STEPS}", self._draw(trainer, row.sampler, DENOISER_STEPS)
         else:
             # Continuous-time objectives have no grid of their own.
             scales = objective.num_scales(done) or self.config.start_scales

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig
+from cm.config.registry import Objective
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig, configure
 from cm.diffusion.denoiser import Denoiser
 from cm.objectives.base import Roles
 from cm.runtime import distributed
@@ -75,7 +77,7 @@ def drawn(config, folder, trainer):
 
 
 def test_a_teacher_is_drawn_with_18_heun_steps(tmp_path):
-    found = drawn(EdmTrainConfig(**MODEL), tmp_path, fake_trainer())
+    found = drawn(configure(EdmTrainConfig, **MODEL), tmp_path, fake_trainer())
     grid = [karras(i / 17) for i in range(18)]
     expected = [grid[0]] + [level for level in grid[1:] for _ in range(2)]
     assert found == {"heun18": pytest.approx(expected, rel=1e-5)}
@@ -86,7 +88,7 @@ def test_a_teacher_is_drawn_with_18_heun_steps(tmp_path):
 def test_consistency_models_are_drawn_in_one_and_two_steps(mode, scales, position, tmp_path):
     """The second evaluation is at the grid point nearest to 0.6 of the way, on the grid N(k) of this step."""
     trainer = fake_trainer({STEP: scales}.__getitem__)
-    found = drawn(CmTrainConfig(**MODEL, training_mode=mode), tmp_path, trainer)
+    found = drawn(configure(CmTrainConfig, **MODEL, training_mode=mode), tmp_path, trainer)
     assert list(found) == ["onestep", "twostep"]
     assert found["onestep"] == pytest.approx([80.0], rel=1e-5)
     assert found["twostep"] == pytest.approx([80.0, karras(position)], rel=1e-5)
@@ -94,13 +96,15 @@ def test_consistency_models_are_drawn_in_one_and_two_steps(mode, scales, positio
 
 def test_two_grid_points_leave_no_second_evaluation_to_choose(tmp_path):
     trainer = fake_trainer(lambda step: 2)
-    found = drawn(CmTrainConfig(**MODEL, training_mode="consistency_training"), tmp_path, trainer)
+    found = drawn(configure(CmTrainConfig, **MODEL, training_mode="consistency_training"), tmp_path, trainer)
     assert found["twostep"] == pytest.approx([80.0, 0.002], rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["continuous_distillation", "continuous_training"])
 def test_continuous_models_use_the_grid_of_their_samples(mode, tmp_path):
-    config = CmTrainConfig(**MODEL, training_mode=mode, start_scales=11, sigma_min=0.01, sigma_max=50.0)
+    config = configure(
+        CmTrainConfig, **MODEL, training_mode=mode, start_scales=11, sigma_min=0.01, sigma_max=50.0
+    )
     found = drawn(config, tmp_path, fake_trainer())
     assert found["twostep"] == pytest.approx([50.0, karras(0.6, 0.01, 50.0)], rel=1e-5)
 
@@ -108,16 +112,26 @@ def test_continuous_models_use_the_grid_of_their_samples(mode, tmp_path):
 @pytest.mark.parametrize(("step", "scales", "steps"), [(0, 4, 4), (STEP, 4, 4), (STEP, 64, 32)])
 def test_progressive_distillation_is_drawn_with_the_steps_just_trained(step, scales, steps, tmp_path):
     trainer = fake_trainer({max(step - 1, 0): scales}.__getitem__, step)
-    found = drawn(CmTrainConfig(**MODEL, training_mode="progdist"), tmp_path, trainer)
+    found = drawn(configure(CmTrainConfig, **MODEL, training_mode="progdist"), tmp_path, trainer)
     expected = [karras(i / steps) for i in range(steps)]
     assert found == {f"progdist{steps}": pytest.approx(expected, rel=1e-5)}
 
 
 def test_progressive_distillation_in_the_time_of_its_schedule(tmp_path):
-    config = CmTrainConfig(**MODEL, training_mode="progdist", diffusion_schedule="cosine")
+    config = configure(CmTrainConfig, **MODEL, training_mode="progdist", diffusion_schedule="cosine")
     found = drawn(config, tmp_path, fake_trainer(lambda step: 2))
     low, high = math.atan(0.002), math.atan(80.0)
     assert found == {"progdist2": pytest.approx([80.0, math.tan((low + high) / 2)], rel=1e-4)}
+
+
+def test_denoisers_of_other_objectives_are_drawn_with_the_sampler_of_their_row(tmp_path):
+    OBJECTIVES.add("flow", Objective(make=lambda config: None, sampler="euler", origin="test"))
+    try:
+        config = configure(CmTrainConfig, **MODEL, training_mode="flow")
+        found = drawn(config, tmp_path, fake_trainer())
+    finally:
+        OBJECTIVES.drop("flow")
+    assert found == {"euler18": pytest.approx([karras(i / 17) for i in range(18)], rel=1e-5)}
 
 
 # ---- with which weights, labels and noise --------------------------------------------------------------
@@ -126,7 +140,7 @@ def test_progressive_distillation_in_the_time_of_its_schedule(tmp_path):
 def test_the_slowest_average_is_drawn_and_the_weights_come_back(tmp_path):
     trainer = fake_trainer()
     trainer.model.train()
-    Preview(EdmTrainConfig(**MODEL), str(tmp_path))(trainer)
+    Preview(configure(EdmTrainConfig, **MODEL), str(tmp_path))(trainer)
     assert {(call["w"], call["training"]) for call in trainer.model.calls} == {(2.0, False)}
     assert trainer.model.weight.item() == 1.0 and trainer.model.training
     assert not trainer.model.weight.grad and trainer.state.ema.copies[1][0].item() == 2.0
@@ -138,21 +152,21 @@ def test_the_weights_come_back_after_an_error(tmp_path):
 
     trainer = fake_trainer(broken)
     with pytest.raises(ValueError, match="no grid"):
-        Preview(CmTrainConfig(**MODEL), str(tmp_path))(trainer)
+        Preview(configure(CmTrainConfig, **MODEL), str(tmp_path))(trainer)
     assert trainer.model.weight.item() == 1.0 and trainer.model.training
 
 
 def test_classes_in_turn(tmp_path):
     trainer = fake_trainer()
-    Preview(EdmTrainConfig(**MODEL, class_cond=True), str(tmp_path))(trainer)
+    Preview(configure(EdmTrainConfig, **MODEL, class_cond=True), str(tmp_path))(trainer)
     assert all(call["y"].tolist() == [0, 1, 2, 0] for call in trainer.model.calls)
     trainer = fake_trainer()
-    Preview(EdmTrainConfig(**MODEL, class_cond=False), str(tmp_path))(trainer)
+    Preview(configure(EdmTrainConfig, **MODEL, class_cond=False), str(tmp_path))(trainer)
     assert all(call["y"] is None for call in trainer.model.calls)
 
 
 def test_the_noise_is_always_the_same_and_trainings_random_numbers_go_on(tmp_path):
-    config = CmTrainConfig(**MODEL, training_mode="consistency_training")
+    config = configure(CmTrainConfig, **MODEL, training_mode="consistency_training")
     first, second = fake_trainer(lambda step: 18), fake_trainer(lambda step: 18, step=90)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -168,7 +182,7 @@ def test_the_noise_is_always_the_same_and_trainings_random_numbers_go_on(tmp_pat
 
 
 def test_names_of_files(tmp_path):
-    config = CmTrainConfig(**MODEL, training_mode="consistency_training")
+    config = configure(CmTrainConfig, **MODEL, training_mode="consistency_training")
     Preview(config, str(tmp_path))(fake_trainer(lambda step: 18))
     found = sorted(path.name for path in (tmp_path / "previews").iterdir())
     assert found == ["step_000007_onestep.png", "step_000007_twostep.png"]
@@ -178,7 +192,7 @@ def test_names_of_files(tmp_path):
 
 def draw_on_ranks(folder):
     trainer = fake_trainer()
-    Preview(EdmTrainConfig(**MODEL), folder)(trainer)
+    Preview(configure(EdmTrainConfig, **MODEL), folder)(trainer)
     files = [path.name for path in Path(folder, "previews").iterdir()]
     return distributed.get_rank(), len(trainer.model.calls), files
 
