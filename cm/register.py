@@ -5,11 +5,11 @@
 
     @dataclass(frozen=True)
     class Options:
-        huber_c: float = register.flag(0.03, "width of the quadratic part", above=0)
+        width: float = register.flag(0.03, "width of the quadratic part", above=0)
 
-    @register.distance("pseudo-huber", options=Options)
-    def pseudo_huber(a, b, huber_c):
-        return ((a - b).flatten(1).square().sum(1) + huber_c**2).sqrt() - huber_c
+    @register.distance("charbonnier", options=Options)
+    def charbonnier(a, b, width):
+        return ((a - b).square() + width**2).sqrt().flatten(1).mean(1) - width
 
 Every function takes the name, the facts of its row (`cm.config.registry`), and `options`: a dataclass whose fields
 become flags. Each returns a decorator. docs/extend.md has an example of each kind.
@@ -30,6 +30,7 @@ from cm.config.registry import (
     Network,
     NoiseLevels,
     Objective,
+    Pairs,
     Precond,
     Registry,
     Row,
@@ -113,7 +114,7 @@ def noise_levels(name: str, *, options: type | None = None, **facts: Any) -> Cal
 
 def pairs(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
     """A law of pairs t > r for consistency losses: (config) -> cm.objectives.pairs.Pairs."""
-    return _adder(rows.PAIRS, Row, name, {"options": options, **facts})
+    return _adder(rows.PAIRS, Pairs, name, {"options": options, **facts})
 
 
 def weighting(name: str, **facts: Any) -> Callable[[F], F]:

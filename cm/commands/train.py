@@ -7,6 +7,7 @@ from cm.config.derived import (
     augment_probability,
     channels_last,
     global_batch,
+    learns_from,
     run_dir,
     stop_step,
     stored_config,
@@ -50,7 +51,7 @@ def _train(config: TrainConfig, directory: RunDirectory, stopper: Stopper, signa
     run = directory.path
     device = configure_torch(config.device, deterministic=config.deterministic)
     dataset = open_training_data(config)
-    teacher = load_teacher(getattr(config, "teacher_model_path", ""))
+    teacher = load_teacher(getattr(config, "teacher_model_path", ""), learns_from(config))
     config = resolve_config(config, dataset, teacher)
     mirror = Mirror(config.mirror, run) if config.mirror else None
     if mirror is not None:

@@ -41,6 +41,11 @@ def is_consistency(training_mode: str) -> bool:
     return OBJECTIVES[training_mode].consistency
 
 
+def learns_from(config: TrainConfig) -> str:
+    """What a teacher of this run is: `denoiser` or `consistency`."""
+    return OBJECTIVES[training_mode(config)].learns_from
+
+
 def channels_last(config: Config, device_type: str) -> bool:
     """--channels_last with `auto` decided: on a GPU for half precision, on a CPU from 64 channels on."""
     if config.channels_last != "auto":
@@ -113,6 +118,7 @@ def stored_config(config: TrainConfig) -> dict[str, Any]:
     final = {
         "fixed": config.start_scales,
         "progressive": config.end_scales + 1,  # N(k) of the last step
+        "doubling": config.end_scales + 1,
         "progdist": 1,
     }
     return {**stored, "steps": final[config.scale_mode]}

@@ -170,8 +170,8 @@ class ModelFlags:
     weight_schedule: str = flag("karras", "weighting of the loss over noise levels", registry=WEIGHTINGS)
     boundary: str = flag(
         "skip",
-        "how a consistency function becomes the identity at sigma_min: Eq. 5 or Eq. 4",
-        choices=("skip", "piecewise"),
+        "where and how a consistency function is the identity: at sigma_min by Eq. 5 or Eq. 4, at 0 by EDM's scalings",
+        choices=("skip", "piecewise", "zero"),
     )
     c_out_formula: str = flag(
         "code",
@@ -359,8 +359,8 @@ class ConsistencyFlags:
     )
     scale_mode: str = flag(
         "fixed",
-        "grid points: --start_scales, N(k), or halving intervals",
-        choices=("fixed", "progressive", "progdist"),
+        "grid points: --start_scales, N(k), N(k) of iCT, or halving intervals",
+        choices=("fixed", "progressive", "doubling", "progdist"),
         main=True,
     )
     start_scales: int = flag(

@@ -37,6 +37,7 @@ def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: 
     """
     if stored is None:
         return config
+    _check_stage_one(config, stored, source)
     column = stored.get("precond", "edm")
     if "precond" in config.explicit and config.precond != column:
         raise UserError(
@@ -51,6 +52,22 @@ def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: 
     adopted = changed(config, precond=column)
     validate(adopted)
     return adopted
+
+
+def _check_stage_one(config: CmTrainConfig, stored: dict[str, Any], source: str) -> None:
+    """A consistency model that stands for the student below --transition_t: defined there, with the same boundary."""
+    if OBJECTIVES[config.training_mode].learns_from != "consistency":
+        return
+    mode = stored.get("training_mode")
+    if mode == config.training_mode:
+        raise UserError(
+            f"--teacher_model_path {source} was trained by {mode} itself, above its transition_t only; give its stage 1"
+        )
+    if stored.get("boundary", "skip") != config.boundary:
+        raise UserError(
+            f"--teacher_model_path {source} is the identity at another noise level: it was trained with --boundary "
+            f"{stored.get('boundary', 'skip')}, not {config.boundary}"
+        )
 
 
 def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser:

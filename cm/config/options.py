@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from cm.config.choices import CORRECTORS, NOISE_SCHEDULES, PRECISIONS, PREDICTORS, SDES, STATE_SCALES
-from cm.config.fields import flag
+from cm.config.fields import fixed, flag
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,82 @@ class ContinuousOptions:
         "of the discrete losses",
         choices=("t", "grid"),
     )
+
+
+@dataclass(frozen=True)
+class PairLevelOptions:
+    """Pairs"""
+
+    p_mean: float = flag(-1.1, "mean of ln(t) of the pairs")
+    p_std: float = flag(2.0, "standard deviation of ln(t) of the pairs", above=0)
+
+
+@dataclass(frozen=True)
+class RatioOptions(PairLevelOptions):
+    """Pairs"""
+
+    truncate: bool = flag(False, "draw t between --sigma_min and --sigma_max only")
+    ratio_q: float = flag(2.0, "r / t of far levels is 1 - q^-(s+1) at stage s", above=1)
+    ratio_steps: int = flag(25000, "length of a stage; 0: there is one", unit="steps", low=0)
+    ratio_max: float = flag(1.0, "largest r / t of far levels", above=0, high=1)
+    ratio_k: float = flag(
+        8.0, "how much lower r is at near levels: 1 - r / t is 1 + k / (1 + e^(b t)) times as large"
+    )
+    ratio_b: float = flag(1.0, "b of that factor", above=0)
+
+
+@dataclass(frozen=True)
+class TruncatedOptions(RatioOptions):
+    """Truncated training"""
+
+    p_mean: float = flag(0.0, "location of ln(t)")
+    p_std: float = flag(0.2, "scale of ln(t)", above=0)
+    t_df: float = flag(
+        0.01, "degrees of freedom of Student's t, the law of ln(t); inf: a normal one", above=0, finite=False
+    )
+    truncate: bool = fixed(True)
+    ratio_q: float = flag(1000.0, "r / t of far levels is 1 - q^-(s+1) at stage s", above=1)
+    ratio_steps: int = flag(0, "length of a stage; 0: there is one", unit="steps", low=0)
+    ratio_max: float = flag(0.999, "largest r / t of far levels", above=0, high=1)
+    transition_t: float = flag(
+        1.0, "noise level above which the student learns; below it, the teacher is", above=0
+    )
+    boundary_share: float = flag(0.25, "share of the rows that are at --transition_t", low=0, below=1)
+    boundary_weight: float = flag(0.1, "weight of the mean loss of those rows", low=0)
+
+
+@dataclass(frozen=True)
+class TrigFlowOptions:
+    """TrigFlow"""
+
+    p_mean: float = flag(-1.0, "mean of ln(sigma)")
+    p_std: float = flag(1.4, "standard deviation of ln(sigma)", above=0)
+    truncate: bool = flag(True, "draw noise levels between --sigma_min and --sigma_max only")
+    tangent_warmup: int = flag(
+        10000, "steps over which the tangent's second part grows in", unit="steps", low=0
+    )
+    tangent_norm: str = flag(
+        "l2",
+        "how tangents are bounded: g / (|g| + c) by the norm or the root mean square, or cut to [-1, 1]",
+        choices=("l2", "rms", "clip"),
+    )
+    tangent_c: float = flag(0.1, "c of g / (|g| + c)", above=0)
+    tangent_step: float = flag(
+        0.0,
+        "a difference over this step of ln(sigma) instead of the derivative, where a network has none; 0: none",
+        low=0,
+    )
+    adaptive_weight: bool = flag(True, "learn the weight of each noise level beside the network")
+
+
+@dataclass(frozen=True)
+class HuberOptions:
+    """Distances"""
+
+    huber_c: float = flag(
+        -1.0, "c of pseudo-huber, where square turns to norm; 0: the norm; -1: 0.00054 sqrt(values of an image)",
+        low=0, unset=(-1,), argument="c",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Objective(Row):
     consistency: its models are consistency functions, under the boundary condition. teacher: it needs one. sampler:
     how its models are sampled unless the command says otherwise. script: the training script that offers it. stages:
     the student becomes the teacher stage by stage. continuous: no grid of noise levels. draws: its models draw images.
+    learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
     """
 
     consistency: bool = False
@@ -45,11 +46,13 @@ class Objective(Row):
     stages: bool = False
     continuous: bool = False
     draws: bool = True
+    learns_from: str = "denoiser"
+    boundary: str = ""
 
     @property
-    def can_teach(self) -> bool:
-        """Whether its models are denoisers, which consistency models can be distilled from."""
-        return self.draws and not self.consistency
+    def teaches(self) -> str:
+        """What its models are to a student: `denoiser`, `consistency`, or nothing."""
+        return ("consistency" if self.consistency else "denoiser") if self.draws else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,13 @@ class Precond(Row):
         if script not in ("edm_train", "cm_train"):
             return {}
         return {**(self.model or {}), **((self.training or {}) if script == "edm_train" else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Row):
+    """make(config) -> cm.objectives.pairs.Pairs. boundary: the --boundary that its lowest levels need; empty: any."""
+
+    boundary: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from cm.config.registry import (
     Network,
     NoiseLevels,
     Objective,
+    Pairs,
     Precond,
     Registry,
     Row,
@@ -44,6 +45,32 @@ OBJECTIVES: Registry[Objective] = Registry(
             make="cm.objectives.progressive:progressive", teacher=True, sampler="progdist", stages=True
         ),
         "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train"),
+        "tcm": Objective(
+            make="cm.objectives.truncated:truncated",
+            consistency=True,
+            teacher=True,
+            learns_from="consistency",
+            sampler="onestep",
+            boundary="zero",
+            options=options.TruncatedOptions,
+        ),
+        "sct": Objective(
+            make="cm.objectives.trigflow:training",
+            consistency=True,
+            sampler="onestep",
+            continuous=True,
+            boundary="zero",
+            options=options.TrigFlowOptions,
+        ),
+        "scd": Objective(
+            make="cm.objectives.trigflow:distillation",
+            consistency=True,
+            teacher=True,
+            sampler="onestep",
+            continuous=True,
+            boundary="zero",
+            options=options.TrigFlowOptions,
+        ),
         "classifier": Objective(
             make="cm.objectives.classifier:classification", script="classifier_train", draws=False
         ),
@@ -132,6 +159,8 @@ PRECONDS: Registry[Precond] = Registry(
             model={"sigma_min": 0.02, "sigma_max": 100.0},
             training={"schedule_sampler": "ve", "weight_schedule": "snr"},
         ),
+        # A network that was trained in TrigFlow's coordinates
+        "trigflow": Precond(make="cm.diffusion.precond:trigflow_column"),
         # u_999 and u_0
         "iddpm": Precond(
             make="cm.diffusion.precond:iddpm_column",
@@ -149,6 +178,7 @@ DISTANCES: Registry[Distance] = Registry(
         "l2": Distance(make="cm.objectives.distances:L2"),
         "l2-32": Distance(make="cm.objectives.distances:L2At32"),
         "linf": Distance(make="cm.objectives.distances:LInf", curved=False),
+        "pseudo-huber": Distance(make="cm.objectives.distances:PseudoHuber", options=options.HuberOptions),
         "lpips": Distance(make="cm.objectives.lpips:average_pooled", options=options.LpipsOptions),
         "lpips-max": Distance(make="cm.objectives.lpips:max_pooled", options=options.LpipsOptions),
     },
@@ -187,8 +217,17 @@ NOISE_LEVELS: Registry[NoiseLevels] = Registry(
     },
 )
 
-# How a consistency loss draws its pairs t > r: make(config) -> cm.objectives.pairs.Pairs
-PAIRS: Registry[Row] = Registry("pairs", {"grid": Row(make="cm.objectives.pairs:grid_pairs")})
+# How a consistency loss draws its pairs t > r
+PAIRS: Registry[Pairs] = Registry(
+    "pairs",
+    {
+        "grid": Pairs(make="cm.objectives.pairs:grid_pairs"),
+        "lognormal-grid": Pairs(
+            make="cm.objectives.pairs:lognormal_grid_pairs", options=options.PairLevelOptions
+        ),
+        "ratio": Pairs(make="cm.objectives.pairs:ratio_pairs", options=options.RatioOptions, boundary="zero"),
+    },
+)
 
 TASKS: Registry[Task] = Registry(
     "task",

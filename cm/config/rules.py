@@ -78,5 +78,5 @@ def check_scales(
         )
     if scale_mode != "progdist" and start_scales < 2:
         raise UserError(f"--start_scales must be at least 2, got {start_scales}")
-    if scale_mode == "progressive" and end_scales < start_scales:
+    if scale_mode in ("progressive", "doubling") and end_scales < start_scales:
         raise UserError(f"--end_scales {end_scales} must not be below --start_scales {start_scales}")

@@ -11,7 +11,7 @@ from cm.config import parsing, rules
 from cm.config.fields import check_flag, flags_of
 from cm.config.flags import GuidanceFlags, LoopFlags, ModelFlags, SamplingFlags
 from cm.config.registry import Sampler
-from cm.config.rows import NETWORKS, OBJECTIVES, PRECONDS, SAMPLERS
+from cm.config.rows import NETWORKS, OBJECTIVES, PAIRS, PRECONDS, SAMPLERS
 from cm.config.scripts import (
     ClassifierConfig,
     CmTrainConfig,
@@ -126,8 +126,15 @@ def _check_consistency(config: CmTrainConfig) -> None:
             f"--training_mode {config.training_mode} and --scale_mode {config.scale_mode} do not fit: "
             "progdist needs progdist"
         )
+    for flag, needed in (("training_mode", row.boundary), ("pairs", PAIRS[config.pairs].boundary)):
+        if needed and config.boundary != needed:
+            raise UserError(
+                f"--{flag} {getattr(config, flag)} needs --boundary {needed}, got {config.boundary}"
+            )
     if row.continuous:
         _check_continuous(config, row.teacher)
+    if (lowest := getattr(config, "transition_t", config.sigma_min)) >= config.sigma_max:
+        raise UserError(f"--transition_t {lowest} must be below --sigma_max {config.sigma_max}")
     if config.diffusion_schedule and not row.stages:
         raise UserError(
             f"--diffusion_schedule {config.diffusion_schedule} is for edm_train and --training_mode progdist, "
@@ -145,11 +152,12 @@ def _check_consistency(config: CmTrainConfig) -> None:
 def _check_continuous(config: CmTrainConfig, distillation: bool) -> None:
     mode = f"--training_mode {config.training_mode}"
     stop_grad = getattr(config, "stop_grad", True)
-    rules.check_continuous(loss_norm=config.loss_norm, distillation=distillation, stop_grad=stop_grad)
+    if hasattr(config, "stop_grad"):
+        rules.check_continuous(loss_norm=config.loss_norm, distillation=distillation, stop_grad=stop_grad)
     if config.scale_mode != "fixed":
         raise UserError(f"{mode} has no grid to change: --scale_mode must be fixed, got {config.scale_mode}")
-    if config.boundary != "skip":
-        raise UserError(f"{mode} needs --boundary skip: {config.boundary} has no derivative at sigma_min")
+    if config.boundary == "piecewise":
+        raise UserError(f"{mode} needs --boundary skip: piecewise has no derivative at sigma_min")
     if config.use_checkpoint and not stop_grad:
         raise UserError(f"{mode} with --stop_grad False does not work with --use_checkpoint True")
 

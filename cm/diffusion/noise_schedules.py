@@ -154,6 +154,15 @@ def nearest_level(levels: Tensor, sigma: Tensor) -> Tensor:
     return len(levels) - 1 - torch.searchsorted(midpoints, sigma.to(levels.dtype).contiguous())
 
 
+def level_position(levels: Tensor, sigma: Tensor) -> Tensor:
+    """Where sigma stands among `levels`, decreasing: the index of an entry, and between two linear in ln(sigma)."""
+    sigma = sigma.to(levels.dtype)
+    upper = len(levels) - 1 - torch.searchsorted(levels.flip(0), sigma.detach().contiguous(), right=True)
+    upper = upper.clamp(0, len(levels) - 2)
+    high, low = levels[upper].log(), levels[upper + 1].log()
+    return upper + (high - sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log()) / (high - low)
+
+
 def edm_steps(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Equal steps in sigma^(1/rho)."""
     return karras_sigmas(n, sigma_min, sigma_max, rho)

@@ -6,14 +6,20 @@ sinusoidal embedding, 1 for NCSN++ and DDPM++). The columns VP, VE and iDDPM of 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from cm.config.rows import PRECONDS
-from cm.diffusion.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels, nearest_level
+from cm.diffusion.noise_schedules import (
+    VPSchedule,
+    ddpm_levels,
+    iddpm_levels,
+    level_position,
+    nearest_level,
+)
 from cm.errors import UserError
 
 
@@ -35,6 +41,10 @@ class Precond(Protocol):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise levels that the network knows; all of them, unless a preconditioning says otherwise."""
         return sigma
+
+    def smooth(self) -> "Precond":
+        """The same on a clock without steps, for functions of all noise levels and their derivatives."""
+        return self
 
 
 def _log_sigma(sigma: Tensor) -> Tensor:
@@ -147,13 +157,21 @@ class IDDPMPrecond(Precond):
     num_levels: int = 1000
     c1: float = 0.001
     c2: float = 0.008
+    interpolated: bool = False  # between the levels the clock follows ln(sigma) instead of standing still
 
     def __call__(self, sigma: Tensor) -> Coefficients:
-        index = nearest_level(self._levels(sigma), sigma)
+        levels = self._levels(sigma)
+        index = (level_position if self.interpolated else nearest_level)(levels, sigma)
         return _predicts_noise(sigma, (self.num_levels - 1 - index).to(sigma.dtype))
+
+    def smooth(self) -> Precond:
+        """Equal at the levels, linear in ln(sigma) between them."""
+        return replace(self, interpolated=True)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest trained level u_j; 0 stays 0."""
+        if self.interpolated:
+            return sigma
         levels = self._levels(sigma)
         nearest = levels[nearest_level(levels, sigma)].to(sigma.dtype)
         return torch.where(sigma > 0, nearest, sigma)
@@ -168,6 +186,20 @@ class DDPMPrecond(IDDPMPrecond):
 
     def _levels(self, sigma: Tensor) -> Tensor:
         return ddpm_levels(self.num_levels, sigma.device)
+
+
+@dataclass(frozen=True)
+class TrigFlowPrecond(Precond):
+    """A TrigFlow network F(x_t / sigma_data, t) in x = x0 + sigma noise (Lu & Song 2025, section 3.1).
+
+    t = arctan(sigma / sigma_data) and x_t = cos(t) x, so D = cos(t) x_t - sin(t) sigma_data F.
+    """
+
+    sigma_data: float = 0.5
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        edm = EDMPrecond(self.sigma_data)(sigma)
+        return edm._replace(c_out=-edm.c_out, c_noise=torch.atan(sigma / self.sigma_data))
 
 
 def _predicts_noise(sigma: Tensor, c_noise: Tensor) -> Coefficients:
@@ -208,6 +240,11 @@ def ve_column(sigma_data: float, time_scale: float) -> Precond:
     return VEPrecond(max(time_scale / 4, 1.0))
 
 
+def trigflow_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row trigflow; its clock is t itself."""
+    return TrigFlowPrecond(sigma_data)
+
+
 def iddpm_column(sigma_data: float, time_scale: float) -> Precond:
     """Row iddpm; its clock counts the levels that it was trained on."""
     return IDDPMPrecond()
@@ -227,17 +264,20 @@ def boundary_precond(
     printed_c_out: bool = False,
     column: str = "edm",
 ) -> Precond:
-    """Preconditioning of a consistency function by name: `skip` (Eq. 5) or `piecewise` (Eq. 4).
+    """Preconditioning of a consistency function by name: `skip` (Eq. 5), `piecewise` (Eq. 4) or `zero`.
 
+    zero is skip with its boundary at 0, EDM's own scalings: the function is a denoiser's whatever the noise level.
     column: the scalings that it starts from, a name of PRECONDS; others than edm have one form, which skips.
     """
-    skip = ConsistencyPrecond(sigma_data, sigma_min, time_scale, printed_c_out)
-    if column != "edm" and boundary == "skip":
-        return BoundaryPrecond(denoiser_precond(column, sigma_data=sigma_data, time_scale=time_scale), skip)
+    at_zero = boundary == "zero"
+    skip = ConsistencyPrecond(sigma_data, 0.0 if at_zero else sigma_min, time_scale, printed_c_out)
+    if column != "edm" and boundary in ("skip", "zero"):
+        base = denoiser_precond(column, sigma_data=sigma_data, time_scale=time_scale)
+        return BoundaryPrecond(base.smooth() if at_zero else base, skip)
     if column != "edm":
         raise UserError(f"--boundary {boundary} goes with --precond edm, not with {column}")
-    if boundary == "skip":
+    if boundary in ("skip", "zero"):
         return skip
     if boundary == "piecewise":
         return PiecewisePrecond(sigma_data, sigma_min, time_scale)
-    raise UserError(f"--boundary must be skip or piecewise, got {boundary}")
+    raise UserError(f"--boundary must be skip, piecewise or zero, got {boundary}")

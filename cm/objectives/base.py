@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cm.diffusion.denoiser import Denoiser
@@ -64,6 +64,13 @@ class Objective(ABC):
         """Load the networks that the distance needs; all ranks call it once, so that nothing is missing later."""
         if self.distance is not None:
             self.distance.load(device)
+
+    def attach(self, student: nn.Module) -> None:
+        """Give the student what belongs to the loss but is trained with it, as a submodule `LOSS_MODULE`.
+
+        Called once, on all ranks, when the student's weights are loaded. It is trained, averaged and saved with the
+        student; files of models are read without it.
+        """
 
     def prepare(
         self, x0: Tensor, cond: dict[str, Tensor], random: StepRandom

@@ -30,12 +30,13 @@ def euler_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
 
 
 def heun_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """One step of Heun's second-order method from t to r > 0 (Karras et al. 2022, Algorithm 1)."""
+    """One step of Heun's second-order method from t to r >= 0 (Karras et al. 2022, Algorithm 1)."""
     dt = append_dims(r - t, x.ndim)
     slope = (x - denoise(x, t)) / append_dims(t, x.ndim)
     x_euler = x + dt * slope
     slope_end = (x_euler - denoise(x_euler, r)) / append_dims(r, x.ndim)
-    return x + dt * (slope + slope_end) / 2
+    # A step to 0 has no slope at its end: it is Euler's, as in sampling.
+    return torch.where(append_dims(r, x.ndim) > 0, x + dt * (slope + slope_end) / 2, x_euler)
 
 
 def consistency_losses(
@@ -60,8 +61,15 @@ def consistency_losses(
     with torch.no_grad():
         x_r = _lower_point(roles.teacher, x0, x_t, draw, ode_solver, **cond)
         with replayed_rng(x0.device, masks):
-            target = (roles.target or bare(roles.student))(x_r, draw.r, **cond)
+            target = at_level(roles.target or bare(roles.student), x_r, draw.r, **cond)
     return {"loss": distance(student, target) * weight(draw.t, draw.r)}
+
+
+def at_level(denoiser: Denoiser, x: Tensor, r: Tensor, **cond: Tensor) -> Tensor:
+    """f(x, r), which is x itself where r = 0, whatever the network would say there."""
+    at_zero = r == 0
+    value = denoiser(x, r.masked_fill(at_zero, 1.0), **cond)
+    return torch.where(append_dims(at_zero, x.ndim), x, value)
 
 
 def _lower_point(

@@ -21,7 +21,7 @@ from cm.errors import UserError
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.distances import Distance
-from cm.objectives.forward_mode import forward_mode
+from cm.objectives.forward_mode import along
 from cm.objectives.parts import Weight, distance_of, grid_of, weight_of
 from cm.seeding import StepRandom
 
@@ -35,19 +35,11 @@ def total_derivative(
     gradients must find another way to the other ranks. UserError for a network without forward-mode derivatives.
     """
     denoiser = bare(denoiser)
-    try:
-        with forward_mode():
-            # Along ln t, where the clock c_noise moves at a constant speed. Along t it runs at up to 125,000, too fast
-            # for fp16.
-            f, slope = torch.func.jvp(lambda x, s: denoiser(x, s, **cond), (x_t, t), (t_slope, t))
-    except (NotImplementedError, RuntimeError) as error:
-        if not any(word in str(error) for word in ("forward AD", "forward mode AD", "functorch")):
-            raise
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(
-            f"--training_mode continuous_*: {type(denoiser.net).__name__} has an operation without forward-mode "
-            f"derivative ({reason})"
-        ) from error
+    # Along ln t, where the clock c_noise moves at a constant speed. Along t it runs at up to 125,000, too fast for
+    # fp16.
+    f, slope = along(
+        lambda x, s: denoiser(x, s, **cond), (x_t, t), (t_slope, t), net=denoiser.net, mode="continuous_*"
+    )
     return f, slope / append_dims(t, f.ndim)
 
 

@@ -21,6 +21,32 @@ def num_scales_progressive(step: int, start: int, end: int, total: int) -> int:
     return max(math.ceil(root - 1), 1) + 1
 
 
+def num_scales_doubling(step: int, start: int, end: int, total: int) -> int:
+    """N(k) of improved consistency training (Song & Dhariwal 2023, Eq. 10): s0, 2 s0, 4 s0 ... intervals, at most s1.
+
+    N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)).
+    """
+    length = max(math.floor(total / (math.log2(end // start) + 1)), 1)
+    doublings = min(max(step, 0) // length, end.bit_length())
+    return min(start << doublings, end) + 1
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """step -> r / t of far noise levels, 1 - q^-(s+1) at stage s (Geng et al. 2024, section 3), at most `limit`.
+
+    interval: steps of a stage; 0: there is one.
+    """
+
+    q: float = 2.0
+    interval: int = 25000
+    limit: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        stage = step // self.interval if self.interval else 0
+        return min(1 - self.q ** -(stage + 1.0), self.limit)
+
+
 def mu_adaptive(num_scales: int, start_ema: float, start_scales: int, printed: bool = False) -> float:
     """mu(k) of consistency training (Song et al. 2023, App. C): decay of the target network.
 
@@ -91,7 +117,7 @@ class EmaAndScales:
             )
         if self.scale_mode == "progdist" and self.distill_steps_per_iter < 1:
             raise UserError(f"--distill_steps_per_iter must be positive, got {self.distill_steps_per_iter}")
-        if self.scale_mode == "progressive" and self.total_steps < 1:
+        if self.scale_mode in NUM_SCALES and self.total_steps < 1:
             raise UserError(f"--total_training_steps must be positive, got {self.total_steps}")
 
     @property
@@ -116,13 +142,19 @@ class EmaAndScales:
         return 1.0, progdist_stage(step, self.start_scales, self.distill_steps_per_iter).num_scales
 
     def _num_scales(self, step: int) -> int:
-        return num_scales_progressive(step, self.start_scales, self.end_scales, self.total_steps)
+        return NUM_SCALES[self.scale_mode](step, self.start_scales, self.end_scales, self.total_steps)
 
 
+# scale_mode -> N(k) of (step, s0, s1, K)
+NUM_SCALES: dict[str, Callable[[int, int, int, int], int]] = {
+    "progressive": num_scales_progressive,
+    "doubling": num_scales_doubling,
+}
 # (target_ema_mode, scale_mode) -> how both are computed
 MODES: dict[tuple[str, str], Callable[[EmaAndScales, int], tuple[float, int]]] = {
     ("fixed", "fixed"): EmaAndScales._fixed,
     ("fixed", "progressive"): EmaAndScales._progressive,
+    ("fixed", "doubling"): EmaAndScales._progressive,
     ("adaptive", "progressive"): EmaAndScales._adaptive,
     ("fixed", "progdist"): EmaAndScales._progdist,
 }

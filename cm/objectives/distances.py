@@ -4,12 +4,14 @@ Every distance takes images a and b, (B, C, H, W) in [-1, 1], and returns (B,) i
 ask what becomes of it in the limit of small differences: `tangent_loss` and `direction`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cm.config.rows import DISTANCES
+from cm.errors import UserError
 from cm.nn import mean_flat
 
 
@@ -93,6 +95,35 @@ class LInf(Distance):
 
     def tangent_loss(self, f: Tensor, v: Tensor) -> Tensor:
         return v.abs().flatten(1).amax(1)
+
+
+class PseudoHuber(Distance):
+    """sqrt(|a - b|^2 + c^2) - c with one Euclidean norm per image (Song & Dhariwal 2023, Eq. 8).
+
+    c: 0 is the norm itself; -1 is 0.00054 sqrt(d) for images of d values, as that paper has it.
+    """
+
+    def __init__(self, c: float = -1.0):
+        self.c = c
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        difference_rows = difference(a, b).flatten(1)
+        if self.c == 0:
+            return torch.linalg.vector_norm(difference_rows, dim=1)
+        c = self._width(a)
+        square = difference_rows.square().sum(1)
+        # The same number as sqrt(square + c^2) - c, which loses its digits for close images.
+        return square / ((square + c**2).sqrt() + c)
+
+    def direction(self, f: Tensor, v: Tensor) -> Tensor:
+        if self.c == 0:
+            raise UserError(
+                "--huber_c 0: the norm has no curvature, so no continuous-time loss with --stop_grad True"
+            )
+        return v / self._width(f)
+
+    def _width(self, image: Tensor) -> float:
+        return 0.00054 * math.sqrt(image[0].numel()) if self.c < 0 else self.c
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from cm.errors import UserError
 
 LINEAR_IN_INPUT = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
 
@@ -33,6 +36,45 @@ class FixedWeights(TorchFunctionMode):
             return function(x, weight, bias, *rest, **kwargs)
         moved = function(tangent, weight, None, *rest, **kwargs)
         return forward_ad.make_dual(function(value, weight, bias, *rest, **kwargs), moved)
+
+
+def along(
+    function: Callable[..., Tensor],
+    at: tuple[Tensor, ...],
+    direction: tuple[Tensor, ...],
+    *,
+    net: Callable[..., Tensor],
+    mode: str,
+    otherwise: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(function(*at), its derivative in a direction) in one pass through `net`, which is not distributed.
+
+    UserError for a network without forward-mode derivatives, which names --training_mode `mode` and what helps instead.
+    """
+    try:
+        with forward_mode():
+            return torch.func.jvp(function, at, direction)
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("forward AD", "forward mode AD", "functorch")):
+            raise
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(
+            f"--training_mode {mode}: {type(net).__name__} has an operation without forward-mode derivative ({reason})"
+            + otherwise
+        ) from error
+
+
+def in_fp32(net: nn.Module) -> Callable[..., Tensor]:
+    """The network with its half-precision weights widened, if it has any: tangents overflow fp16 and fade in bf16."""
+    narrow = (
+        {n: p for n, p in net.named_parameters() if p.element_size() < 4}
+        if isinstance(net, nn.Module)
+        else {}
+    )
+    if not narrow:
+        return net
+    wide = {name: p.float() for name, p in narrow.items()}
+    return lambda *args, **kwargs: torch.func.functional_call(net, wide, args, kwargs)
 
 
 @contextmanager

@@ -142,6 +142,15 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Submodule of a student that belongs to its loss: in checkpoints, but no part of the model
+LOSS_MODULE = "loss_weight"
+
+
+def without_loss(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that make images."""
+    return {name: t for name, t in state.items() if not name.startswith(f"{LOSS_MODULE}.")}
+
+
 def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
     """UserError that names the first differing tensors when a state dict does not fit a module exactly."""
     expected = {name: _describe(t) for name, t in module.state_dict().items()}

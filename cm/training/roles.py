@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cm.config import plugins
-from cm.config.derived import augmentation_labels, channels_last, init_source
+from cm.config.derived import augmentation_labels, channels_last, init_source, learns_from
 from cm.config.inherit import adopt_teacher
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
@@ -20,16 +20,20 @@ from cm.storage.weights import check_matching
 from cm.training.factory import create_objective, trains_consistency
 
 
-def load_teacher(model_path: str) -> ModelFile | None:
-    """The teacher's weights, where a path is given: on rank 0, elsewhere their shapes."""
+def load_teacher(model_path: str, wanted: str = "denoiser") -> ModelFile | None:
+    """The teacher's weights, where a path is given: on rank 0, elsewhere their shapes.
+
+    wanted: what it must be, `denoiser` or `consistency`.
+    """
     if not model_path:
         return None
     teacher = load_on_main(model_path, flag="teacher_model_path")
     stored = teacher.config or {}
     plugins.require(stored, model_path)
-    mode = stored.get("training_mode", "edm")
-    if not OBJECTIVES[mode].can_teach:
-        raise UserError(f"{model_path} was trained by {mode}: a teacher is a denoiser (--teacher_model_path)")
+    mode = stored.get("training_mode", "edm" if wanted == "denoiser" else "consistency_training")
+    if OBJECTIVES[mode].teaches != wanted:
+        what = "denoiser" if wanted == "denoiser" else "consistency model, the first stage of this one"
+        raise UserError(f"{model_path} was trained by {mode}: a teacher is a {what} (--teacher_model_path)")
     return teacher
 
 
@@ -74,7 +78,9 @@ def create_roles(
     if objective.needs_teacher:
         network = create_network(config, dropout=config.teacher_dropout).to(device, memory_format=layout)
         load_into(network, teacher_file, "--teacher_model_path", config)
-        teacher = Denoiser(network, create_precond(config, consistency=False))
+        consistency = learns_from(config) == "consistency"
+        teacher = Denoiser(network, create_precond(config, consistency=consistency))
+    objective.attach(student)
     return objective, Roles(Denoiser(student, precond), target, teacher)
 
 

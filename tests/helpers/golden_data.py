@@ -13,6 +13,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parents[1] / "golden"
+LATER = Path(__file__).parents[1] / "golden_later"
 
 
 def find(name: str) -> Path:
@@ -54,6 +55,15 @@ class GoldenFile:
 def load(name: str) -> GoldenFile:
     """Golden arrays by name, with or without `.npz`."""
     return GoldenFile(find(name if name.endswith(".npz") else name + ".npz"))
+
+
+@functools.cache
+def later(name: str) -> GoldenFile:
+    """Numbers of the later methods, from the folder of CM_GOLDEN_LATER_DIR or tests/golden_later; skips without."""
+    folder = Path(os.environ.get("CM_GOLDEN_LATER_DIR") or LATER)
+    if not (folder / f"{name}.npz").exists():
+        pytest.skip(f"{folder} has no {name}.npz; set CM_GOLDEN_LATER_DIR to the full set")
+    return GoldenFile(folder / f"{name}.npz")
 
 
 def json(name: str):
