@@ -159,8 +159,6 @@ PRECONDS: Registry[Precond] = Registry(
             model={"sigma_min": 0.02, "sigma_max": 100.0},
             training={"schedule_sampler": "ve", "weight_schedule": "snr"},
         ),
-        # A network that was trained in TrigFlow's coordinates
-        "trigflow": Precond(make="cm.diffusion.precond:trigflow_column"),
         # u_999 and u_0
         "iddpm": Precond(
             make="cm.diffusion.precond:iddpm_column",
@@ -168,6 +166,8 @@ PRECONDS: Registry[Precond] = Registry(
             model={"sigma_min": 0.0065},
             training={"schedule_sampler": "iddpm", "weight_schedule": "snr"},
         ),
+        # A network that was trained in TrigFlow's coordinates
+        "trigflow": Precond(make="cm.diffusion.precond:trigflow_column"),
     },
 )
 
@@ -178,9 +178,9 @@ DISTANCES: Registry[Distance] = Registry(
         "l2": Distance(make="cm.objectives.distances:L2"),
         "l2-32": Distance(make="cm.objectives.distances:L2At32"),
         "linf": Distance(make="cm.objectives.distances:LInf", curved=False),
-        "pseudo-huber": Distance(make="cm.objectives.distances:PseudoHuber", options=options.HuberOptions),
         "lpips": Distance(make="cm.objectives.lpips:average_pooled", options=options.LpipsOptions),
         "lpips-max": Distance(make="cm.objectives.lpips:max_pooled", options=options.LpipsOptions),
+        "pseudo-huber": Distance(make="cm.objectives.distances:PseudoHuber", options=options.HuberOptions),
     },
 )
 
