@@ -82,7 +82,8 @@ def test_pixel_distances_refuse_unlike_shapes(name):
 
 def test_unknown_names_and_options_are_named():
     with pytest.raises(
-        UserError, match="loss_norm must be one of l1, l2, l2-32, linf, lpips, lpips-max, got 'l3'"
+        UserError,
+        match="loss_norm must be one of l1, l2, l2-32, linf, lpips, lpips-max, pseudo-huber, got 'l3'",
     ):
         make_distance("l3")
     with pytest.raises(UserError, match="--lpips_size 8"):

@@ -121,15 +121,17 @@ def test_the_exact_network_gives_the_exact_denoiser(name):
         "vp": lambda c: VPSchedule().sigma(c / 999),
         "ve": lambda c: 2 * torch.exp(c / 250),
         "iddpm": lambda c: iddpm_levels()[(999 - c).long()],
+        "trigflow": lambda c: 0.5 * torch.tan(c),
     }
 
     def net(x_in, clock):
         level = clocks[name](clock)[:, None]
-        if name == "edm":
+        if name in ("edm", "trigflow"):
             x = x_in * (level**2 + 0.25).sqrt()
-            return (GAUSS.denoise(x, level) - 0.25 / (level**2 + 0.25) * x) / (
+            f = (GAUSS.denoise(x, level) - 0.25 / (level**2 + 0.25) * x) / (
                 level * 0.5 / (level**2 + 0.25).sqrt()
             )
+            return f if name == "edm" else -f
         x = x_in if name == "ve" else x_in * (level**2 + 1).sqrt()
         noise = (x - GAUSS.denoise(x, level)) / level
         return -noise if name == "ve" else noise
@@ -143,6 +145,18 @@ def test_iddpm_clock_counts_from_the_cleanest_level():
     assert c.c_noise.tolist() == [991, 0, 999]
     levels = double(8.0, 4.0, 1.0)
     assert nearest_level(levels, double(9, 6.1, 5.9, 2.4, 0.0)).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_iddpms_smooth_clock_meets_the_levels_and_rises_between_them():
+    smooth, levels = IDDPMPrecond().smooth(), iddpm_levels()[::50]
+    torch.testing.assert_close(smooth(levels).c_noise, IDDPMPrecond()(levels).c_noise)
+    sigma = torch.logspace(math.log10(0.0065), 2, 500, dtype=torch.float64)
+    clock = smooth(sigma).c_noise
+    assert (clock.diff() > 0).all() and (clock - IDDPMPrecond()(sigma).c_noise).abs().max() < 1
+    assert torch.equal(smooth.round_sigma(sigma), sigma)
+    for name in ("edm", "vp", "ve", "trigflow"):
+        precond = denoiser_precond(name)
+        assert precond.smooth() == precond
 
 
 def test_only_iddpm_rounds():
