@@ -174,7 +174,7 @@ def _check_sample(config: SampleConfig) -> None:
     if config.sampler == "multistep":
         if bool(config.ts) == bool(config.sigmas):
             raise UserError("--sampler multistep needs either --ts or --sigmas")
-    elif config.sigmas:
+    elif config.sigmas and not config.preset:  # a preset's are those of two steps
         raise UserError(f"--sigmas is for --sampler multistep, not {config.sampler}")
     if config.ts:
         # A grid that the command does not give comes from the model file; it is checked again then.

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from cm.config.presets import cifar10, figures, released, small, systems
+from cm.config.presets import cifar10, figures, later, released, small, systems
 from cm.config.presets.base import Preset, Result
 from cm.errors import UserError
 
@@ -15,6 +15,7 @@ PRESETS: dict[str, Preset] = {
     **small.PRESETS,
     **systems.PRESETS,
     **figures.PRESETS,
+    **later.PRESETS,
 }
 
 

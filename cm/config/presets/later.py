@@ -1,0 +1,224 @@
+"""The methods that followed the paper: iCT, ECT, TCM, sCT and sCD, on CIFAR-10 and ImageNet 64x64, and on digits.
+
+Hyper-parameters are the papers' or, where those say nothing, their authors' code. `sigmas` are the papers' levels of
+two-step sampling: `--sampler multistep` takes them.
+"""
+
+from typing import Any
+
+from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.cifar10 import NCSNPP
+from cm.config.presets.small import DIGITS8, EDITING, SAMPLING, SLOW_CLOCK, TRAINING
+
+DDPMPP: Flags = {**NCSNPP, "network": "ddpmpp"}
+DRAWS: Flags = {"num_samples": 50000, "batch_size": 500}
+
+
+def consistency(
+    model: Flags,
+    train: Flags,
+    middle: float,
+    results: tuple[Result, ...] = (),
+    *,
+    draws: Flags = DRAWS,
+    edits: Flags | None = None,
+) -> Preset:
+    """A consistency model. middle: the second noise level of two-step sampling."""
+    steps = train.get("end_scales", train.get("start_scales", 39)) + 1
+    mode = train["training_mode"]
+    sample = {
+        "training_mode": mode,
+        "sampler": "onestep",
+        "steps": steps,
+        "sigmas": f"80,{middle:g}",
+        **draws,
+    }
+    return Preset(
+        model=model,
+        scripts={
+            "cm_train": train,
+            "image_sample": sample,
+            "image_edit": {"training_mode": mode, "steps": steps, **(edits or {})},
+        },
+        results=results,
+    )
+
+
+def published(source: str, one: float, two: float | None = None, **of_one: float) -> tuple[Result, ...]:
+    """FID of one and two steps."""
+    return (Result(1, one, source, **of_one), *(() if two is None else (Result(2, two, source),)))
+
+
+# --- the methods ---
+
+ICT: Flags = {
+    "training_mode": "consistency_training",
+    "init": "random",
+    "pairs": "lognormal-grid",
+    "p_mean": -1.1,
+    "p_std": 2.0,
+    "loss_norm": "pseudo-huber",
+    "target_ema_mode": "fixed",
+    "start_ema": 0.0,
+    "scale_mode": "doubling",
+    "start_scales": 10,
+    "end_scales": 1280,
+}
+ECT: Flags = {
+    "training_mode": "consistency_training",
+    "init": "teacher",
+    "pairs": "ratio",
+    "p_mean": -1.1,
+    "p_std": 2.0,
+    "ratio_q": 2.0,
+    "ratio_steps": 25000,
+    "loss_norm": "pseudo-huber",
+    "huber_c": 0.0,
+}
+TCM: Flags = {"training_mode": "tcm", "loss_norm": "pseudo-huber", "huber_c": 1e-8}
+TRIGFLOW: Flags = {"p_mean": -1.0, "p_std": 1.4, "truncate": False, "tangent_warmup": 10000, "tangent_c": 0.1}
+
+
+# --- CIFAR-10 ---
+
+ICT_PAPER = "Song & Dhariwal 2023, Table 2"
+ECT_CODE = "locuslab/ect"
+TCM_PAPER = "Lee et al. 2025, Table 1"
+SCM_PAPER = "Lu & Song 2025, Table 1"
+
+
+def _cifar(train: Flags, **more: Any) -> Flags:
+    return {"seed": 42, "optimizer": "radam", "lr": 1e-4, "random_flip": False, **train, **more}
+
+
+def _cifar_ict(depth: int, results: tuple[Result, ...]) -> Preset:
+    """Their runs mirror images: the text does not say otherwise."""
+    model = {**NCSNPP, "num_res_blocks": depth, "dropout": 0.3, "weight_schedule": "inverse-gap"}
+    train = _cifar(
+        ICT, random_flip=True, global_batch_size=1024, ema_rate="0.99993", total_training_steps=400000
+    )
+    return consistency(model, train, 0.821, results)
+
+
+def _cifar_ect(steps: int, results: tuple[Result, ...], ema: str = "0.9999", **train: Any) -> Preset:
+    """From the weights of EDM's unconditional DDPM++."""
+    model = {**DDPMPP, "dropout": 0.2, "weight_schedule": "inverse-gap", "boundary": "zero"}
+    train = _cifar(ECT, global_batch_size=128, ema_rate=ema, total_training_steps=steps, **train)
+    return consistency(model, train, 0.821, results)
+
+
+def _cifar_tcm() -> dict[str, Preset]:
+    """Stage 1 is ECT with another batch; its r is 0 where the authors have 1e-6."""
+    model = {**DDPMPP, "dropout": 0.2, "weight_schedule": "inverse-gap", "boundary": "zero"}
+    first = _cifar(
+        ECT, truncate=True, ratio_max=0.999, huber_c=1e-8, global_batch_size=512, total_training_steps=400000
+    )
+    second = _cifar(TCM, lr=5e-5, teacher_dropout=0.2, global_batch_size=1024, total_training_steps=200000)
+    return {
+        "cifar10_tcm1": consistency(model, first, 0.821),
+        "cifar10_tcm2": consistency(model, second, 1.0, published(TCM_PAPER, 2.46, 2.05)),
+    }
+
+
+def _cifar_scm(mode: str, dropout: float, results: tuple[Result, ...]) -> Preset:
+    """From a TrigFlow teacher's average: cifar10_trigflow. Half-life of half a million images."""
+    model = {**DDPMPP, "precond": "trigflow", "boundary": "zero", "dropout": dropout}
+    train = _cifar(
+        TRIGFLOW,
+        training_mode=mode,
+        init="teacher",
+        beta2=0.99,
+        global_batch_size=512,
+        ema_rate="0.9992904691232699",
+        total_training_steps=400000,
+    )
+    return consistency(model, train, 0.98238, results)
+
+
+CIFAR10: dict[str, Preset] = {
+    "cifar10_ict": _cifar_ict(4, published(ICT_PAPER, 2.83, 2.46, inception_score=9.54)),
+    "cifar10_ict_deep": _cifar_ict(8, published(ICT_PAPER, 2.51, 2.24, inception_score=9.76)),
+    "cifar10_ect": _cifar_ect(200000, published(ECT_CODE, 3.86, 2.15)),
+    "cifar10_ect_100k": _cifar_ect(100000, published(ECT_CODE, 4.54, 2.20)),
+    "cifar10_ect_400k": _cifar_ect(400000, published(ECT_CODE, 3.60, 2.11)),
+    "cifar10_ect_1hour": _cifar_ect(
+        8000, (Result(2, 2.73, ECT_CODE),), "0.9993", ratio_q=256.0, ratio_steps=0
+    ),
+    **_cifar_tcm(),
+    "cifar10_trigflow": Preset(
+        model={**DDPMPP, "precond": "trigflow", "dropout": 0.13, "weight_schedule": "karras"},
+        scripts={
+            "edm_train": {
+                "seed": 42,
+                "schedule_sampler": "lognormal",
+                "p_mean": -1.0,
+                "p_std": 1.4,
+                "optimizer": "adam",
+                "lr": 1e-3,
+                "global_batch_size": 512,
+                "ema_rate": "0.9992904691232699",
+                "total_training_steps": 400000,
+            },
+            "image_sample": {"training_mode": "edm", "sampler": "heun", "steps": 18, **DRAWS},
+        },
+        results=(Result(35, 2.15, SCM_PAPER),),
+    ),
+    "cifar10_sct": _cifar_scm("sct", 0.2, published(SCM_PAPER, 2.85, 2.06)),
+    "cifar10_scd": _cifar_scm("scd", 0.0, published(SCM_PAPER, 3.66, 2.52)),
+}
+
+
+# --- digits: minutes on two cores ---
+
+
+def _digits(model: Flags, train: Flags, middle: float = 0.821) -> Preset:
+    edits = {"batch_size": EDITING["batch_size"]}
+    return consistency({**DIGITS8, **model}, {**TRAINING, **train}, middle, draws=SAMPLING, edits=edits)
+
+
+HUBER: Flags = {"weight_schedule": "inverse-gap"}
+FROM_ZERO: Flags = {**HUBER, "boundary": "zero"}
+TRIG_DIGITS: Flags = {**SLOW_CLOCK, "boundary": "zero"}
+
+DIGITS: dict[str, Preset] = {
+    "digits_ict": _digits(
+        HUBER,
+        {**ICT, "end_scales": 160, "lr": 1e-3, "ema_rate": "0.99", "total_training_steps": 1500},
+    ),
+    "digits_ect": _digits(
+        FROM_ZERO, {**ECT, "ratio_steps": 100, "lr": 5e-4, "ema_rate": "0.99", "total_training_steps": 800}
+    ),
+    "digits_tcm": _digits(
+        FROM_ZERO,
+        {**TCM, "ratio_q": 64.0, "lr": 5e-4, "ema_rate": "0.99", "total_training_steps": 400},
+        1.0,
+    ),
+    "digits_sct": _digits(
+        TRIG_DIGITS,
+        {
+            **TRIGFLOW,
+            "training_mode": "sct",
+            "init": "teacher",
+            "tangent_warmup": 200,
+            "lr": 5e-4,
+            "ema_rate": "0.99",
+            "total_training_steps": 1000,
+        },
+        0.98238,
+    ),
+    "digits_scd": _digits(
+        TRIG_DIGITS,
+        {
+            **TRIGFLOW,
+            "training_mode": "scd",
+            "init": "teacher",
+            "tangent_warmup": 200,
+            "lr": 5e-4,
+            "ema_rate": "0.99",
+            "total_training_steps": 1000,
+        },
+        0.98238,
+    ),
+}
+
+PRESETS: dict[str, Preset] = {**CIFAR10, **DIGITS}
