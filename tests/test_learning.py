@@ -18,6 +18,7 @@ BARS = {
     ("continuous CD, no stop-gradient", 2): (0.06, 0.9),
     ("continuous CT", 1): (0.06, 0.86),
     ("continuous CT", 2): (0.06, 0.86),
+    **{(method, n): (0.06, 0.86) for method in ("iCT", "ECT", "TCM", "sCT", "sCD") for n in (1, 2)},
 }
 
 

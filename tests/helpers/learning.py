@@ -13,22 +13,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
-from cm.diffusion.weightings import get_snr, get_weightings
+from cm.diffusion.proposals import Proposal
+from cm.diffusion.weightings import pair_weight
 from cm.objectives.base import Objective, Roles
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.continuous import ContinuousObjective
-from cm.objectives.curricula import EmaAndScales, progdist_steps
-from cm.objectives.distances import make_distance
+from cm.objectives.curricula import EmaAndScales, Ratio, progdist_steps
+from cm.objectives.distances import PseudoHuber, make_distance
 from cm.objectives.edm import EDMObjective
-from cm.objectives.pairs import GridPairs
+from cm.objectives.pairs import GridPairs, LogNormalGridPairs, Pairs, RatioPairs
 from cm.objectives.parts import Weight
 from cm.objectives.progressive import ProgressiveObjective
+from cm.objectives.trigflow import Tangent, TrigFlowObjective
+from cm.objectives.truncated import TruncatedObjective, TruncatedPairs
 from cm.runtime import logger
 from cm.sampling.noise import get_generator
 from cm.sampling.registry import run_sampler
@@ -44,9 +47,11 @@ COUNT = 4096  # points that are compared
 STD = 0.15
 ANGLES = torch.arange(4) * math.pi / 2
 CENTRES = 0.6 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+# By what --boundary says of a consistency function; empty: a denoiser
 PRECONDS = {
-    False: EDMPrecond(time_scale=1.0),
-    True: ConsistencyPrecond(time_scale=1.0),
+    "": EDMPrecond(time_scale=1.0),
+    "skip": ConsistencyPrecond(time_scale=1.0),
+    "zero": ConsistencyPrecond(sigma_min=0.0, time_scale=1.0),
 }
 
 
@@ -78,17 +83,17 @@ def on_spots(points: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one objective is trained. boundary: it makes a consistency function, not a denoiser."""
+    """How one objective is trained. teacher: the method whose model it starts from and learns from; empty: none."""
 
     objective: Callable[[], Objective]
     steps: int
     lr: float
-    from_teacher: bool = True
-    boundary: bool = True
+    teacher: str = "EDM"
+    boundary: str = "skip"
 
 
 def _weight(name: str) -> Weight:
-    return lambda t, r=None: get_weightings(name, get_snr(t), 0.5)
+    return lambda t, r=None: pair_weight(name, t, r, 0.5)
 
 
 L2, UNIFORM = make_distance("l2"), _weight("uniform")
@@ -113,18 +118,45 @@ def _continuous(distillation: bool, stop_grad: bool = True) -> Objective:
     return ContinuousObjective(L2, UNIFORM, grid=GRID, distillation=distillation, stop_grad=stop_grad)
 
 
+def _later(pairs: Pairs, c: float, total: int) -> Objective:
+    """iCT and ECT."""
+    schedule = EmaAndScales("fixed", 0.0, "doubling", 10, 160, total, 1)
+    return ConsistencyObjective(
+        schedule, PseudoHuber(c), _weight("inverse-gap"), pairs=pairs, distillation=False
+    )
+
+
+def _truncated() -> Objective:
+    law = Proposal(0.0, 0.2, 0.0, math.log(GRID.sigma_max), df=0.01)
+    pairs = TruncatedPairs(law, Ratio(16.0, 0))
+    return TruncatedObjective(PseudoHuber(0.03), _weight("inverse-gap"), pairs=pairs)
+
+
+def _trigflow(mode: str, length: float) -> Objective:
+    law = Proposal(-1.0, 1.4, math.log(GRID.sigma_min), math.log(GRID.sigma_max))
+    tangent = Tangent(warmup=round(100 * length), mode=mode)
+    return TrigFlowObjective(law, tangent, distillation=mode == "scd")
+
+
 def recipes(length: float = 1.0) -> dict[str, Recipe]:
     """Method -> recipe."""
+    ict = LogNormalGridPairs(GRID, -1.1, 2.0)
+    ect = RatioPairs(Proposal(-1.1, 2.0), Ratio(2.0, round(100 * length)))
     return {
-        "EDM": Recipe(_edm, 1000, 1e-2, from_teacher=False, boundary=False),
+        "EDM": Recipe(_edm, 1000, 1e-2, teacher="", boundary=""),
         "CD": Recipe(partial(_consistency, 18, 0.0, distillation=True), 800, 6e-3),
-        "CT": Recipe(partial(_consistency, 80, 0.5, distillation=False), 1500, 1e-2, from_teacher=False),
-        "PD": Recipe(partial(_progressive, length), progdist_steps(16, STAGE), 5e-3, boundary=False),
+        "CT": Recipe(partial(_consistency, 80, 0.5, distillation=False), 1500, 1e-2, teacher=""),
+        "PD": Recipe(partial(_progressive, length), progdist_steps(16, STAGE), 5e-3, boundary=""),
         "continuous CD": Recipe(partial(_continuous, distillation=True), 400, 3e-3),
         "continuous CD, no stop-gradient": Recipe(
             partial(_continuous, distillation=True, stop_grad=False), 400, 3e-3
         ),
         "continuous CT": Recipe(partial(_continuous, distillation=False), 500, 3e-3),
+        "iCT": Recipe(partial(_later, ict, -1.0, round(1500 * length)), 1500, 1e-2, teacher=""),
+        "ECT": Recipe(partial(_later, ect, 0.03, 1), 600, 3e-3, boundary="zero"),
+        "TCM": Recipe(_truncated, 300, 2e-3, teacher="ECT", boundary="zero"),
+        "sCT": Recipe(partial(_trigflow, "sct", length), 600, 3e-3, boundary="zero"),
+        "sCD": Recipe(partial(_trigflow, "scd", length), 500, 3e-3, boundary="zero"),
     }
 
 
@@ -134,6 +166,7 @@ SAMPLINGS: dict[str, tuple[tuple[int, str, int, list[int] | None], ...]] = {
     "PD": ((1, "progdist", 1, None),),
 }
 ONE_AND_TWO = ((1, "onestep", 18, None), (2, "multistep", 18, [0, 11, 17]))
+SAMPLINGS["TCM"] = ((1, "onestep", 18, None), (2, "multistep", 18, [0, 7, 17]))  # not below t' = 1
 
 
 def batches() -> Iterator[tuple[Tensor, dict]]:
@@ -144,12 +177,13 @@ def batches() -> Iterator[tuple[Tensor, dict]]:
         step += 1
 
 
-def train(recipe: Recipe, teacher: nn.Module | None, length: float = 1.0) -> Denoiser:
+def train(recipe: Recipe, teacher: Denoiser | None, length: float = 1.0) -> Denoiser:
     """The averaged model after `length` times a recipe's steps."""
     steps = round(recipe.steps * length)
     objective = recipe.objective()
     torch.manual_seed(0)
-    student = copy.deepcopy(teacher) if recipe.from_teacher else PointNet()
+    student = copy.deepcopy(teacher.net) if teacher else PointNet()
+    objective.attach(student)
     precond = PRECONDS[recipe.boundary]
     with tempfile.TemporaryDirectory() as folder:
         logger.configure(folder, ["json"])
@@ -157,7 +191,7 @@ def train(recipe: Recipe, teacher: nn.Module | None, length: float = 1.0) -> Den
             roles=Roles(
                 Denoiser(student, precond),
                 Denoiser(copy.deepcopy(student), precond) if objective.needs_target else None,
-                Denoiser(copy.deepcopy(teacher), PRECONDS[False]) if objective.needs_teacher else None,
+                copy.deepcopy(teacher) if objective.needs_teacher else None,
             ),
             objective=objective,
             data=batches(),
@@ -209,12 +243,10 @@ class Row:
 
 def learn(length: float = 1.0) -> Iterator[Row]:
     """Train every recipe, the teacher first, and measure its samples."""
-    teacher = None
+    models: dict[str, Denoiser] = {}
     for method, recipe in recipes(length).items():
         start = time.perf_counter()
-        model = train(recipe, teacher, length)
-        if teacher is None:
-            teacher = model.net
+        models[method] = model = train(recipe, models.get(recipe.teacher), length)
         seconds = time.perf_counter() - start
         for evaluations, *sampling in SAMPLINGS.get(method, ONE_AND_TWO):
             points = sample(model, *sampling)

@@ -25,10 +25,12 @@ from cm.runtime import distributed, logger
 from cm.sampling.consistency import sample_multistep, sample_onestep
 from cm.sampling.ode import sample_euler, sample_heun
 from cm.seeding import StepRandom
+from cm.storage.saver import Saver
 from cm.storage.weights import LOSS_MODULE, load_weights
 from cm.training.factory import create_objective
 from cm.training.learning_rate import LearningRate
-from cm.training.trainer import Optimization, Reporting, Trainer
+from cm.training.options import BatchSize, Optimization, Reports
+from cm.training.trainer import Trainer
 from tests.helpers import later
 from tests.helpers.analytic import free
 from tests.helpers.continuous_functions import Function
@@ -535,16 +537,16 @@ def make_trainer(run_dir, mode="scd", microbatch=-1, steps=3, adaptive=True, **t
     )
     objective.attach(student)
     return Trainer(
-        student=student,
+        roles=Roles(
+            Denoiser(student, ZERO),
+            teacher=Denoiser(tiny_unet(), EDMPrecond(SD, 1.0)) if mode == "scd" else None,
+        ),
         objective=objective,
         data=batches(),
-        global_batch_size=5,
+        batch=BatchSize(5, microbatch),
         optimization=Optimization(LearningRate(1e-3), optimizer="adam", eps=1e-2, ema_rate="0.9"),
-        reporting=Reporting(run_dir, log_interval=1, save_interval=-1),
-        student_precond=ZERO,
-        teacher=tiny_unet() if mode == "scd" else None,
-        teacher_precond=EDMPrecond(SD, 1.0),
-        microbatch=microbatch,
+        saver=Saver(run_dir),
+        reports=Reports(log_interval=1, save_interval=-1),
         total_steps=steps,
     )
 

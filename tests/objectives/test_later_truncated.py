@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cm.commands.cli import parse_config
-from cm.commands.train import load_teacher
 from cm.config.inherit import adopt_teacher
 from cm.config.scripts import CmTrainConfig
 from cm.diffusion.denoiser import Denoiser
@@ -23,6 +22,7 @@ from cm.objectives.pairs import draw_level, lower_level
 from cm.objectives.truncated import LOWEST, TruncatedObjective, TruncatedPairs
 from cm.seeding import StepRandom
 from cm.training.factory import create_objective
+from cm.training.roles import load_teacher
 from tests.helpers import later
 from tests.helpers.golden_data import later as golden
 from tests.helpers.models import save_consistency_model
@@ -209,20 +209,20 @@ def test_stage_one_must_be_a_consistency_model_with_the_same_boundary(tmp_path):
     ect = {"training_mode": "consistency_training", "pairs": "ratio", "loss_norm": "pseudo-huber"}
     save_consistency_model(stage1, boundary="zero", **ect)
     c = config("--teacher_model_path", str(stage1))
-    assert adopt_teacher(c, load_teacher(c).config, str(stage1)) == c
+    assert adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(stage1)) == c
     save_consistency_model(skip, training_mode="consistency_training", loss_norm="l2")
     c = config("--teacher_model_path", str(skip))
     with pytest.raises(UserError, match=r"identity at another noise level.*--boundary skip, not zero"):
-        adopt_teacher(c, load_teacher(c).config, str(skip))
+        adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(skip))
     save_consistency_model(
         denoiser, training_mode="progdist", scale_mode="progdist", start_scales=4, loss_norm="l2"
     )
     with pytest.raises(UserError, match=r"was trained by progdist; a teacher is a consistency model"):
-        load_teacher(config("--teacher_model_path", str(denoiser)))
+        load_teacher(str(denoiser), "consistency")
     save_consistency_model(stage1, boundary="zero", training_mode="tcm", loss_norm="pseudo-huber")
     c = config("--teacher_model_path", str(stage1))
     with pytest.raises(UserError, match="by tcm itself, above its transition_t only"):
-        adopt_teacher(c, load_teacher(c).config, str(stage1))
+        adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(stage1))
 
 
 def test_without_stage_one(tmp_path):
