@@ -12,15 +12,9 @@ from cm.config.parsing import parse_weights
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.storage import filesystem, mirror
-<<<<<<< HEAD
 from cm.storage.checkpoint import newest_checkpoint
 from cm.storage.filesystem import cache_locally, is_remote
-from cm.storage.weights import file_sha256, load_weights, map_tensors
-=======
-from cm.storage.checkpoint import MANIFEST, complete_checkpoints
-from cm.storage.filesystem import is_remote
 from cm.storage.weights import file_sha256, load_weights, map_tensors, without_loss
->>>>>>> 2c0405e (iCT, ECT, TCM, sCT and sCD as rows: pairs, distance, N(k), truncated stage, TrigFlow tangents; golden and closed-form tests)
 
 _EMA_FILE = re.compile(r"^ema_(.+)_(\d+)\.pt$")
 
@@ -72,7 +66,6 @@ def _find(model_path: str, weights: str, flag: str) -> tuple[str, str]:
     return distributed.on_main(lambda: find(model_path, weights, flag))
 
 
-<<<<<<< HEAD
 def _find_on_disk(path: str, weights: str, flag: str) -> tuple[str, str]:
     if os.path.isfile(path):
         return _single_file(path, weights, flag)
@@ -83,11 +76,6 @@ def _find_on_disk(path: str, weights: str, flag: str) -> tuple[str, str]:
         raise UserError(f"{path} holds no complete checkpoint (--{flag})")
     name, kind = choose_weights((file.name for file in checkpoint.glob("*.pt")), weights, str(checkpoint))
     return str(checkpoint / name), kind
-=======
-def _read(path: str, kind: str) -> ModelFile:
-    state, meta = load_weights(path)
-    return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
->>>>>>> 2c0405e (iCT, ECT, TCM, sCT and sCD as rows: pairs, distance, N(k), truncated stage, TrigFlow tangents; golden and closed-form tests)
 
 
 def _find_in_bucket(path: str, weights: str, flag: str) -> tuple[str, str]:
@@ -110,7 +98,7 @@ def _single_file(path: str, weights: str, flag: str) -> tuple[str, str]:
 
 def _read(path: str, kind: str) -> ModelFile:
     state, meta = load_weights(path)
-    return ModelFile(path, kind, state, (meta or {}).get("config"))
+    return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
 
 
 def _kind_of(name: str) -> str:
