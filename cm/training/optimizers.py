@@ -1,6 +1,7 @@
 """Optimizers by name, and the shape of their state."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def state_per_parameter(state: dict[int, dict], shapes: list[torch.Size]) -> dic
     """An optimizer's state {parameter number: moments} with every moment in its parameter's shape.
 
     The original's fp16 runs step on two flat tensors, of all parameters with at most one dimension and of all others,
-    each in parameter order; they are cut up here. ValueError when the state is neither that nor one entry for each.
+    each in parameter order; they are cut up here. No tensor is shared between parameters: optimizers count steps in
+    place. ValueError when the state is neither that nor one entry for each.
     """
     if len(state) == 2 < len(shapes):
         groups = [
@@ -47,7 +49,11 @@ def state_per_parameter(state: dict[int, dict], shapes: list[torch.Size]) -> dic
                 raise ValueError(
                     f"{key} of parameter {number} has shape {tuple(value.shape)}, not {tuple(shapes[number])}"
                 )
-    return state
+    return {number: {key: _own(value) for key, value in moments.items()} for number, moments in state.items()}
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def _cut(flat: dict, group: list[int], shapes: list[torch.Size]) -> dict[int, dict]:

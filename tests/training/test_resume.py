@@ -1,5 +1,6 @@
 """Going on with a run: which checkpoint is taken, what must not have changed, and that nothing of it shows."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from cm.storage import checkpoint
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import file_sha256, load_weights, save_weights
 from cm.tools.torture import compare
-from cm.training.optimizers import state_per_parameter
+from cm.training.optimizers import make_optimizer, state_per_parameter
 from tests.helpers import golden_data
 from tests.helpers.models import tiny_unet
 
@@ -307,6 +308,51 @@ def test_flat_moments_of_an_fp16_run_go_to_the_parameters_by_the_golden_order():
         assert (cut[number]["exp_avg_sq"] == value[name] ** 2).all()
 
 
+@pytest.mark.parametrize("steps", [2, 9], ids=["in the warm-up", "after it"])
+@pytest.mark.parametrize("name", ["radam", "adamw"])
+def test_a_flat_state_of_tensors_goes_on_as_the_original_would(name, steps):
+    """Two flat masters with step counters that are tensors, as torch 2 writes them, against one per parameter."""
+    shapes = [(3,), (4, 3), (5,), (2, 4, 1), (6,)]
+    groups = [[i for i, s in enumerate(shapes) if (len(s) <= 1) == vectors] for vectors in (True, False)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=generator) for s in shapes]
+    gradients = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(steps + 5)]
+
+    def flat(tensors):
+        return [torch.cat([tensors[i].flatten() for i in group]) for group in groups]
+
+    masters = [torch.nn.Parameter(t) for t in flat(start)]
+    original = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}[name](masters, lr=0.01)
+
+    def original_step(k):
+        for master, gradient in zip(masters, flat(gradients[k])):
+            master.grad = gradient
+        original.step()
+
+    for k in range(steps):
+        original_step(k)
+    content = copy.deepcopy(original.state_dict())
+    masters_then = [m.detach().clone() for m in masters]
+    params = [torch.nn.Parameter(torch.empty(s)) for s in shapes]
+    with torch.no_grad():
+        for group, master in zip(groups, masters_then):
+            for i, piece in zip(group, master.split([params[i].numel() for i in group])):
+                params[i].copy_(piece.view(shapes[i]))
+    ours = make_optimizer(name, params, lr=0.01, weight_decay=original.defaults["weight_decay"])
+    cut = state_per_parameter(content["state"], [p.shape for p in params])
+    ours.load_state_dict({"state": cut, "param_groups": ours.state_dict()["param_groups"]})
+    for k in range(steps, steps + 5):
+        original_step(k)
+        for p, gradient in zip(params, gradients[k]):
+            p.grad = gradient
+        ours.step()
+    counters = [ours.state[p]["step"] for p in params]
+    assert [int(c) for c in counters] == [steps + 5] * len(params)
+    assert len({c.data_ptr() for c in counters}) == len(params)
+    for master, before, result in zip(masters, masters_then, flat([p.detach() for p in params])):
+        torch.testing.assert_close(result, master, rtol=0, atol=1e-3 * (master - before).abs().max().item())
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_moments_of_another_network_are_refused(number):
     model = tiny_unet()
@@ -323,29 +369,29 @@ def test_moments_of_another_network_are_refused(number):
 
 
 def test_an_fp16_run_of_the_original_goes_on_with_its_moments(data, tmp_path):
-    """model, averages and optimizer files side by side, the optimizer over two flat tensors of an older torch."""
+    """model, averages and optimizer files side by side, the optimizer over two flat tensors."""
     run = train(data, tmp_path / "run", script=EdmTrainConfig, flags=FLAGS)
-    folder = complete_checkpoints(run)[-1]
+    folder = complete_checkpoints(run)[0]  # within RAdam's warm-up
     original = tmp_path / "original"
     original.mkdir()
     for name in ("model", "ema_0.9_"):
-        save_weights(original / f"{name}000005.pt", load_weights(folder / f"{name}000005.pt")[0])
-    optimizer = load_weights(folder / "opt000005.pt")[0]
-    shapes = [p.shape for p in load_weights(folder / "model000005.pt")[0].values()]
+        save_weights(original / f"{name}000002.pt", load_weights(folder / f"{name}000002.pt")[0])
+    optimizer = load_weights(folder / "opt000002.pt")[0]
+    shapes = [p.shape for p in load_weights(folder / "model000002.pt")[0].values()]
     moments = [optimizer["state"][i] for i in range(len(shapes))]
     groups = [[m for m in moments if m["exp_avg"].ndim <= 1], [m for m in moments if m["exp_avg"].ndim > 1]]
     flat = {
         i: {
-            "step": 5,
+            "step": torch.tensor(2.0),
             "exp_avg": torch.cat([m["exp_avg"].flatten() for m in group]),
             "exp_avg_sq": torch.cat([m["exp_avg_sq"].flatten() for m in group]),
         }
         for i, group in enumerate(groups)
     }
     param_groups = [{"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.5, "params": [0, 1]}]
-    save_weights(original / "opt000005.pt", {"state": flat, "param_groups": param_groups})
+    save_weights(original / "opt000002.pt", {"state": flat, "param_groups": param_groups})
     more = ("--total_training_steps", "6")
-    flags = ("--resume_checkpoint", str(original / "model000005.pt"))
+    flags = ("--resume_checkpoint", str(original / "model000002.pt"))
     again = train(data, tmp_path / "again", *more, *flags, script=EdmTrainConfig, flags=FLAGS)
     straight = train(data, tmp_path / "straight", *more, script=EdmTrainConfig, flags=FLAGS)
     for name in ("model000006.pt", "ema_0.9_000006.pt"):
