@@ -131,7 +131,7 @@ class Flax:
         return self.conv(self.number("Conv"), swish(self.norm(self.number("GroupNorm"), h)), x.shape[-1])
 
     def tree(self) -> dict:
-        """The parameters as nested dicts."""
+        """The parameters as nested dicts with sorted keys: every operation of JAX on a tree sorts them as text."""
         root: dict = {}
         for path, array in self.params.items():
             *parents, leaf = path.split("/")
@@ -139,7 +139,12 @@ class Flax:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = array
-        return root
+        return in_order(root)
+
+
+def in_order(tree: object) -> object:
+    """Nested dicts with their keys sorted."""
+    return {key: in_order(tree[key]) for key in sorted(tree)} if isinstance(tree, dict) else tree
 
 
 def swish(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from cm.storage.weights import load_weights
 from cm.tools.convert import jax_cifar
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.layout import architecture
-from tests.helpers.flax_reference import Flax
+from tests.helpers.flax_reference import Flax, in_order
 
 msgpack = pytest.importorskip("msgpack")
 
@@ -36,7 +36,7 @@ def write(path, net: Flax, **changes) -> str:
         "rng_state": np.array([0, 42], np.uint32),
         **changes,
     }
-    path.write_bytes(msgpack.packb(state, default=pack, strict_types=True))
+    path.write_bytes(msgpack.packb(in_order(state), default=pack, strict_types=True))
     return str(path)
 
 
@@ -77,6 +77,19 @@ def test_converted_file_carries_its_configuration(tmp_path, example):
     assert config["network"] == example[0]
     with pytest.raises(UserError, match="does not say how it was trained: give --training_mode"):
         convert(Source(path), str(tmp_path / "other.pt"), "cm", {})
+
+
+def test_a_network_with_ten_blocks_and_more_is_placed(tmp_path):
+    """Sorted as text, block 10 stands before block 2."""
+    flax = Flax(blocks=2)
+    x, c_noise = np.random.RandomState(2).standard_normal((1, 32, 32, 3)), np.array([0.3])
+    expected = flax(x, c_noise)
+    state, config = READERS["jax"](Source(write(tmp_path / "c", flax)))
+    net = build_network(architecture(config)).eval()
+    net.load_state_dict(state)
+    with torch.no_grad():
+        out = net(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2), torch.tensor(c_noise).float())
+    np.testing.assert_allclose(out.permute(0, 2, 3, 1).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_wanted_weights_are_read(tmp_path):

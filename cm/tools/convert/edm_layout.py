@@ -48,7 +48,8 @@ def is_edm(state: State) -> bool:
 
 def identify(state: State, source: str) -> Config:
     """Model flags of a network in EDM's layout, from the names and shapes of its tensors."""
-    sides = list(dict.fromkeys(int(m[1]) for n in state if (m := re.match(r"enc\.(\d+)x\1_", n))))
+    # Finest first, whatever the order of the tensors: a tree of JAX is sorted by name.
+    sides = sorted({int(m[1]) for n in state if (m := re.match(r"enc\.(\d+)x\1_", n))}, reverse=True)
     first = f"enc.{sides[0]}x{sides[0]}" if sides else ""
     if f"{first}_conv.weight" not in state:
         raise UserError(f"{source} has no first convolution: it is not one of EDM's networks")
