@@ -163,11 +163,18 @@ PRECONDS: Registry[Precond] = Registry(
         "iddpm": Precond(
             make="cm.diffusion.precond:iddpm_column",
             span=(0.0064, 20291.2),
-            model={"sigma_min": 0.0065},
+            model={"sigma_min": 0.006425412771141183},
             training={"schedule_sampler": "iddpm", "weight_schedule": "snr"},
         ),
         # A network that was trained in TrigFlow's coordinates
         "trigflow": Precond(make="cm.diffusion.precond:trigflow_column"),
+        # The levels of t = 0 and 999
+        "ddpm": Precond(
+            make="cm.diffusion.precond:ddpm_column",
+            span=(0.01, 157.41),
+            model={"sigma_min": 0.010000500037503126},
+            training={"schedule_sampler": "ddpm", "weight_schedule": "snr"},
+        ),
     },
 )
 
@@ -214,6 +221,7 @@ NOISE_LEVELS: Registry[NoiseLevels] = Registry(
         "vp": NoiseLevels(make="cm.diffusion.noise_levels:vp_levels"),
         "ve": NoiseLevels(make="cm.diffusion.noise_levels:ve_levels"),
         "iddpm": NoiseLevels(make="cm.diffusion.noise_levels:iddpm_uniform_levels"),
+        "ddpm": NoiseLevels(make="cm.diffusion.noise_levels:ddpm_uniform_levels"),
     },
 )
 

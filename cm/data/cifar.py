@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from cm.data.unpickle import RestrictedUnpickler, one_line
 from cm.errors import UserError
+from cm.storage.unpickle import RestrictedUnpickler, one_line
 
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _SIDE = 32
@@ -119,17 +119,9 @@ class _Uint8:
         """Byte order and alignment, which mean nothing for single bytes."""
 
 
-def _latin1_bytes(text: str, encoding: str | bytes = "latin1") -> bytes:
-    """Stands in for _codecs.encode, by which Python 3 writes bytes into old pickle protocols."""
-    if encoding not in ("latin1", b"latin1"):
-        raise UserError("refused: unexpected text encoding in it")
-    return text.encode("latin1")
-
-
 _STAND_INS = {
     ("numpy", "ndarray"): "a name that _reconstruct is given, never called",
     ("numpy", "dtype"): _Uint8,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("_codecs", "encode"): _latin1_bytes,
 }

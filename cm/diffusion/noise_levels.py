@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.grid import karras_sigma
-from cm.diffusion.noise_schedules import VPSchedule, iddpm_levels
+from cm.diffusion.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels
 from cm.errors import UserError
 from cm.seeding import StepRandom
 
@@ -263,9 +263,17 @@ def ve_levels(source: Any) -> UniformTimeSampler:
 
 def iddpm_uniform_levels(source: Any = None) -> UniformTimeSampler:
     """sigma = u_j with j ~ U{0..M-1} (Karras et al. 2022, Table 1, column iDDPM + DDIM)."""
+    return _uniform_over(iddpm_levels)
 
+
+def ddpm_uniform_levels(source: Any = None) -> UniformTimeSampler:
+    """The noise level of a step t ~ U{0..M-1} of DDPM's linear schedule (Ho et al. 2020, Algorithm 1)."""
+    return _uniform_over(ddpm_levels)
+
+
+def _uniform_over(known: Callable[..., Tensor]) -> UniformTimeSampler:
     def level(u: Tensor) -> Tensor:
-        levels = iddpm_levels(device=u.device)
+        levels = known(device=u.device)
         return levels[(u * len(levels)).long()]
 
     return UniformTimeSampler(level)

@@ -2,7 +2,8 @@
 
 A preconditioning is a frozen dataclass that maps noise levels sigma (B,) to four coefficients (B,). It knows no
 network. `time_scale` is the network's clock: c_noise = time_scale * ln(sigma) / 4 (1000 for the ADM U-Net with its
-sinusoidal embedding, 1 for NCSN++ and DDPM++). The columns VP, VE and iDDPM of EDM's Table 1 have clocks of their own.
+sinusoidal embedding, 1 for NCSN++ and DDPM++). The columns VP, VE and iDDPM of EDM's Table 1, and DDPM's
+linear schedule, have clocks of their own.
 """
 
 import math
@@ -250,8 +251,13 @@ def iddpm_column(sigma_data: float, time_scale: float) -> Precond:
     return IDDPMPrecond()
 
 
+def ddpm_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row ddpm; its clock counts the levels that it was trained on."""
+    return DDPMPrecond()
+
+
 def denoiser_precond(name: str, *, sigma_data: float = 0.5, time_scale: float = 1000.0) -> Precond:
-    """Preconditioning of a denoiser by its row of PRECONDS: edm, vp, ve, iddpm ..."""
+    """Preconditioning of a denoiser by its row of PRECONDS: edm, vp, ve, iddpm, ddpm ..."""
     return PRECONDS.load(name)(sigma_data, time_scale)
 
 

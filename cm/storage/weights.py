@@ -8,7 +8,6 @@ other code looks for (`model000123.pt`) are in this format.
 import hashlib
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,8 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.runtime.files import whole_file
 from cm.storage.filesystem import cache_locally
+from cm.storage.torch_format import check_size, read_torch
+from cm.storage.unpickle import Refused
 
 META_MEMBER = "extra/cm.json"
 
@@ -79,34 +80,20 @@ def load_weights(
     if not os.path.isfile(local):
         raise UserError(f"no such weights file: {path}")
     try:
-        _check_zip(local)
-        state = torch.load(local, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+        state = read_torch(local)
+        check_size(state, os.path.getsize(local), "it")
+        state = map_tensors(state, lambda tensor: tensor.to(map_location))
+    except Refused as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values, or is damaged; it was not loaded ({_first_line(error)})"
+            f"{path} holds more than tensors and plain values; it was not loaded ({error})"
         ) from None
-    except Exception as error:  # damaged bytes make torch and zipfile raise almost anything
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes make pickle, zipfile and torch raise almost anything
         raise UserError(f"{path} is not a readable weights file ({_first_line(error)})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state, read_meta(local)
-
-
-def _check_zip(path: str) -> None:
-    """Refuse a zip that would unpack to more than its size, or whose bytes do not have the checksums they should."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in members:
-            if member.filename.startswith("/") or ".." in member.filename.split("/"):
-                raise zipfile.BadZipFile(f"its member {member.filename!r} leads out of the file")
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        # torch never compresses. Members that overlap in the file count twice here.
-        if not stored or sum(member.file_size for member in members) > os.path.getsize(path):
-            raise zipfile.BadZipFile("it would unpack to more than its size, as no file of torch does")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}: the file is damaged")
 
 
 def _first_line(error: Exception) -> str:

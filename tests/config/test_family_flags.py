@@ -10,10 +10,11 @@ from cm.commands.cli import parse_config
 from cm.commands.sample import noise_levels
 from cm.config.rows import NOISE_LEVELS, PRECONDS
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig
-from cm.diffusion.noise_schedules import VPSchedule, iddpm_levels
+from cm.diffusion.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels
 from cm.diffusion.precond import (
     BoundaryPrecond,
     ConsistencyPrecond,
+    DDPMPrecond,
     IDDPMPrecond,
     VEPrecond,
     VPPrecond,
@@ -42,6 +43,12 @@ def test_spans_of_the_columns():
         pytest.approx(u[-1].item(), rel=5e-3),
         pytest.approx(u[0].item(), rel=1e-5),
     )
+    for name, levels in {"iddpm": iddpm_levels(), "ddpm": ddpm_levels()}.items():
+        low, high = PRECONDS[name].span
+        assert low <= levels[-1] and levels[0] <= high
+        config = parse_config(EdmTrainConfig, ["--precond", name])
+        assert config.schedule_sampler == name
+        assert config.sigma_min == pytest.approx(levels[-1].item(), rel=1e-12)  # the lowest level itself
     refuses(
         "--sigma_max 80.0 leave .* --precond iddpm",
         lambda: parse_config(SampleConfig, ["--precond", "iddpm"]),
@@ -50,7 +57,7 @@ def test_spans_of_the_columns():
         "--boundary piecewise",
         lambda: parse_config(CmTrainConfig, ["--precond", "vp", "--boundary", "piecewise"]),
     )
-    refuses("--precond must be one of", lambda: parse_config(EdmTrainConfig, ["--precond", "ddpm"]))
+    refuses("--precond must be one of", lambda: parse_config(EdmTrainConfig, ["--precond", "cosine"]))
 
 
 def test_the_factory_builds_the_columns():
@@ -63,7 +70,8 @@ def test_the_factory_builds_the_columns():
     assert ve == [VEPrecond(250.0), VEPrecond(1.0)]
     student = create_precond(CmTrainConfig(precond="vp"), consistency=True)
     assert student == BoundaryPrecond(VPPrecond(), ConsistencyPrecond())
-    for name in ("vp", "ve", "iddpm"):
+    assert create_precond(EdmTrainConfig(precond="ddpm"), consistency=False) == DDPMPrecond()
+    for name in ("vp", "ve", "iddpm", "ddpm"):
         assert hasattr(NOISE_LEVELS.load(name)(EdmTrainConfig()), "level")
 
 

@@ -10,9 +10,10 @@ from cm.config.choices import NOISE_SCHEDULES, STATE_SCALES
 from cm.config.rows import PRECONDS, TIME_STEPS
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import karras_sigmas
-from cm.diffusion.noise_levels import iddpm_uniform_levels, ve_levels, vp_levels
+from cm.diffusion.noise_levels import ddpm_uniform_levels, iddpm_uniform_levels, ve_levels, vp_levels
 from cm.diffusion.noise_schedules import (
     VPSchedule,
+    ddpm_levels,
     iddpm_levels,
     nearest_level,
 )
@@ -114,14 +115,14 @@ def test_the_exact_network_gives_the_exact_denoiser(name):
     """F from the definition of each column, on Gaussian data; the network sees its scaled input and its clock."""
     sigma = double(0.013, 0.6, 7.0, 75.0)
     precond = denoiser_precond(name)
-    if name == "iddpm":
-        sigma = precond.round_sigma(sigma)
+    sigma = precond.round_sigma(sigma)
     clocks = {
         "edm": lambda c: torch.exp(c / 250),
         "vp": lambda c: VPSchedule().sigma(c / 999),
         "ve": lambda c: 2 * torch.exp(c / 250),
         "iddpm": lambda c: iddpm_levels()[(999 - c).long()],
         "trigflow": lambda c: 0.5 * torch.tan(c),
+        "ddpm": lambda c: ddpm_levels()[(999 - c).long()],
     }
 
     def net(x_in, clock):
@@ -159,13 +160,14 @@ def test_iddpms_smooth_clock_meets_the_levels_and_rises_between_them():
         assert precond.smooth() == precond
 
 
-def test_only_iddpm_rounds():
+def test_only_discrete_columns_round():
     sigma = double(79.9, 0.5, 0.0)
     for name in PRECONDS:
         rounded = denoiser_precond(name).round_sigma(sigma)
-        if name == "iddpm":
-            nearest = (iddpm_levels()[:, None] - sigma[:2]).abs().argmin(0)
-            torch.testing.assert_close(rounded, torch.cat([iddpm_levels()[nearest], double(0.0)]))
+        if known := {"iddpm": iddpm_levels, "ddpm": ddpm_levels}.get(name):
+            levels = known()
+            nearest = (levels[:, None] - sigma[:2]).abs().argmin(0)
+            torch.testing.assert_close(rounded, torch.cat([levels[nearest], double(0.0)]))
         else:
             assert torch.equal(rounded, sigma)
 
@@ -186,8 +188,8 @@ def test_consistency_functions_of_the_other_columns(name, dtype):
 
 
 def test_unknown_columns():
-    with pytest.raises(UserError, match="precond must be one of edm, vp, ve, iddpm"):
-        denoiser_precond("ddpm")
+    with pytest.raises(UserError, match="precond must be one of edm, vp, ve, iddpm, ddpm"):
+        denoiser_precond("cosine")
     with pytest.raises(UserError, match="--boundary piecewise"):
         boundary_precond("piecewise", sigma_data=0.5, sigma_min=0.02, time_scale=1.0, column="vp")
 
@@ -206,10 +208,11 @@ def test_noise_distributions():
     logs = ve_levels(SimpleNamespace(sigma_min=0.02, sigma_max=100.0)).draw(random)[0].log()
     assert logs.min() >= math.log(0.02) - 1e-5 and logs.max() <= math.log(100) + 1e-5
     assert logs.mean().item() == pytest.approx(math.log(0.02 * 100) / 2, abs=0.1)
-    levels = iddpm_uniform_levels().draw(random)[0]
-    chosen = nearest_level(iddpm_levels(), levels.double())
-    assert torch.allclose(iddpm_levels()[chosen].float(), levels)
-    assert chosen.min() == 0 and chosen.max() == 999 and abs(chosen.double().mean().item() - 499.5) < 10
+    for sampler, known in ((iddpm_uniform_levels(), iddpm_levels()), (ddpm_uniform_levels(), ddpm_levels())):
+        levels = sampler.draw(random)[0]
+        chosen = nearest_level(known, levels.double())
+        assert torch.allclose(known[chosen].float(), levels)
+        assert chosen.min() == 0 and chosen.max() == 999 and abs(chosen.double().mean().item() - 499.5) < 10
 
 
 # ---- the general sampler -------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import pickletools
+import struct
 import sys
 import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from cm.tools.convert.formats import READERS, Source, convert, detect
 from tests.helpers import edm_reference as reference
 from tests.helpers import golden_data
 from tests.helpers.convert_models import adm, assert_same, flags, network
+from tests.helpers.memory import at_most
 
 
 def edm_adm(**given) -> dict:
@@ -147,7 +151,9 @@ def persistent(module: nn.Module, name: str = "", **state) -> Persistent:
 
     modules = {n: wrap(c) for n, c in module._modules.items()}
     own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers), "_modules": modules}
-    return Persistent(name or type(module).__name__, {**own, "training": False, **state})
+    # EDM keeps its constants as numpy's scalars.
+    constants = {"skip_scale": np.sqrt(0.5), "_init_kwargs": {"init": {"init_weight": np.sqrt(0.2)}}}
+    return Persistent(name or type(module).__name__, {**own, "training": False, **constants, **state})
 
 
 @pytest.fixture
@@ -174,7 +180,9 @@ def snapshot(module: nn.Module, precond: str = "EDMPrecond", **state) -> dict:
     """What network-snapshot-*.pkl holds."""
     holder = nn.Module()
     holder.model = module
-    ema = persistent(holder, precond, sigma_min=0, sigma_max=float("inf"), sigma_data=0.5, **state)
+    ema = persistent(
+        holder, precond, **{"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5, **state}
+    )
     return {
         "ema": ema,
         "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
@@ -237,6 +245,54 @@ def test_pickles_of_the_other_columns_keep_their_preconditioning(name, column, t
     assert model.denoiser.precond == denoiser_precond(column, time_scale=1.0)
 
 
+# Constants of each class as EDM's constructor leaves them on the object
+CONSTANTS = {
+    "VPPrecond": dict(beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5, sigma_min=0.001, sigma_max=152.2),
+    "VEPrecond": dict(sigma_min=0.02, sigma_max=100),
+    "iDDPMPrecond": dict(C_1=0.001, C_2=0.008, M=1000, sigma_min=0.0064254, sigma_max=20291.2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("VPPrecond", (0.002, 80)), ("VEPrecond", (0.02, 100)), ("iDDPMPrecond", (0.006425413, 80))],
+)
+def test_pickles_keep_the_noise_levels_of_their_network(name, expected, tmp_path, edm_modules):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(network(song("ddpmpp")), name, **CONSTANTS[name])))
+    convert(Source(str(path)), str(tmp_path / "edm.pt"), "cm", {})
+    config = load_weights(tmp_path / "edm.pt")[1]["config"]
+    assert (config["sigma_min"], config["sigma_max"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "value"),
+    [
+        ("VPPrecond", "beta_d", 10.0),
+        ("VPPrecond", "beta_min", 0.5),
+        ("VPPrecond", "M", 500),
+        ("VPPrecond", "epsilon_t", 1e-4),
+        ("iDDPMPrecond", "M", 200),
+        ("iDDPMPrecond", "C_1", 0.01),
+        ("iDDPMPrecond", "C_2", 0.02),
+    ],
+)
+def test_other_constants_of_a_preconditioning_are_refused(name, constant, value, tmp_path, edm_modules):
+    path = tmp_path / "edm.pkl"
+    constants = {**CONSTANTS[name], constant: value}
+    path.write_bytes(pickle.dumps(snapshot(network(song("ddpmpp")), name, **constants)))
+    with pytest.raises(UserError, match=rf"has {name}\({constant}={value:g}\); --precond \w+ has"):
+        READERS["edm"](Source(str(path)))
+
+
+@pytest.mark.parametrize("value", ["0.5", float("nan"), None, [1]])
+def test_constants_that_are_no_numbers_are_refused(value, tmp_path, edm_modules):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(snapshot(network(song()), sigma_data=value)))
+    with pytest.raises(UserError, match="sigma_data of its EDMPrecond is no number"):
+        READERS["edm"](Source(str(path)))
+
+
 def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
     config = edm_adm()
     in_edm = edm_layout.to_edm(network(config).state_dict(), config)
@@ -252,13 +308,21 @@ def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
     torch.testing.assert_close(model.denoiser(x, sigma, y=y), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_training_state_in_a_torch_zip_is_read(tmp_path, edm_modules):
+def test_training_states_are_read(tmp_path, edm_modules):
+    """torch.save writes pickle protocol 2, in which numpy's bytes are a call of _codecs.encode."""
     config = song()
     net = network(config)
     holder = nn.Module()
     holder.model = net
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    net.requires_grad_()(torch.zeros(1, 3, 8, 8), torch.zeros(1)).sum().backward()
+    optimizer.step()
     path = tmp_path / "training-state-000100.pt"
-    torch.save({"net": persistent(holder, "EDMPrecond"), "optimizer_state": {"lr": 1e-3}}, path)
+    content = {"net": persistent(holder, "EDMPrecond"), "optimizer_state": optimizer.state_dict()}
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        operations = pickletools.genops(archive.read(f"{path.stem}/data.pkl"))
+    assert {"_codecs encode", "numpy dtype"} <= {name for o, name, _ in operations if o.name == "GLOBAL"}
     assert detect(str(path)) == "edm"
     state, found = READERS["edm"](Source(str(path)))
     assert_same(state, net.state_dict())
@@ -320,7 +384,7 @@ def test_code_inside_a_torch_zip_or_a_nested_tensor_is_not_run(tmp_path, capsys)
         edm_pickle.load_pickle(str(path))
     inner = pickle.dumps(Call(print, "inner"))
     path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, inner)}))
-    with pytest.raises(UserError, match="not a readable EDM pickle"):
+    with pytest.raises(UserError, match=r"x\.pt: refused: its pickle asks for builtins\.print"):
         edm_pickle.load_pickle(str(path))
     assert not capsys.readouterr().out
 
@@ -336,6 +400,62 @@ def test_classes_of_torch_and_numpy_become_records(tmp_path):
     assert content["n"] == 5
     assert all(isinstance(content[name], edm_pickle.Record) for name in ("array", "scalar", "module"))
     assert [name for name, _ in edm_pickle.module_tensors(content["module"])] == ["weight", "bias"]
+
+
+def expanded() -> dict:
+    """One weight that says it is 10^12."""
+    holder = nn.Module()
+    holder.model = nn.Module()
+    holder.model.register_buffer("w", torch.zeros(1).expand(10**6, 10**6))
+    return snapshot(holder.model)
+
+
+def repeated() -> bytes:
+    """A memo of one text, made into bytes again and again: each call copies it."""
+    text = b"(X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
+    return b"\x80\x02" + text + b"c_codecs\nencode\nq\x020" + b"h\x02h\x01\x85R" * 10_000 + b"t."
+
+
+def holding_itself() -> bytes:
+    module = Persistent("EDMPrecond", {"_modules": {}, "_parameters": {}})
+    module.state["_modules"]["model"] = module
+    return pickle.dumps({"ema": module})
+
+
+BOMBS = {
+    "memo": lambda: b"\x80\x02Nr" + struct.pack("<I", 10**8) + b".",
+    "memo in text": lambda: b"\x80\x02Np100000000\n.",
+    "buffer": lambda: b"\x80\x05\x96" + struct.pack("<Q", 10**10) + b".",
+    "bytes": lambda: b"\x80\x04\x8e" + struct.pack("<Q", 10**11) + b".",
+    "bytearray": lambda: pickle.dumps({"ema": Call(bytearray, 10**10)}, protocol=2),
+    "repeated call": repeated,
+    "many operations": lambda: b"\x80\x02" + b"N0" * 3_000_000 + b".",
+    "a module that holds itself": holding_itself,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_pickles_take_little_memory(name, tmp_path, edm_modules):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(BOMBS[name]())
+    with at_most(200 << 20), pytest.raises(UserError) as caught:
+        READERS["edm"](Source(str(path)))
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_weights_that_are_views_of_one_value_are_refused(tmp_path, edm_modules):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(expanded()))
+    with pytest.raises(UserError, match=r"does not hold the values of w, of shape \(1000000, 1000000\)"):
+        READERS["edm"](Source(str(path)))
+
+
+def test_a_compressed_zip_is_not_unpacked(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("x/data.pkl", bytes(1 << 28))
+    with at_most(100 << 20), pytest.raises(UserError, match="would unpack to more than its size"):
+        convert(Source(str(path)), str(tmp_path / "new.pt"), "cm", {})
 
 
 def test_damaged_pickles_are_refused_in_one_line(tmp_path, edm_modules):

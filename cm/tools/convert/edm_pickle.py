@@ -1,35 +1,25 @@
 """Reading EDM's pickles (network-snapshot-*.pkl, training-state-*.pt) without running any code from them.
 
 Such a file is a pickle of Python objects whose classes travel as source text, which EDM's own loader executes. Here
-every class becomes an inert record of its name and state; tensors are rebuilt by three functions of this file; any
-other name is refused. Only then are the tensors read out of the records.
+every class becomes an inert record of its name and state; tensors are rebuilt by functions of this file; any other
+name is refused. Only then are the tensors read out of the records.
 """
 
 import io
+import math
+import os
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from cm.data.unpickle import RestrictedUnpickler, one_line
+from cm.config.rows import PRECONDS
 from cm.errors import UserError
-
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+from cm.runtime.inputs import open_regular
+from cm.storage.torch_format import TensorUnpickler, check_size, check_zip, read_legacy, read_zip
+from cm.storage.unpickle import one_line
 
 
 class Record:
@@ -62,98 +52,85 @@ def load_pickle(path: str) -> Any:
 
     UserError in one line for a file that is damaged or asks for anything but the parts of such a network.
     """
-    with one_line(f"{path} is not a readable EDM pickle"):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return _load_zip(archive, path)
-        with open(path, "rb") as file:
-            return _Unpickler(file, path).load()
+    with one_line(f"{path} is not a readable EDM pickle"), open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return _Unpickler(file, None, f"{path}: ").load()
+        with zipfile.ZipFile(file) as archive:
+            check_zip(archive, os.fstat(file.fileno()).st_size)
+            return read_zip(archive, _Unpickler, f"{path}: ")
 
 
-def _load_zip(archive: zipfile.ZipFile, path: str) -> Any:
-    root = next((n[: -len("data.pkl")] for n in archive.namelist() if n.endswith("/data.pkl")), None)
-    if root is None:
-        raise UserError(f"{path} is a zip file, but not one of torch.save")
-    content = io.BytesIO(archive.read(f"{root}data.pkl"))
-    return _Unpickler(content, path, lambda key: archive.read(f"{root}data/{key}")).load()
+class _Unpickler(TensorUnpickler):
+    """Knows what torch pickles of tensors, what EDM adds, and other classes of torch and numpy as records."""
 
-
-class _Unpickler(RestrictedUnpickler):
-    """Knows classes of torch and numpy as records, and the storages that lie beside the pickle in a zip."""
-
-    def __init__(self, file: BinaryIO, path: str, read_storage: Callable[[str], bytes] | None = None):
-        super().__init__(file, BUILDERS, f"{path}: ")
-        self.read_storage = read_storage
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.stand_ins |= {
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
+            ("torch.storage", "_load_from_bytes"): self._storage,
+            ("dnnlib.util", "EasyDict"): type("EasyDict", (dict,), {"__init__": lambda self: None}),
+        }
+        self.records: dict[str, type[Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in BUILDERS
+        known = (module, name) in self.stand_ins
         if not known and (module.startswith(("torch.nn.modules.", "numpy.")) or module == "numpy"):
-            return _record_class(name)
+            if name not in self.records:
+                self.spend(2000)  # about what a class takes
+                # Classes of this file's own: what a pickle does to them reaches no other file.
+                self.records[name] = type("Record", (Record,), {"class_name": name})
+            return self.records[name]
         return super().find_class(module, name)
 
-    def persistent_load(self, pid: tuple) -> Tensor:
-        """A storage that lies beside the pickle, as a flat tensor."""
-        kind, dtype, key, _location, _size = pid
-        if kind != "storage" or self.read_storage is None:
-            raise UserError(f"{self.source}refused: it refers to data outside of itself")
-        data = bytearray(self.read_storage(key))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def _record_class(name: str) -> type[Record]:
-    """A new class each time: what a pickle does to its classes reaches no other file."""
-    return type("Record", (Record,), {"class_name": name})
+    def _storage(self, data: bytes) -> Tensor:
+        self.spend(len(data))
+        return read_legacy(io.BytesIO(data), self.source)
 
 
 def _persistent(meta: dict) -> Record:
     record = Record()
-    record.class_name, record.state = str(meta["class_name"]), dict(meta.get("state") or {})
+    record.class_name, record.state = meta["class_name"], meta.get("state") or {}
+    if not isinstance(record.class_name, str) or not isinstance(record.state, dict):
+        raise TypeError("an object without a name")
     return record
-
-
-def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset).clone()
-
-
-def _storage(data: bytes) -> Tensor:
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return torch.empty(0, dtype=storage.dtype).set_(storage)
-
-
-# (module, name) in a pickle -> what it becomes
-BUILDERS: dict[tuple[str, str], Any] = {
-    **{("torch", name): dtype for name, dtype in STORAGES.items()},
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *args: "cpu",
-    ("dnnlib.util", "EasyDict"): dict,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-}
 
 
 def module_tensors(module: Record, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all parameters and buffers of a recorded torch module, in state-dict order."""
+    yield from _tensors(module, prefix, set())
+
+
+def _tensors(module: Record, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if id(module) in seen:  # it may even hold itself
+        raise ValueError(f"{prefix[:80]} appears twice")
+    seen.add(id(module))
     skipped = module.state.get("_non_persistent_buffers_set") or ()
-    own = {**(module.state.get("_parameters") or {}), **(module.state.get("_buffers") or {})}
-    for name, value in own.items():
+    for name, value in (*_named(module, "_parameters"), *_named(module, "_buffers")):
         if isinstance(value, Tensor) and name not in skipped:
             yield prefix + name, value
-    for name, child in (module.state.get("_modules") or {}).items():
+    for name, child in _named(module, "_modules"):
         if isinstance(child, Record):
-            yield from module_tensors(child, f"{prefix}{name}.")
+            yield from _tensors(child, f"{prefix}{name}.", seen)
 
 
-# Class in the pickle -> --precond, and the range of noise levels where the common one does not fit
-COLUMNS: dict[str, tuple[str, dict[str, float]]] = {
-    "EDMPrecond": ("edm", {}),
-    "VPPrecond": ("vp", {}),
-    "VEPrecond": ("ve", {"sigma_min": 0.02, "sigma_max": 100.0}),
-    "iDDPMPrecond": ("iddpm", {"sigma_min": 0.0065}),
+def _named(module: Record, kind: str) -> list[tuple[str, Any]]:
+    members = module.state.get(kind) or {}
+    return [(n, v) for n, v in members.items() if isinstance(n, str)] if isinstance(members, dict) else []
+
+
+class Column(NamedTuple):
+    """A class of EDM's preconditionings: its row of PRECONDS, and arguments that the row has in this form only."""
+
+    precond: str
+    fixed: dict[str, float]
+
+
+COLUMNS: dict[str, Column] = {
+    "EDMPrecond": Column("edm", {}),
+    "VPPrecond": Column("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}),
+    "VEPrecond": Column("ve", {}),
+    "iDDPMPrecond": Column("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
 
 
@@ -164,19 +141,50 @@ def read_edm_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     content = load_pickle(path)
     if isinstance(content, dict):
-        content = content.get("ema") or content.get("net")
+        content = next((content[name] for name in ("ema", "net") if content.get(name) is not None), None)
     if not isinstance(content, Record) or "_modules" not in content.state:
         raise UserError(f"{path} holds no network under ema or net")
-    if content.class_name not in COLUMNS:
-        raise UserError(
-            f"{path} has the preconditioning {content.class_name}; known are {', '.join(COLUMNS)}"
-        )
-    state = dict(module_tensors(content))
-    network = {name[len("model.") :]: t.float() for name, t in state.items() if name.startswith("model.")}
+    facts = _preconditioning(content, path)
+    with one_line(f"{path} holds no network"):
+        tensors = {n.removeprefix("model."): t for n, t in module_tensors(content) if n.startswith("model.")}
+        check_size(tensors, os.path.getsize(path), path)
+        network = {name: tensor.float() for name, tensor in tensors.items()}
     if not network:
         raise UserError(f"{path} holds no tensors of a network")
-    column, flags = COLUMNS[content.class_name]
-    return network, {"precond": column, **flags, "sigma_data": float(content.state.get("sigma_data", 0.5))}
+    return network, facts
+
+
+def _preconditioning(content: Record, path: str) -> dict[str, Any]:
+    """Model flags of a recorded preconditioning; UserError where it is none of ours, in form or in its constants."""
+    if content.class_name not in COLUMNS:
+        raise UserError(
+            f"{path} has the preconditioning {content.class_name[:80]}; known are {', '.join(COLUMNS)}"
+        )
+    column = COLUMNS[content.class_name]
+    for name, ours in column.fixed.items():
+        if (theirs := _number(content, name, ours, path)) != ours:
+            raise UserError(
+                f"{path} has {content.class_name}({name}={theirs:g}); --precond {column.precond} has {ours:g}"
+            )
+    facts: dict[str, Any] = {
+        "precond": column.precond,
+        "sigma_data": _number(content, "sigma_data", 0.5, path),
+    }
+    usual = {"sigma_min": 0.002, "sigma_max": 80.0, **(PRECONDS[column.precond].model or {})}
+    # The network's own range within the usual one, as EDM's samplers take it. iDDPM's lowest level is a rounded one.
+    low = max(_number(content, "sigma_min", usual["sigma_min"], path), usual["sigma_min"])
+    high = min(_number(content, "sigma_max", usual["sigma_max"], path), usual["sigma_max"])
+    if not low < high:
+        raise UserError(f"{path} has no noise levels: sigma_min is {low:g}, sigma_max {high:g}")
+    ranges = {"sigma_min": (low, 0.002), "sigma_max": (high, 80.0)}
+    return facts | {name: value for name, (value, default) in ranges.items() if value != default}
+
+
+def _number(content: Record, name: str, default: float, path: str) -> float:
+    value = content.state.get(name, default)
+    if not isinstance(value, int | float) or math.isnan(value):
+        raise UserError(f"{path}: {name} of its {content.class_name} is no number")
+    return float(value)
 
 
 def is_pickle(path: str | Path) -> bool:

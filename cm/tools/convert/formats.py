@@ -20,12 +20,11 @@ from cm.errors import UserError
 from cm.models.files import load_model_file
 from cm.models.guided_diffusion import guided_to_ours
 from cm.models.identify import identify
+from cm.storage.torch_format import LEGACY
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
 from cm.tools.convert.layout import Config, State, check_fits
 from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
-
-TORCH_LEGACY = b"\x80\x02\x8a\x0a"  # how files of torch.save began before they were zips
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def detect(path: str) -> str:
     if zipfile.is_zipfile(path):
         return "edm" if _mentions_edm(path) else "torch"
     with open(path, "rb") as file:
-        head = file.read(len(TORCH_LEGACY))
-    if head == TORCH_LEGACY:
+        head = file.read(len(LEGACY))
+    if head == LEGACY:
         return "torch"
     if jax_cifar.is_flax(path):
         return "jax"
@@ -68,7 +67,9 @@ def _mentions_edm(path: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            return bool(names) and b"torch_utils.persistence" in archive.read(names[0])
+            # What is compressed is no file of torch: its reader says so without unpacking it.
+            stored = names and archive.getinfo(names[0]).compress_type == zipfile.ZIP_STORED
+            return bool(stored) and b"torch_utils.persistence" in archive.read(names[0])
     except (OSError, zipfile.BadZipFile):
         return False
 
