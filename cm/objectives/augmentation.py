@@ -38,8 +38,6 @@ SYM6 = (
     -0.007800708325034148,
 )
 HALF_TAPS = len(SYM6) // 2
-# Where pixel 0 of the image lies on the doubled grid, in its pixels: the filter's centre of mass is not its middle.
-OFFSET = HALF_TAPS - sum(i * tap for i, tap in enumerate(SYM6)) / sum(SYM6)
 
 
 class Draws(Protocol):
@@ -165,19 +163,22 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _resample(images: Tensor, geometry: Geometry) -> Tensor:
-    """Double the images, read them at the transformed positions, and halve the result."""
+    """Double the images, read them at the transformed positions, and halve the result.
+
+    Pixel i lies at 2 i of the doubled image.
+    """
     height, width = images.shape[2:]
     doubled = _double(_double(_mirror_period(_mirror_period(images, 2), 3), 2), 3)
     centre = images.new_tensor([(width - 1) / 2, (height - 1) / 2])
     # Positions of the doubled result, with the margin that the halving filter reads
     rows, columns = (
-        (torch.arange(1 - HALF_TAPS, 2 * side + HALF_TAPS - 1, device=images.device) - OFFSET) / 2
+        torch.arange(1 - HALF_TAPS, 2 * side + HALF_TAPS - 1, device=images.device) / 2
         for side in (height, width)
     )
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1) - centre  # (2H + 10, 2W + 10, 2)
     source = geometry.source(height, width).to(images)
     positions = torch.einsum("bij,yxj->byxi", source[:, :, :2], grid) + source[:, None, None, :, 2] + centre
-    return _halve(_halve(_read_periodic(doubled, 2 * positions + OFFSET), 2), 3)
+    return _halve(_halve(_read_periodic(doubled, 2 * positions), 2), 3)
 
 
 def _mirror_period(images: Tensor, dim: int) -> Tensor:
@@ -196,17 +197,19 @@ def _read_periodic(images: Tensor, positions: Tensor) -> Tensor:
 
 
 def _double(images: Tensor, dim: int) -> Tensor:
-    """Twice as many pixels of periodic images along `dim`: zeros in between, then the wavelet's filter."""
+    """Twice as many pixels of periodic images along `dim`: zeros in between, then the wavelet's filter, mirrored."""
     spread = torch.stack([images, torch.zeros_like(images)], dim + 1).flatten(dim, dim + 1)
     before, after = HALF_TAPS, HALF_TAPS - 1
     pad = (before, after, 0, 0) if dim == 3 else (0, 0, before, after)
-    return F.conv2d(F.pad(spread, pad, mode="circular"), _filter(images, dim), groups=images.shape[1])
+    return F.conv2d(
+        F.pad(spread, pad, mode="circular"), _filter(images, dim).flip(dim), groups=images.shape[1]
+    )
 
 
 def _halve(images: Tensor, dim: int) -> Tensor:
-    """The adjoint of `_double`: the mirrored filter at every other pixel, without padding."""
+    """The adjoint of `_double`: the filter at every other pixel, without padding."""
     stride = (1, 2) if dim == 3 else (2, 1)
-    return F.conv2d(images, _filter(images, dim).flip(dim), stride=stride, groups=images.shape[1])
+    return F.conv2d(images, _filter(images, dim), stride=stride, groups=images.shape[1])
 
 
 def _filter(images: Tensor, dim: int) -> Tensor:
