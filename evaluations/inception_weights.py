@@ -4,7 +4,6 @@ Two published files hold the same numbers: OpenAI's plain dictionary (`layers.mi
 pytorch-fid and torch-fidelity (`Mixed_5b.branch1x1.conv.weight`). Only tensors are read, never code.
 """
 
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.storage.filesystem import cache_folder
+from cm.storage.torch_format import check_size, read_torch
 from evaluations.fetch import check_sha256, local_copy
 from evaluations.inception_v3 import InceptionV3
 
@@ -129,8 +129,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 f"use the plain weights from {PUBLISHED['pytorch-fid'].url}"
             )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        state = read_torch(path)
+        check_size(state, path.stat().st_size, "it")
+    except Exception as error:  # damaged bytes make pickle, zipfile and torch raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{FLAG}: {path} is not a readable file of plain tensors ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

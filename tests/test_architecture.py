@@ -90,9 +90,9 @@ def test_nothing_unpickles_evaluates_or_shells_out(path):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system", "torch.hub.load"), (
-            called
-        )
+        # torch.load has no limit on memory: `cm.storage.torch_format` reads its files.
+        refused = ("eval", "exec", "pickle.load", "pickle.loads", "os.system", "torch.hub.load", "torch.load")
+        assert called not in refused, called
         for keyword in node.keywords:
             value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
             assert (keyword.arg, value) not in (
@@ -100,5 +100,3 @@ def test_nothing_unpickles_evaluates_or_shells_out(path):
                 ("allow_pickle", True),
                 ("shell", True),
             )
-        if called == "torch.load":
-            assert any(k.arg == "weights_only" for k in node.keywords)

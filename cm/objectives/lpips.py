@@ -20,6 +20,7 @@ from torch import Tensor
 from cm.config.choices import PRECISIONS
 from cm.errors import UserError
 from cm.objectives.distances import Distance, at_least_fp32, resize
+from cm.storage.torch_format import read_torch
 
 # Smaller images are enlarged before they are compared.
 NATIVE_SIZE = 256
@@ -224,7 +225,7 @@ def _linear_weights(path: Path) -> list[Tensor]:
 
 def _read(path: Path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(path)
     except Exception as error:  # damaged files fail in many ways
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
