@@ -33,15 +33,10 @@ GENERATORS = simple(
         "dummy": "cm.sampling.noise:dummy",
     },
 )
-# sigma(t) of the general sampler
+# sigma(t) of the general sampler: make(sigma_min, sigma_max)
 NOISE_SCHEDULES = simple(
     "noise_schedule",
-    {
-        "linear": "cm.diffusion.noise_schedules:LinearSchedule",
-        "ve": "cm.diffusion.noise_schedules:VESchedule",
-        "vp": "cm.diffusion.noise_schedules:VPSchedule",
-        "cosine": "cm.diffusion.noise_schedules:CosineSchedule",
-    },
+    {name: f"cm.diffusion.noise_schedules:{name}_curve" for name in ("linear", "ve", "vp", "cosine")},
 )
 # s(t) of the general sampler
 STATE_SCALES = simple(

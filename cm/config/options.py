@@ -22,7 +22,9 @@ class GeneralOptions(ChurnOptions):
     """Sampler general"""
 
     noise_schedule: str = flag(
-        "linear", "sigma(t), whose time the solver steps in", choices=NOISE_SCHEDULES.names
+        "linear",
+        "sigma(t), whose time the solver steps in; vp runs from --sigma_min to --sigma_max",
+        choices=NOISE_SCHEDULES.names,
     )
     state_scale: str = flag("none", "s(t) of the state; vp: unit variance", choices=STATE_SCALES.names)
     solver_order: int = flag(2, "order of the solver, 1 or 2", low=1, high=2, argument="order")

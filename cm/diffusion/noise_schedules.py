@@ -79,9 +79,11 @@ class VPSchedule:
         return 0.5 * (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma)
 
     def time(self, sigma: Tensor) -> Tensor:
-        # The root of the quadratic that does not cancel at small sigma.
-        log_level = torch.log1p(sigma**2)
-        return 2 * log_level / ((self.beta_min**2 + 2 * self.beta_d * log_level).sqrt() + self.beta_min)
+        level, d, low = torch.log1p(sigma**2), self.beta_d, self.beta_min
+        root = (low**2 + 2 * d * level).sqrt()
+        # Of two forms of the same root, the one that does not cancel at small sigma.
+        t = 2 * level / (root + low) if low >= 0 else (root - low) / d
+        return torch.where(sigma > 0, t, torch.zeros_like(t))
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,26 @@ class CosineSchedule:
 
     def time(self, sigma: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(sigma)
+
+
+def linear_curve(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """Row linear of NOISE_SCHEDULES; the range does not change it."""
+    return LinearSchedule()
+
+
+def ve_curve(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """Row ve; the range does not change it."""
+    return VESchedule()
+
+
+def vp_curve(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """Row vp: derived from the range, as EDM's ablation does; the standard one where the range is a single level."""
+    return VPSchedule.between(sigma_min, sigma_max) if sigma_min < sigma_max else VPSchedule()
+
+
+def cosine_curve(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """Row cosine; the range does not change it."""
+    return CosineSchedule()
 
 
 @dataclass(frozen=True)

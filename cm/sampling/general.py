@@ -28,6 +28,8 @@ def sample_general(
     s_tmax: float = float("inf"),
     s_noise: float = 1.0,
     round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
+    sigma_min: float = 0.0,
+    sigma_max: float = 0.0,
 ) -> Walk:
     """Solve dz/dt = (sigma'/sigma + s'/s) z - (sigma' s / sigma) D(z / s; sigma) (Karras et al. 2022, Algorithm 3).
 
@@ -35,11 +37,13 @@ def sample_general(
     that the same levels are joined by other curves. order 1 is Euler's method. In order 2 the slopes at t and at
     t + alpha h count 1 - 1/(2 alpha) and 1/(2 alpha): alpha 1 is Heun's rule, 1/2 the midpoint rule, 2/3 Ralston's. The
     step to sigma = 0 is an Euler step. round_sigma: to the levels that the network knows, for churn's; `sigmas` come
-    rounded. x has noise level sigmas[0] and is not scaled; nor is the sample.
+    rounded. sigma_min, sigma_max: the range that the curve vp is derived from (0: the ends of `sigmas`), as EDM's
+    ablation does it. x has noise level sigmas[0] and is not scaled; nor is the sample.
     """
     if order not in (1, 2) or not 0 < alpha <= 1:
         raise UserError(f"order must be 1 or 2 and alpha in (0, 1], got {order} and {alpha}")
-    schedule, scaling = NOISE_SCHEDULES.load(noise_schedule)(), STATE_SCALES.load(state_scale)()
+    ends = sigma_min or sigmas[sigmas > 0].min().item(), sigma_max or sigmas.max().item()
+    schedule, scaling = NOISE_SCHEDULES.load(noise_schedule)(*ends), STATE_SCALES.load(state_scale)()
 
     def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(dz/dt, denoised) at time t."""

@@ -53,5 +53,5 @@ def run_sampler(
     if sigmas is None:
         sigmas = sampler_sigmas(name, steps, sigma_min, sigma_max, rho, ts, options)
     sample = SAMPLERS.load(name)
-    own = own_options(sample, {"sigma_min": sigma_min, **options})
+    own = own_options(sample, {"sigma_min": sigma_min, "sigma_max": sigma_max, **options})
     return sample(denoiser, x, sigmas, generator, progress, callback, **own)

@@ -1,6 +1,7 @@
 """The four columns of EDM's Table 1: constants, scalings, training noise, time steps, the general sampler."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from cm.errors import UserError
 from cm.sampling.general import sample_general
 from cm.sampling.noise import get_generator
 from cm.sampling.ode import sample_euler, sample_heun
+from cm.sampling.registry import run_sampler
 from cm.seeding import StepRandom
 from tests.helpers.analytic import Gaussian
 from tests.helpers.ideal import SolvedMixture
@@ -51,8 +53,8 @@ def test_published_constants():
 
 @pytest.mark.parametrize("name", NOISE_SCHEDULES)
 def test_schedules_are_consistent(name):
-    schedule = NOISE_SCHEDULES.load(name)()
-    t = double(1e-4, 0.03, 0.4, 0.9).requires_grad_()
+    schedule = NOISE_SCHEDULES.load(name)(0.002, 80.0)
+    t = double(1e-3, 0.03, 0.4, 0.9).requires_grad_()
     sigma = schedule.sigma(t)
     torch.testing.assert_close(schedule.time(sigma), t, rtol=1e-9, atol=0)
     (derivative,) = torch.autograd.grad(sigma.sum(), t)
@@ -243,10 +245,12 @@ def crossing():
 def test_observed_orders(crossing, schedule, scale, order, alpha):
     """Halving the steps in the schedule's time divides the error by 2 or 4, whatever curve joins the levels."""
     x, exact = crossing
-    ends = NOISE_SCHEDULES.load(schedule)().time(double(3.0, 0.8)).tolist()
+    ends = NOISE_SCHEDULES.load(schedule)(0.8, 3.0).time(double(3.0, 0.8)).tolist()
     errors = []
     for steps in (40, 80):
-        sigmas = NOISE_SCHEDULES.load(schedule)().sigma(torch.linspace(*ends, steps + 1, dtype=torch.float64))
+        sigmas = NOISE_SCHEDULES.load(schedule)(0.8, 3.0).sigma(
+            torch.linspace(*ends, steps + 1, dtype=torch.float64)
+        )
         sample = sample_general(
             MIXTURE.denoise,
             x,
@@ -259,6 +263,58 @@ def test_observed_orders(crossing, schedule, scale, order, alpha):
         )
         errors.append((sample - exact).abs().mean().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+def edm_ablation(denoise, noise, steps: int, low: float, high: float, scaled: bool, second: bool):
+    """EDM's ablation sampler with schedule vp on its own grid, from its formulas (Karras et al. 2022, App. C.1)."""
+    beta_d = 2 * (math.log(low**2 + 1) / 1e-3 - math.log(high**2 + 1)) / (1e-3 - 1)
+    beta_min = math.log(high**2 + 1) - beta_d / 2
+
+    def sigma(t):
+        return math.sqrt(math.exp(beta_d * t * t / 2 + beta_min * t) - 1)
+
+    def time(level):
+        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log(level**2 + 1)) - beta_min) / beta_d
+
+    def s(t):
+        return 1 / math.sqrt(1 + sigma(t) ** 2) if scaled else 1.0
+
+    def slope(z, t):
+        level, rate = sigma(t), (beta_min + beta_d * t) / 2 * (sigma(t) + 1 / sigma(t))
+        s_rate = -level * rate * s(t) ** 3 if scaled else 0.0
+        denoised = denoise(z / s(t), noise.new_full((len(z),), level))
+        return (rate / level + s_rate / s(t)) * z - rate * s(t) / level * denoised
+
+    roots = [high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7)) for i in range(steps)]
+    times = [*(time(root**7) for root in roots), 0.0]
+    z = noise * sigma(times[0]) * s(times[0])
+    for t, t_next in pairwise(times):
+        d = slope(z, t)
+        if second and t_next > 0:
+            d = (d + slope(z + (t_next - t) * d, t_next)) / 2
+        z = z + (t_next - t) * d
+    return z
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0.002, 80.0), (0.02, 100.0)])
+def test_the_curve_vp_is_derived_from_the_range(scaled, second, low, high):
+    noise = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = edm_ablation(GAUSS.denoise, noise, 9, low, high, scaled, second)
+    options = {"noise_schedule": "vp", "state_scale": "vp" if scaled else "none", "order": 1 + second}
+    sample = run_sampler(
+        "general", GAUSS.denoise, noise * high, None, steps=9, sigma_min=low, sigma_max=high, options=options
+    )
+    torch.testing.assert_close(sample, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+def test_the_end_of_a_derived_curve_is_time_zero():
+    for low, high in ((0.002, 80.0), (0.02, 100.0)):  # beta_min below 0 and above
+        curve = VPSchedule.between(low, high)
+        assert curve.time(double(0.0)).tolist() == [0.0]
+        sigma = double(low, 1.3 * low, 1.0, high)
+        torch.testing.assert_close(curve.sigma(curve.time(sigma)), sigma)
 
 
 def test_ddim_is_euler_in_sigma():
