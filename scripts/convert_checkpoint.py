@@ -11,7 +11,7 @@ import argparse
 
 import _root  # noqa: F401
 
-from cm.config.rows import OBJECTIVES
+from cm.config.rows import OBJECTIVES, PRECONDS
 
 KINDS = ("cm", "legacy", "safetensors", "diffusers")
 
@@ -31,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--qkv_order", choices=("legacy", "new"), default="legacy", help="of guided-diffusion files"
     )
+    p.add_argument("--num_heads", type=int, default=0, help="attention heads, where shapes do not tell them")
+    p.add_argument(
+        "--num_head_channels", type=int, default=0, help="channels of each head (released models: 64)"
+    )
+    p.add_argument("--precond", choices=PRECONDS, default="", help="scalings, where the file tells none")
     return p
 
 
@@ -38,7 +43,14 @@ def main(flags: argparse.Namespace) -> None:
     """Convert, and say in one line what was done."""
     from cm.tools.convert.formats import Source, convert, known_flags
 
-    known = known_flags(flags.preset, training_mode=flags.training_mode, steps=flags.steps)
+    known = known_flags(
+        flags.preset,
+        training_mode=flags.training_mode,
+        steps=flags.steps,
+        precond=flags.precond,
+        num_heads=flags.num_heads,
+        num_head_channels=flags.num_head_channels or (-1 if flags.num_heads else 0),
+    )
     source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
     print(convert(source, flags.target, flags.to, known))
 

@@ -15,7 +15,7 @@ from cm.config.flags import GuidanceFlags
 from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.precond import DDPMPrecond, IDDPMPrecond, Precond
 from cm.errors import UserError
-from cm.models.identify import HEAD_CHANNELS, count_blocks, ratio, uses_scale_shift
+from cm.models.identify import HEAD_CHANNELS, RELEASED_HEADS, Heads, count_blocks, ratio, uses_scale_shift
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.attention import qkv_legacy_to_new
 from cm.storage.weights import check_matching
@@ -28,18 +28,30 @@ SCHEDULES: dict[str, Precond] = {
 COSINE_SIZE = 64  # the released classifier of this size saw cosine noise, those of larger ones linear
 
 
-def guided_to_ours(state: dict[str, Tensor], order: str) -> dict[str, Tensor]:
+def is_guided(state: dict[str, Tensor]) -> bool:
+    """Whether attention has kernels of one dimension, as in guided-diffusion's networks."""
+    return any(name.endswith(".qkv.weight") and tensor.ndim == 3 for name, tensor in state.items())
+
+
+def guessed_precond(image_size: int) -> str:
+    """The row of PRECONDS of guided-diffusion's released U-Nets: cosine noise at 64 pixels, linear noise above."""
+    return "iddpm" if image_size <= COSINE_SIZE else "ddpm"
+
+
+def guided_to_ours(state: dict[str, Tensor], order: str, heads: Heads = RELEASED_HEADS) -> dict[str, Tensor]:
     """guided-diffusion's attention, with kernels of one dimension, as ours; other state dicts as they are.
 
-    order: of the rows of qkv weights, legacy or new (--use_new_attention_order).
+    order: of the rows of qkv weights, legacy or new (--use_new_attention_order). Shapes do not tell the heads.
     """
     converted = {}
     for name, tensor in state.items():
         kernel = name.endswith(("qkv.weight", "proj_out.weight")) and tensor.ndim == 3
         if kernel or name.endswith("qkv.bias"):
             one_dimensional = state[name.replace(".bias", ".weight")].ndim == 3
-            if ".qkv." in name and one_dimensional and order == "legacy":
-                tensor = qkv_legacy_to_new(tensor, len(tensor) // (3 * HEAD_CHANNELS))
+            count = heads.of(len(tensor) // 3)
+            # `identify` says what is wrong where there is no such number of heads.
+            if ".qkv." in name and one_dimensional and order == "legacy" and count:
+                tensor = qkv_legacy_to_new(tensor, count)
             tensor = tensor[..., None] if kernel else tensor
         converted[name] = tensor
     return converted

@@ -1,8 +1,8 @@
 """Files without a configuration: what the shapes of a state dict say about its network.
 
-Shapes tell the architecture of an ADM U-Net except the width of attention heads and the image size; those are taken
-from the released networks, which have heads of 64 channels and one image size for each list of level widths. Shapes
-say nothing about preconditioning, noise grid or dropout.
+Shapes tell the architecture of an ADM U-Net except the number of attention heads and the image size; those are taken
+from the released networks, which have heads of 64 channels and one image size for each list of level widths, unless the
+caller knows them. Shapes say nothing about preconditioning, noise grid or dropout.
 """
 
 import re
@@ -17,6 +17,35 @@ HEAD_CHANNELS = 64
 IMAGE_SIZES = {mult: size for size, mult in CHANNEL_MULT.items() if size >= 64}
 
 
+class Heads(NamedTuple):
+    """How attention is cut into heads: a number of them in every layer, or (num_heads 0) a width of each."""
+
+    num_heads: int = 0
+    num_head_channels: int = HEAD_CHANNELS
+
+    def of(self, channels: int) -> int:
+        """Number of heads in a layer of this width; 0 where it cannot be cut so."""
+        heads = self.num_heads or channels // self.num_head_channels
+        width = self.num_head_channels if not self.num_heads else channels // heads
+        return heads if heads * width == channels else 0
+
+    def __str__(self) -> str:
+        return (
+            f"--num_heads {self.num_heads}"
+            if self.num_heads
+            else f"--num_head_channels {self.num_head_channels}"
+        )
+
+    def flags(self) -> dict[str, int]:
+        """As flags of the model."""
+        if self.num_heads:
+            return {"num_heads": self.num_heads, "num_head_channels": -1}
+        return {"num_head_channels": self.num_head_channels}
+
+
+RELEASED_HEADS = Heads()
+
+
 class Encoder(NamedTuple):
     """A U-Net's way down: width and attention of each level, finest first."""
 
@@ -27,11 +56,15 @@ class Encoder(NamedTuple):
 
 
 def identify(
-    state_dict: Mapping[str, Any], source: str = "the model file", image_size: int = 0
+    state_dict: Mapping[str, Any],
+    source: str = "the model file",
+    image_size: int = 0,
+    heads: Heads = RELEASED_HEADS,
 ) -> dict[str, Any]:
     """Model flags of a bare state dict, from the shapes of its tensors.
 
-    image_size: where the list of widths does not tell it. UserError names what shapes cannot tell and which flags do.
+    image_size: where the list of widths does not tell it; heads: where they are not those of the released networks.
+    UserError names what shapes cannot tell and which flags do.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     required = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight", "middle_block.1.qkv.weight")
@@ -51,9 +84,10 @@ def identify(
             f"{','.join(map(str, mult))}: give --image_size"
         )
     attended = [width for width, attention in zip(encoder.widths, encoder.attention) if attention]
-    if any(width % HEAD_CHANNELS for width in (*attended, encoder.widths[-1])):
+    if not all(map(heads.of, (*attended, encoder.widths[-1]))):
         raise UserError(
-            f"{source}: tensor shapes do not tell the number of attention heads: give all flags of the model"
+            f"{source}: tensor shapes do not tell the number of attention heads: give all flags of the model, or "
+            "--num_heads or --num_head_channels to convert_checkpoint"
         )
     return {
         "network": "adm",
@@ -63,7 +97,7 @@ def identify(
         "num_res_blocks": encoder.num_res_blocks,
         "channel_mult": ",".join(map(str, mult)),
         "attention_resolutions": ",".join(str(size >> i) for i, has in enumerate(encoder.attention) if has),
-        "num_head_channels": HEAD_CHANNELS,
+        **heads.flags(),
         "class_cond": "label_emb.weight" in shapes,
         "num_classes": shapes.get("label_emb.weight", (0,))[0],
         "use_scale_shift_norm": uses_scale_shift(shapes),

@@ -1,5 +1,6 @@
 """Conversion from any kind of checkpoint to any other: round trips, what is detected, what is asked for, the script."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -94,13 +95,98 @@ def test_bare_safetensors_are_identified(tmp_path, model):
     assert state.keys() == model[1].keys() and config["num_channels"] == 64
 
 
+def as_guided(state: dict, heads, order: str = "legacy") -> dict:
+    """A state dict as guided-diffusion saves it; heads: number of them in a layer of so many channels."""
+    theirs = {}
+    for name, tensor in state.items():
+        if ".qkv." in name and order == "legacy":
+            tensor = qkv_new_to_legacy(tensor, heads(len(tensor) // 3))
+        theirs[name] = tensor[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else tensor
+    return theirs
+
+
+GUIDED = {
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "num_channels": 64,
+    "image_size": 16,
+    "learn_sigma": True,
+    "class_cond": False,
+}
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_a_number_of_heads_is_taken_from_the_caller(tmp_path, order):
+    """As the published 128x128_diffusion.pt: 4 heads in every layer, of any width."""
+    config = adm("imagenet", **GUIDED)
+    net = network(config)
+    path, new = tmp_path / "128x128_diffusion.pt", str(tmp_path / "new.pt")
+    torch.save(as_guided(net.state_dict(), lambda channels: 4, order), path)
+    known = known_flags("", training_mode="edm", num_heads=4, num_head_channels=-1)
+    line = convert(Source(str(path), image_size=16, qkv_order=order), new, "cm", known)
+    state, meta = load_weights(new)
+    assert_same(state, net.state_dict())
+    assert (meta["config"]["num_heads"], meta["config"]["num_head_channels"]) == (4, -1)
+    assert "num_heads" not in line
+    loaded = load_pretrained(SampleConfig(model_path=new, device="cpu"))
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.tensor([0.0, 500.0])
+    torch.testing.assert_close(loaded.denoiser.net(x, c_noise), net(x, c_noise))
+
+
+def test_heads_that_were_not_given_are_said(tmp_path):
+    config = adm("imagenet", **GUIDED)
+    torch.save(as_guided(network(config).state_dict(), lambda channels: 4), tmp_path / "g.pt")
+    line = convert(
+        Source(str(tmp_path / "g.pt"), image_size=16),
+        str(tmp_path / "new.pt"),
+        "cm",
+        {"training_mode": "edm"},
+    )
+    assert (
+        "--num_head_channels 64 as in the released networks (shapes do not tell; else give --num_heads)"
+        in line
+    )
+    with pytest.raises(UserError, match="do not tell the number of attention heads"):
+        convert(Source(str(tmp_path / "g.pt"), image_size=16), str(tmp_path / "x.pt"), "cm", {"num_heads": 5})
+    with pytest.raises(UserError, match="has --num_head_channels 64, not --num_heads 4"):
+        convert(Source(str(tmp_path / "new.pt")), str(tmp_path / "x.pt"), "cm", {"num_heads": 4})
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "column", "lowest"),
+    [(64, "", "iddpm", 0.0064254), (128, "", "ddpm", 0.0100005), (64, "ddpm", "ddpm", 0.0100005)],
+)
+def test_a_guided_diffusion_network_predicts_the_noise_at_its_steps(tmp_path, size, given, column, lowest):
+    """x0 = x - sigma F(x / sqrt(1 + sigma^2), t), t the step of its own schedule with the nearest noise level."""
+    config = adm(
+        "imagenet",
+        **GUIDED | {"image_size": size, "num_channels": 32, "attention_resolutions": str(size // 2)},
+    )
+    net = network(config | {"num_heads": 2})
+    torch.save(as_guided(net.state_dict(), lambda channels: 2), tmp_path / "g.pt")
+    known = known_flags("", training_mode="edm", num_heads=2, num_head_channels=-1, precond=given)
+    line = convert(Source(str(tmp_path / "g.pt"), image_size=size), str(tmp_path / "new.pt"), "cm", known)
+    assert (f"--precond {column}" in line) == (not given)
+    loaded = load_pretrained(SampleConfig(model_path=str(tmp_path / "new.pt"), device="cpu"))
+    assert (loaded.config.precond, loaded.config.sigma_min) == (column, pytest.approx(lowest, rel=1e-5))
+    if column == "iddpm":
+        bar = [math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(1001)]
+        betas = [min(1 - bar[k + 1] / bar[k], 0.999) for k in range(1000)]
+    else:
+        betas = [1e-4 + (0.02 - 1e-4) * k / 999 for k in range(1000)]
+    t = 300
+    abar = math.prod(1 - beta for beta in betas[: t + 1])
+    sigma = math.sqrt((1 - abar) / abar)
+    x = sigma * torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        noise = net(x * math.sqrt(abar), torch.tensor([float(t)]))[:, :3]
+        denoised = loaded.denoiser(x, torch.tensor([sigma]))
+    torch.testing.assert_close(denoised, x - sigma * noise, rtol=1e-3, atol=1e-3 * sigma)
+
+
 @pytest.mark.parametrize("order", ["legacy", "new"])
 def test_attention_of_guided_diffusion_is_reordered(tmp_path, model, order):
-    theirs = {}
-    for name, tensor in model[1].items():
-        if ".qkv." in name and order == "legacy":
-            tensor = qkv_new_to_legacy(tensor, len(tensor) // 192)
-        theirs[name] = tensor[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else tensor
+    theirs = as_guided(model[1], lambda channels: channels // 64, order)
     torch.save(theirs, tmp_path / "guided.pt")
     state, config = READERS["torch"](Source(str(tmp_path / "guided.pt"), image_size=16, qkv_order=order))
     assert_same(state, model[1])

@@ -7,7 +7,7 @@ not tell (how the model was trained, above all) the caller adds.
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from cm.config import presets
 from cm.config.derived import is_consistency
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
-from cm.config.rows import OBJECTIVES
+from cm.config.rows import OBJECTIVES, PRECONDS
 from cm.errors import UserError
 from cm.models.files import load_model_file
-from cm.models.guided_diffusion import guided_to_ours
-from cm.models.identify import identify
+from cm.models.guided_diffusion import guessed_precond, guided_to_ours, is_guided
+from cm.models.identify import RELEASED_HEADS, Heads, identify
 from cm.storage.torch_format import LEGACY
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
@@ -32,13 +32,16 @@ class Source:
     """A checkpoint to read, and what the caller knows of it.
 
     weights: which of several networks in it, ema, raw or target; empty takes the average. image_size: where tensor
-    shapes do not tell it. qkv_order: of guided-diffusion's files, legacy or new (--use_new_attention_order).
+    shapes do not tell it. qkv_order: of guided-diffusion's files, legacy or new (--use_new_attention_order). heads and
+    precond: of files that tell neither.
     """
 
     path: str
     weights: str = ""
     image_size: int = 0
     qkv_order: str = "legacy"
+    heads: Heads = RELEASED_HEADS
+    precond: str = ""
 
 
 def detect(path: str) -> str:
@@ -97,8 +100,14 @@ def _identified(state: State, config: Config | None, source: Source) -> tuple[St
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if edm_layout.is_edm(bare):
         return edm_layout.from_edm(bare, source.path)
-    state = guided_to_ours(state, source.qkv_order)
-    return state, identify(state, source.path, source.image_size)
+    guided = is_guided(state)
+    state = guided_to_ours(state, source.qkv_order, source.heads)
+    config = identify(state, source.path, source.image_size, source.heads)
+    # It predicts the noise at discrete times: with EDM's scalings it would give noise.
+    return state, {
+        **config,
+        "precond": source.precond or guessed_precond(config["image_size"]),
+    } if guided else config
 
 
 def _read_edm(source: Source) -> tuple[State, Config]:
@@ -160,24 +169,48 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
     known: flags that the file does not tell, or may not contradict. UserError where the file and they leave open what
     the target needs.
     """
-    kind = detect(source.path)
+    kind, heads = detect(source.path), _heads(known)
+    source = replace(source, precond=known.get("precond", ""), heads=heads or source.heads)
     state, told = READERS[kind](source)
-    for name in ("network", "training_mode"):
-        if (
-            name in told
-            and name in known
-            and told[name] != known[name]
-            and not _interchangeable(name, told, known)
-        ):
+    for name in ("network", "training_mode", "precond"):
+        contradicted = name in told and name in known and told[name] != known[name]
+        if contradicted and not _interchangeable(name, told, known):
             raise UserError(f"{source.path} has --{name} {told[name]}, not {known[name]}")
+    if heads and told.get("network") == "adm" and (other := _heads(told)) != heads:
+        raise UserError(f"{source.path} has {other}, not {heads}")
     defaults = {name: field.default for name, field in flags_of(ModelFlags).items()}
-    config = {**defaults, **known, **told} | {k: known[k] for k in ("training_mode", "steps") if k in known}
+    column = told.get("precond") or known.get("precond") or defaults["precond"]
+    implied = PRECONDS[column].model or {}
+    config = {**defaults, **implied, **known, **told} | {
+        k: known[k] for k in ("training_mode", "steps") if k in known
+    }
     if to != "legacy":
         _require_objective(config, source.path, to)
     check_fits(state, config, source.path)
     WRITERS[to](target, state, config)
     parameters = sum(t.numel() for t in state.values())
-    return f"{source.path} ({kind}): {config['network']}, {parameters:,} values -> {target} ({to})"
+    facts = ", ".join([config["network"], f"{parameters:,} values", *_taken(told, known, heads)])
+    return f"{source.path} ({kind}): {facts} -> {target} ({to})"
+
+
+def _heads(flags: Config) -> Heads | None:
+    """The attention heads that flags describe; a width wins, as it does in the network."""
+    if flags.get("num_head_channels", -1) > 0:
+        return Heads(0, flags["num_head_channels"])
+    return Heads(flags["num_heads"], -1) if flags.get("num_heads", -1) > 0 else None
+
+
+def _taken(told: Config, known: Config, heads: Heads | None) -> list[str]:
+    """What neither the file nor the caller said, and is as in the released networks."""
+    bare = told.get("network") == "adm" and not {"sigma_data", "time_scale", "training_mode"} & told.keys()
+    notes = []
+    if bare and heads is None:
+        notes.append(
+            f"{RELEASED_HEADS} as in the released networks (shapes do not tell; else give --num_heads)"
+        )
+    if bare and "precond" in told and "precond" not in known:
+        notes.append(f"--precond {told['precond']} as in those of this size")
+    return notes
 
 
 def _interchangeable(name: str, told: Config, known: Config) -> bool:
