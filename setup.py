@@ -17,7 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["cm", "cm.*", "evaluations", "evaluations.*"]),
-    package_data={"evaluations": ["*.json"]},
+    package_data={"evaluations": ["**/*.json", "**/*.html"]},
     install_requires=[
         "torch>=2.4",
         "mpi4py>=4",
@@ -31,7 +31,7 @@ setup(
     extras_require={
         "mpi": ["mpich"],
         "quickstart": ["scikit-learn"],
-        "plots": ["matplotlib"],
+        "plots": ["matplotlib", "jinja2"],
         "tensorboard": ["tensorboard"],
         "lsun": ["lmdb"],
         "jax": ["msgpack"],

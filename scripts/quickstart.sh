@@ -37,7 +37,7 @@ say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 # Prints the command as one would type it, then runs it; its full output goes to a log.
 run() { echo "  \$ $*"; "$@" >>"$out/quickstart.log" 2>&1 || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }; }
 on_ranks() { run mpiexec -n "$ranks" python "$@"; }
-short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1"; fi; }
+short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1 --preview_interval 10"; else echo "--preview_interval 50"; fi; }
 samples() {
   on_ranks scripts/image_sample.py --out_dir "$out/samples/$1" --overwrite True "${@:2}" \
     --classes 0,1,2,3,4,5,6,7,8,9 --num_samples $images
@@ -82,5 +82,9 @@ say "numbers and pictures"
 run python -m evaluations.reports.digits_report "$out"
 run python -m evaluations.reports.edit_report "$out"/edits/* --out "$out/editing.md"
 run python -m evaluations.reports.edit_page "$out/cd" "$out/test" "$out/editing.png"
+runs=("$out/edm")
+for method in $methods; do runs+=("$out/$method"); done
+run python -m evaluations.reports.run_report.command "${runs[@]}" --out "$out/report.html"
 cat "$out/report.md" "$out/editing.md"
-say "done; everything is in $out. Pictures: $out/{report,editing}.png, $out/search_cd/search.png, $out/*/previews"
+say "done; everything is in $out. Open $out/report.html in a browser: curves, previews over time, samples, numbers"
+echo "        pictures: $out/{report,editing}.png, $out/search_cd/search.png"

@@ -46,12 +46,14 @@ METRICS = ("accuracy", "fid")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample set: title, network evaluations, images, metrics."""
+    """One sample set: title, network evaluations, images, metrics, and where samples and model lie."""
 
     title: str
     nfe: int
     images: int
     metrics: dict[str, float]
+    samples: str = ""
+    model_path: str = ""
 
 
 def measure(run: Path) -> list[Row]:
@@ -66,7 +68,9 @@ def measure(run: Path) -> list[Row]:
         if found:
             metadata = json.loads(found[-1].with_suffix(".json").read_text())
             images = open_images(str(found[-1]))
-            rows.append(Row(title, metadata["nfe"], images.shape[0], evaluator.measure(images)["metrics"]))
+            metrics = evaluator.measure(images)["metrics"]
+            model_path = metadata.get("model_path", "")
+            rows.append(Row(title, metadata["nfe"], images.shape[0], metrics, str(found[-1]), model_path))
     if not rows:
         raise UserError(f"{run}/samples holds none of {', '.join(TITLES)}")
     return rows
@@ -102,7 +106,10 @@ def main() -> None:
     run = parser.parse_args().run
     rows = measure(run)
     (run / "report.md").write_text(table(rows))
-    save_json(run / "report.json", {r.title: {"nfe": r.nfe, "images": r.images, **r.metrics} for r in rows})
+    facts = {
+        r.title: {key: getattr(r, key) for key in ("nfe", "images", "samples", "model_path")} for r in rows
+    }
+    save_json(run / "report.json", {r.title: facts[r.title] | r.metrics for r in rows})
     image_page(run / "report.png", picture(run))
 
 

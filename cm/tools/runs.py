@@ -1,0 +1,208 @@
+"""Training runs below a folder, the newest first: `python -m cm.tools.runs [DIR] [--json]`. Imports no torch."""
+
+import argparse
+import json
+import math
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cm.config.scripts import SCRIPTS
+from cm.errors import UserError
+from cm.runtime import liveness
+
+CONFIG, LOG = "config.json", "progress.jsonl"
+# Folders below DIR in which runs are looked for
+DEPTH = 3
+# Folders that hold many files and never a run
+PASSED_OVER = {"checkpoints", "previews", "heartbeats"}
+# A rank on another host that wrote within this time is taken to be alive (seconds).
+FRESH = 120.0
+RUNNING = "running"
+COLUMNS = ("run", "preset", "step", "loss", "images/s", "status", "age")
+UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it is now; the run may be going on. rows: what the log holds, oldest first."""
+
+    path: Path
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as the log tells."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def total(self) -> int:
+        """Step at which the run ends; 0 where nothing limits it."""
+        return int(self.config.get("total_training_steps") or self.config.get("lr_anneal_steps") or 0)
+
+    @property
+    def mode(self) -> str:
+        """The objective, as --training_mode names it."""
+        return self.config.get("training_mode", "")
+
+    @cached_property
+    def status(self) -> str:
+        """running, lost, new, or how the run ended."""
+        if ended := liveness.read_status(self.path):
+            return ended["ended"]
+        beats = liveness.read_beats(self.path)
+        here, now = socket.gethostname(), time.time()
+        if any(liveness.is_alive(b) or (b.host != here and now - b.time < FRESH) for b in beats):
+            return RUNNING
+        return liveness.LOST if beats else "new"
+
+    @cached_property
+    def written(self) -> float:
+        """When the run last wrote to its log, or began (seconds since 1970)."""
+        log = self.path / LOG
+        return (log if log.exists() else self.path / CONFIG).stat().st_mtime
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a column that is a number."""
+        values = (row.get(key) for row in reversed(self.rows))
+        return next((v for v in values if isinstance(v, int | float)), None)
+
+    def checkpoints(self) -> list[Path]:
+        """Folders of the complete checkpoints, oldest first."""
+        return sorted(path.parent for path in self.path.glob("checkpoints/step_*/manifest.json"))
+
+
+def read_run(path: str | Path) -> Run:
+    """A run directory; UserError where it is none, or one that this version cannot read."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not (path / CONFIG).is_file():
+        hint = f"; the runs in it: {', '.join(map(str, runs))}" if (runs := list(find_runs(path))[:3]) else ""
+        raise UserError(f"{path} is no run directory: it has no {CONFIG}{hint}")
+    config = _json(path / CONFIG)
+    if not isinstance(config, dict) or config.get("script") not in SCRIPTS:
+        raise UserError(
+            f"{path / CONFIG} is not of a training run of this version: it names no script that is known"
+        )
+    return Run(path, config, list(_rows(path / LOG)))
+
+
+def find_runs(folder: str | Path) -> Iterator[Path]:
+    """Every run directory in a folder, the folder included, and not those inside of runs."""
+    yield from _below(Path(folder), DEPTH)
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / CONFIG).is_file() and ((folder / LOG).exists() or liveness.folder(folder).is_dir()):
+        yield folder
+    elif depth:
+        try:
+            inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in PASSED_OVER)
+        except OSError:  # a folder that this user may not read
+            return
+        for path in inside:
+            yield from _below(path, depth - 1)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _rows(log: Path) -> Iterator[dict[str, Any]]:
+    """Rows with a step. A line that is still being written, or was torn by a crash, is passed over."""
+    if not log.exists():
+        return
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+            yield row
+
+
+def since(seconds: float) -> str:
+    """A length of time in its largest unit: `5 min`."""
+    unit, size = next((u for u in UNITS if seconds >= u[1]), UNITS[-1])
+    return f"{seconds / size:.0f} {unit}"
+
+
+def number(value: float | None) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What the list says of a run, as plain JSON."""
+    return {
+        "run": str(run.path),
+        "preset": run.config.get("preset") or run.mode,
+        "step": run.step,
+        "total": run.total,
+        "loss": run.last("loss"),
+        "images/s": run.last("images_per_sec"),
+        "status": run.status,
+        "age": time.time() - run.written,
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The list as text."""
+    rows = [COLUMNS]
+    for s in found:
+        steps = f"{s['step']:,}" + (f" / {s['total']:,}" if s["total"] else "")
+        cells = (s["run"], s["preset"], steps, number(s["loss"]), number(s["images/s"]), s["status"])
+        rows.append((*cells, since(s["age"])))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the runs below a folder."""
+    parser = argparse.ArgumentParser(
+        prog="cm runs", description="Training runs below a folder, the newest first."
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="default: runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args(argv)
+    if not Path(options.folder).is_dir():
+        raise UserError(f"{options.folder}: no such folder")
+    found, unread = [], []
+    for path in find_runs(options.folder):
+        try:
+            found.append(summary(read_run(path)))
+        except UserError as error:
+            unread.append(f"note: {error}")
+    found.sort(key=lambda s: s["age"])
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join([table(found) if found else f"no run in {options.folder}", *unread]))
+
+
+def program(argv: Sequence[str] | None = None) -> None:
+    """The command: a mistake is one line and exit code 2."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    program()

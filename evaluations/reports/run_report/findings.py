@@ -1,0 +1,136 @@
+"""What was drawn and measured with the weights of a run, as the JSON files beside samples and results tell."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cm.tools.runs import PASSED_OVER, Run
+
+# Where results are looked for: in the run, and this deep in the folder that it lies in
+INSIDE = ("*.json", "*/*.json", "*/*/*.json")
+LARGEST = 4 * 2**20  # bytes; JSON files beyond it are no results
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One set of samples of a model, or a measurement of one that is no longer there."""
+
+    nfe: int
+    sampler: str = ""
+    step: int = 0
+    weights: str = ""
+    count: int = 0
+    protocol: str = ""
+    comparable: bool = True
+    metrics: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+    picture: Path | None = None
+
+
+def find_results(run: Run, places: Sequence[str | Path] = ()) -> list[Finding]:
+    """Samples and measurements made with a run's weights, by network evaluations. places: further folders."""
+    folders = [run.path, run.path.resolve().parent, *map(Path, places)]
+    files = sorted({p.resolve() for folder in folders for pattern in INSIDE for p in folder.glob(pattern)})
+    contents = [(path, content) for path in files if (content := _object(path)) is not None]
+    found: dict[str, Finding] = {}
+    for path, content in contents:  # first the samples, which results point to
+        if "nfe" in content and "sigmas" in content and "ts" not in content and belongs(content, run):
+            found[str(path.with_suffix(".npz"))] = _samples(path, content)
+    for path, content in contents:
+        for key, finding in _measurements(path, content, run):
+            if key in found:  # the samples themselves say more of how they were drawn
+                drawn = found[key]
+                finding = replace(
+                    finding, sampler=drawn.sampler, weights=drawn.weights, picture=drawn.picture
+                )
+            found[f"{key} {path}" if key in found and found[key].metrics else key] = finding
+    return sorted(found.values(), key=lambda f: (f.nfe, f.sampler, f.step))
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    if PASSED_OVER & set(path.parts) or path.stat().st_size > LARGEST:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def belongs(meta: dict[str, Any], run: Run) -> bool:
+    """Whether weights that metadata names are those of a run; also when the run was moved since."""
+    path = Path(str(meta.get("model_path") or ""))
+    if path.resolve().is_relative_to(run.path.resolve()):
+        return True
+    moved = path.parts[-4:-2] == (run.name, "checkpoints")
+    return moved and not path.exists()
+
+
+def _step(meta: dict[str, Any]) -> int:
+    found = re.search(r"step_(\d+)", str(meta.get("model_path")))
+    return int(found[1]) if found else 0
+
+
+def _samples(path: Path, meta: dict[str, Any]) -> Finding:
+    config, picture = meta.get("config", {}), path.with_suffix(".png")
+    return Finding(
+        nfe=int(meta["nfe"]),
+        sampler=config.get("sampler", ""),
+        step=_step(meta),
+        weights=str(meta.get("weights", "")),
+        count=int(config.get("num_samples", 0)),
+        source=str(path.with_suffix(".npz")),
+        picture=picture if picture.exists() else None,
+    )
+
+
+def _measurements(path: Path, content: dict[str, Any], run: Run) -> Iterator[tuple[str, Finding]]:
+    """(samples that were measured, result) of a file of the evaluator, of a search, or of the quick start."""
+    if {"metrics", "protocol", "features"} <= content.keys():
+        one = content.get("runs", [content])[0]
+        meta = one.get("samples", {}).get("meta") or {}
+        if belongs(meta, run) and "nfe" in meta:
+            npz = Path(one["samples"]["path"])
+            yield (
+                str(npz.resolve()),
+                replace(
+                    _samples(npz, meta),
+                    count=int(one["samples"]["count"]),
+                    comparable=bool(one["comparable"]),
+                    metrics=numbers(content["metrics"]),
+                    protocol=content["protocol"]["name"],
+                ),
+            )
+    elif {"ts", "fid", "nfe"} <= content.keys() and belongs(content, run):
+        yield (
+            str(path),
+            replace(
+                _samples(path, content),
+                sampler="multistep (search)",
+                metrics=numbers({"fid": content["fid"]}),
+                protocol=str(content.get("protocol", "")),
+            ),
+        )
+    else:
+        for title, row in content.items():
+            if isinstance(row, dict) and {"nfe", "model_path", "images"} <= row.keys() and belongs(row, run):
+                metrics = numbers({k: v for k, v in row.items() if k not in ("nfe", "images")})
+                yield (
+                    str(Path(row.get("samples", path / title)).resolve()),
+                    Finding(
+                        int(row["nfe"]), title, _step(row), "", int(row["images"]), "digits", metrics=metrics
+                    ),
+                )
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Those values that are numbers."""
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def metric_names(findings: Iterable[Finding]) -> list[str]:
+    """Every metric that was measured, in the order in which they appear."""
+    return list(dict.fromkeys(name for f in findings for name in f.metrics))
