@@ -37,6 +37,7 @@ setup(
         "jax": ["msgpack"],
         "diffusers": ["diffusers", "safetensors"],
         "safetensors": ["safetensors"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -2,24 +2,37 @@
 
 import argparse
 import importlib.util
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from cm.commands.cli import parse_config
-from cm.config.scripts import SCRIPTS, CmTrainConfig, SampleConfig
+from cm.config import plugins
+from cm.config.fields import flags_of, meta_of
+from cm.config.scripts import SCRIPTS, CmTrainConfig, SampleConfig, configure
 from cm.config.validation import require_inputs
 from cm.runtime import job
+from cm.training.factory import create_objective
+from tests.helpers.models import save_consistency_model
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE = ROOT / "docs" / "site" / "mkdocs.yml"
 # What runs without argparse: nothing, or a list of plain names.
 WITHOUT_PARSER = {"cm.presets"}
+NOT_OURS = {"pytest", "mkdocs"}
+
+
+def document(name: str) -> Path:
+    """A document by the name of its file."""
+    return next(path for path in DOCUMENTS if path.name == name)
 
 
 # ---- commands ----------------------------------------------------------------------------------------
@@ -30,6 +43,8 @@ def commands(path: Path) -> list[tuple[str, ...]]:
     text = path.read_text().replace("\\\n", " ").replace("$RUN", "run").replace("$DATA", "data")
     found = []
     for kind, name, rest in re.findall(r"python (scripts/|-m )([\w.]+)([^`\n]*)", text):
+        if name in NOT_OURS:
+            continue
         rest = re.split(r"\s#|\)(?:\s|$)", rest)[0]
         training = name.endswith("_train.py")
         if "..." in rest:
@@ -74,10 +89,30 @@ def parse_only(program: str, argv: list[str], monkeypatch) -> None:
 
 def check_passed_on(flags: list[str]) -> None:
     """Flags that a benchmark or a plan hands to the configuration belong to one that they know."""
-    known = {name for c in (CmTrainConfig, SampleConfig) for name in c.__dataclass_fields__}
+    known = {name for c in (CmTrainConfig, SampleConfig) for name in every_flag(c)}
     assert {flag.removeprefix("--") for flag in flags if flag.startswith("--")} <= known
 
 
+def every_flag(cls: type) -> set[str]:
+    """The flags of a configuration and of every row that it may name."""
+    found = flags_of(cls)
+    rows = [m.registry[n] for f in found.values() if (m := meta_of(f)).registry is not None for n in m.names]
+    return {*found, *(name for row in rows if row.options is not None for name in flags_of(row.options))}
+
+
+@pytest.fixture
+def plugin_files(tmp_path, monkeypatch):
+    """A working directory with the examples of docs/extend.md."""
+    text = document("extend.md").read_text()
+    for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", text, flags=re.DOTALL):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    yield
+    for plugin in list(plugins._loaded):
+        plugins.forget(plugin)
+
+
+@pytest.mark.usefixtures("plugin_files")
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests have imported the program
 @pytest.mark.parametrize(
     ("document", "command"), COMMANDS, ids=[f"{name}-{c[0]}-{i}" for i, (name, c) in enumerate(COMMANDS)]
@@ -102,7 +137,7 @@ def test_the_commands_are_found_and_bad_ones_refused(monkeypatch):
         "prepare_data",
         "convert_checkpoint",
         "evaluations.evaluator",
-        "cm.tools.doctor",
+        "cm.doctor",
     } <= programs
     assert len(COMMANDS) > 60
     with pytest.raises(SystemExit):
@@ -111,7 +146,7 @@ def test_the_commands_are_found_and_bad_ones_refused(monkeypatch):
 
 def test_flags_in_the_running_text_exist():
     """Flags that documents name in `code` are flags of a script, or of a program that they show."""
-    known = {name for config in SCRIPTS.values() for name in config.__dataclass_fields__}
+    known = {name for config in SCRIPTS.values() for name in every_flag(config)}
     sources = [*ROOT.glob("scripts/*"), *ROOT.glob("evaluations/*.py"), *ROOT.glob("cm/**/*.py")]
     text = "\n".join(path.read_text() for path in sources if path.is_file())
     known |= set(re.findall(r"""["'\s]--([a-z]\w*)""", text))
@@ -127,7 +162,8 @@ def test_flags_in_the_running_text_exist():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_named_files_exist(path):
     text = path.read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
         if "://" not in target:
             assert (path.parent / target).exists(), target
     for name in re.findall(r"`((?:cm|scripts|evaluations|tests|docs)/[\w./]*)`", text):
@@ -194,3 +230,101 @@ def test_every_row_names_tests_that_exist():
                 # What follows a named test may be further files.
                 found = (TESTS / f"{name}.py").exists() or f"def test_{name}" in path.read_text()
                 assert found, (path, name)
+
+
+# ---- claims ------------------------------------------------------------------------------------------
+
+
+def claims() -> dict[str, list[tuple[str, str]]]:
+    """document -> (words of a claim, FILE::NAME of its test), as tests/claims.txt lists them."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = words = ""
+    for line in (TESTS / "claims.txt").read_text().splitlines()[1:]:
+        if line.startswith("== "):
+            name = line[3:]
+        elif line.startswith("    "):
+            found.setdefault(name, []).append((words, line.strip()))
+        elif line:
+            words = line
+    return found
+
+
+CLAIMS = claims()
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_stands_in_its_document_and_has_a_test(name):
+    text = " ".join(document(name).read_text().split())
+    for words, test in CLAIMS[name]:
+        assert words in text, words
+        file, _, function = test.partition("::")
+        assert re.search(rf"def test_{function}\b", (TESTS / f"{file}.py").read_text()), test
+
+
+def test_ctrl_c_is_code_130():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        job.run_main(interrupted)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("start_ema", [0.0, 0.9])
+def test_only_a_target_of_its_own_is_saved(start_ema):
+    config = configure(
+        CmTrainConfig, training_mode="consistency_training", start_ema=start_ema, loss_norm="l2"
+    )
+    assert create_objective(config).needs_target == (start_ema > 0)
+
+
+@pytest.mark.parametrize("name", ["README.md", "library.md"])
+def test_python_of_the_documents_runs(name, tmp_path):
+    """On untrained models of the size that the document assumes."""
+    size, channels, classes = (16, 3, 0) if name == "README.md" else (8, 1, 10)
+    model = tmp_path / "model.pt"
+    labels = {"class_cond": True, "num_classes": classes} if classes else {}
+    save_consistency_model(model, image_size=size, in_channels=channels, attention_resolutions="", **labels)
+    blocks = re.findall(r"```python\n(.*?)```", document(name).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        small = block.replace('"num_head_channels": 64', '"num_head_channels": 64, "num_channels": 64')
+        (tmp_path / "block.py").write_text(re.sub("runs/(student|cd)", str(model), small))
+        images = runpy.run_path(str(tmp_path / "block.py"))["images"]
+        assert len(images) in (4, 16) and images.abs().max() <= 1
+
+
+# ---- the site ----------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install '.[docs]'")
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-q",
+        "-f",
+        str(SITE),
+        "-d",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "api" / "diffusion.html").read_text()
+    assert "EDMPrecond" in page and "c_skip" in page
+
+
+def test_every_page_and_every_package_is_in_the_site():
+    text = SITE.read_text()
+    for path in [p for p in DOCUMENTS if p.name != "README.md"]:
+        assert re.search(rf"(?:- |: ){re.escape(path.name)}$", text, flags=re.MULTILINE), path.name
+    packages = [p.parent.name for p in (ROOT / "cm").glob("*/__init__.py")]
+    for name in [*packages, "register", "evaluations"]:
+        page = ROOT / "docs" / "api" / f"{name}.md"
+        assert f"api/{name}.md" in text and "::: " in page.read_text(), name

@@ -6,6 +6,7 @@ other, a folder that cannot be written, a full disk. What is merely absent and o
 
 import argparse
 import dataclasses
+import ipaddress
 import json
 import os
 import platform
@@ -42,6 +43,8 @@ OLDEST_PYTHON = (3, 11)
 GIB = 2**30
 LEAST_FREE_GIB = 1.0
 RUNS_TO_TELL = 5
+# Batches of data workers pass through this folder; a container often has 64 MiB.
+SHARED_MEMORY, LEAST_SHARED_GIB = "/dev/shm", 0.5
 # Elements of the timed all-reduce: 16 MiB, the order of a gradient bucket.
 REDUCE_SIZE = 4 * 2**20
 
@@ -66,7 +69,19 @@ def check_versions() -> list[Check]:
             checks.append(Check(name, "ok", metadata.version(name)))
         except metadata.PackageNotFoundError:
             checks.append(Check(name, "failed" if name in CORE else "note", "not installed"))
-    return checks
+    return [check_import(check) if check.name == "torchvision" else check for check in checks]
+
+
+def check_import(check: Check) -> Check:
+    """An installed package, tried in another process: torchvision made for another torch fails there only."""
+    if check.status != "ok":
+        return check
+    command = [sys.executable, "-c", f"import {check.name}"]
+    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if not answer.returncode:
+        return check
+    cause = (answer.stderr.strip() or "no message").splitlines()[-1]
+    return Check(check.name, "note", f"{check.detail} does not import beside this torch: {cause}")
 
 
 def check_mpi() -> list[Check]:
@@ -135,6 +150,37 @@ def check_ranks(timeout: float = 60.0) -> list[Check]:
     return checks
 
 
+def check_host_name() -> list[Check]:
+    """Can other hosts reach this one by its name? Ranks of several nodes meet at the name of rank 0's host."""
+    name = socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)
+        # An IPv6 address may name its card: fe80::1%eth0
+        addresses = sorted({str(place[4][0]).partition("%")[0] for place in found})
+    except OSError as error:
+        return [
+            Check(
+                "host name", "note", f"{name} leads to no address ({error}): several nodes need MASTER_ADDR"
+            )
+        ]
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        where = f"{name} leads to {', '.join(addresses)}, which is this host only"
+        return [Check("host name", "note", f"{where}: several nodes need MASTER_ADDR or another /etc/hosts")]
+    return [Check("host name", "ok", f"{name} leads to {', '.join(addresses)}")]
+
+
+def check_shared_memory(folder: str = SHARED_MEMORY) -> list[Check]:
+    """Room for the batches of data workers; no finding on systems without the folder."""
+    if not Path(folder).is_dir():
+        return []
+    free = shutil.disk_usage(folder).free / GIB
+    detail = f"{free:.2f} GiB free at {folder}"
+    if free >= LEAST_SHARED_GIB:
+        return [Check("shared memory", "ok", detail)]
+    advice = "data workers may die of it: --num_workers 0, or docker run --shm-size 2g"
+    return [Check("shared memory", "note", f"{detail}; {advice}")]
+
+
 def check_run_dir(path: str) -> list[Check]:
     """Can runs be written, and is there room? A folder that does not exist yet is judged by its parent."""
     folder = Path(path).expanduser().resolve()
@@ -184,7 +230,8 @@ def check_weights() -> list[Check]:
 def examine(run_dir: str, across_ranks: bool) -> list[Check]:
     """All checks in order. With `across_ranks` every rank of the job must call it."""
     steps: list[Callable[[], list[Check]]] = [
-        *(check_versions, check_mpi, check_devices, check_launcher, check_weights),
+        *(check_versions, check_mpi, check_devices, check_shared_memory, check_launcher, check_host_name),
+        check_weights,
         lambda: check_run_dir(run_dir),
         lambda: check_last_runs(run_dir),
     ]

@@ -10,6 +10,7 @@ from cm.commands.cli import parse_config
 from cm.config import presets
 from cm.config.derived import is_consistency
 from cm.config.parsing import parse_ts
+from cm.config.presets import __main__ as listing
 from cm.config.scripts import SCRIPTS, CmTrainConfig, EditConfig, EdmTrainConfig, SampleConfig, resolved
 from cm.diffusion.grid import karras_sigmas
 from cm.errors import UserError
@@ -317,3 +318,14 @@ def test_errors():
         presets.values("digits_edm", "release", "cm_train")
     assert isinstance(train("tiny"), EdmTrainConfig)
     assert isinstance(parse_config(CmTrainConfig, ["--preset", "tiny"]), CmTrainConfig)
+
+
+def test_the_list_has_three_columns(capsys):
+    listing.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    scripts, results = head.index("scripts"), head.index("published results")
+    assert len(rows) == len(presets.PRESETS)
+    for row, (name, preset) in zip(rows, presets.PRESETS.items()):
+        assert row[:scripts].strip() == name
+        assert row[scripts:results].strip() == ", ".join(preset.scripts)
+        assert row[results:].count("FID") == len(preset.results)

@@ -50,6 +50,49 @@ def test_an_unwritable_run_folder_fails_with_exit_code_1(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_a_torchvision_that_does_not_import_is_a_note_with_its_cause(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.check_import(doctor.Check("torchvision", "ok", "0.1"))
+    assert found.status == "note" and found.detail.endswith(
+        "RuntimeError: operator torchvision::nms does not exist"
+    )
+    (tmp_path / "torchvision.py").write_text("")
+    assert doctor.check_import(doctor.Check("torchvision", "ok", "0.1")).status == "ok"
+    missing = doctor.Check("torchvision", "note", "not installed")
+    assert doctor.check_import(missing) is missing
+
+
+@pytest.mark.parametrize(
+    ("addresses", "status", "words"),
+    [
+        (["10.0.0.7"], "ok", "10.0.0.7"),
+        (["127.0.1.1", "fe80::1%eth0"], "ok", "127.0.1.1"),
+        (["127.0.1.1", "::1"], "note", "this host only"),
+        (None, "note", "no address"),
+    ],
+)
+def test_the_name_of_this_host(addresses, status, words, monkeypatch):
+    def lookup(*_, **__):
+        if addresses is None:
+            raise OSError("Name or service not known")
+        return [(0, 0, 0, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(doctor.socket, "getaddrinfo", lookup)
+    (check,) = doctor.check_host_name()
+    assert check.status == status and words in check.detail
+    assert ("MASTER_ADDR" in check.detail) == (status == "note")
+
+
+def test_shared_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 * 2**20}))
+    (check,) = doctor.check_shared_memory(str(tmp_path))
+    assert check.status == "note" and "--shm-size" in check.detail
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**33}))
+    assert doctor.check_shared_memory(str(tmp_path))[0].status == "ok"
+    assert doctor.check_shared_memory(str(tmp_path / "none")) == []
+
+
 def test_a_full_disk_fails(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 0.5 * doctor.GIB})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
