@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cm.runtime.platform import STOP_SIGNALS, process_birth, watch_end
+
 # Exit code of a run that ended in good order before its last step: the same command goes on.
 EXIT_UNFINISHED = 75
 
@@ -154,15 +156,6 @@ def is_alive(beat: Beat) -> bool:
     return beat.host == socket.gethostname() and beat.born != 0 and process_birth(beat.pid) == beat.born
 
 
-def process_birth(pid: int) -> int:
-    """Start of a process in the system's ticks; 0 when it has ended or the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
-
-
 def record_death(run_dir: str | os.PathLike, rank: Beat) -> str:
     """A rank's process has ended: unless in good order, say in status.json that it was lost. Returns what it says."""
     last = {beat.rank: beat for beat in read_beats(run_dir)}.get(rank.rank, rank)
@@ -183,14 +176,14 @@ def watch_ends(peers: Iterable[Beat]) -> dict[int, Beat]:
     """Descriptors that become readable when a process ends; empty where the system has none (Linux has)."""
     watched = {}
     for peer in filter(is_alive, peers):  # a number may mean another process in another container
-        with contextlib.suppress(AttributeError, OSError):
-            watched[os.pidfd_open(peer.pid)] = peer
+        if (descriptor := watch_end(peer.pid)) is not None:
+            watched[descriptor] = peer
     return watched
 
 
 def main(run_dir: str, *ranks: str) -> None:
     """Wait for the first rank that ends without having said so, or for the last one."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # meant for the ranks
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # meant for the ranks
         signal.signal(number, signal.SIG_IGN)
     watched = watch_ends(beat for beat in read_beats(run_dir) if str(beat.rank) in ranks)
     while watched:

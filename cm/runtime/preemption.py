@@ -5,6 +5,7 @@ The first signal lets the step finish and a checkpoint be written; the second en
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 from cm.runtime import distributed
 from cm.runtime.liveness import PREEMPTED, TIME
+from cm.runtime.platform import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher and its cluster may both pass on one signal: what comes within this time is not a second one (seconds).
 ECHO = 1.0
 SAVE_FAILED = "save failed"
@@ -38,12 +39,12 @@ class StopSignals:
         self._handlers = {}
         if threading.current_thread() is not threading.main_thread():
             return self
-        reader, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         self._pid = os.getpid()
-        self._old_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._old_pipe = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # A handler of Python's makes the interpreter note the signal; there is nothing else to do.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         return self
 
@@ -52,17 +53,17 @@ class StopSignals:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_pipe)
-            os.write(self._pipe, b"\0")  # ends the thread
+            self._writer.send(b"\0")  # ends the thread
 
-    def _listen(self, reader: int) -> None:
+    def _listen(self, reader: socket.socket) -> None:
         first = 0.0
-        while number := os.read(reader, 1)[0]:
-            if number in SIGNALS and not self.received:
+        while number := reader.recv(1)[0]:
+            if number in STOP_SIGNALS and not self.received:
                 first, self.received = time.monotonic(), signal.Signals(number).name
-            elif number in SIGNALS and time.monotonic() - first > ECHO:
+            elif number in STOP_SIGNALS and time.monotonic() - first > ECHO:
                 self._on_second(number)
-        os.close(reader)
-        os.close(self._pipe)
+        reader.close()
+        self._writer.close()
 
 
 def shield_worker(_worker_id: int = 0) -> None:
@@ -71,7 +72,7 @@ def shield_worker(_worker_id: int = 0) -> None:
     A cluster sends them to all processes of a job; a worker that died of one would break the step in progress.
     """
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from cm.errors import BadNumbers, UserError
 from cm.runtime import distributed, job, liveness, logger
 from cm.runtime.liveness import describe_last_run, furthest_behind, read_beats
+from cm.runtime.platform import SEES_ENDS
 
 INTERVAL = 0.2
 RECORD_BYTES = 1024
@@ -54,25 +55,27 @@ class Heartbeat:
             for old in folder.glob("rank_*.json"):
                 old.unlink()
         peers = distributed.all_gather_object(self._self)  # after it, the folder is there for all
-        self._file = os.open(folder / f"rank_{rank:04d}.json", os.O_WRONLY | os.O_CREAT)
+        self._file = open(folder / f"rank_{rank:04d}.json", "wb", buffering=0)
         self._write(self._beat())
         distributed.barrier()  # the watch reads all files
         self._peers = liveness.watch_ends(peer for peer in peers if peer.rank != rank)
         self._node_watch = _start_node_watch(self.run_dir, [p for p in peers if p.host == host])
-        self._stopped, self._stop = os.pipe()
+        self._stopped, self._stop = socket.socketpair()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
-        os.write(self._stop, b".")
+        self._stop.send(b".")
         self._thread.join()
         ended = "finished" if error is None else f"{kind.__name__}: {error}".splitlines()[0][:300]
         self._write(dataclasses.replace(self._beat(), ended=ended))
         if self._node_watch is not None:
             self._node_watch.kill()
             self._node_watch.wait()
-        for descriptor in (self._file, self._stop, self._stopped, *self._peers):
+        for opened in (self._file, self._stop, self._stopped):
+            opened.close()
+        for descriptor in self._peers:
             os.close(descriptor)
 
     def _beat(self) -> liveness.Beat:
@@ -90,7 +93,8 @@ class Heartbeat:
     def _write(self, beat: liveness.Beat) -> None:
         record = json.dumps(dataclasses.asdict(beat)).encode()
         with contextlib.suppress(OSError):  # a full disk or a lost mount is the saver's to report
-            os.pwrite(self._file, record[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n", 0)
+            self._file.seek(0)
+            self._file.write(record[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n")
 
     def _run(self) -> None:
         while True:
@@ -121,7 +125,7 @@ def _start_node_watch(run_dir: Path, ranks: list[liveness.Beat]) -> subprocess.P
     Launchers kill the other ranks so fast that none of them is left to say it. The process is out of their reach, in a
     session of its own, and ends with the last rank.
     """
-    if len(ranks) == 1 or ranks[0].pid != os.getpid():
+    if not SEES_ENDS or len(ranks) == 1 or ranks[0].pid != os.getpid():
         return None
     package = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])

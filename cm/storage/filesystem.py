@@ -6,7 +6,6 @@ A storage that has never answered is given up within about 15 seconds, since its
 has answered is waited for through an outage of minutes.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import IO, Any, TypeVar
 
 from cm.errors import UserError
+from cm.runtime import platform
 from cm.runtime.files import whole_file
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def locked(target: str | os.PathLike) -> Iterator[None]:
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     with open(f"{os.fspath(target)}.lock", "w") as file:
         with suppress(OSError):  # some network file systems have no locks: then each process works for itself
-            fcntl.flock(file, fcntl.LOCK_EX)
+            platform.lock(file)
         yield
 
 

@@ -1,8 +1,6 @@
 """What the log shows of a run: means of losses by noise level, speed, memory, and the size of the network."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.runtime import distributed
+from cm.runtime.platform import peak_memory
 
 BUCKETS = 4
 # Logged values that two equal runs do not share
@@ -109,8 +108,7 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory this process has used so far: on its GPU as torch's allocator counts, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return peak_memory() / 2**20
 
 
 def module_summary(module: nn.Module) -> str:

@@ -1,7 +1,6 @@
 """What a user waits for before anything happens: --help, imports, the first training step."""
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from cm.runtime.platform import children_seconds
 from cm.tools.bench.runs import Options, train_config, write_images
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import Timing
@@ -67,9 +67,3 @@ def run(timing: Timing, *arguments: str) -> None:
     )
     timing.seconds.append(time.perf_counter() - wall)
     timing.cpu_seconds.append(children_seconds() - before)
-
-
-def children_seconds() -> float:
-    """Processor time of all children that have ended [s]."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime

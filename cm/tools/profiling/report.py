@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -13,6 +12,7 @@ import torch
 
 from cm.errors import UserError
 from cm.runtime import distributed
+from cm.runtime.platform import processor
 from cm.runtime.provenance import versions
 
 PACKAGES = ("pillow", "torchvision", "piq", "diffusers")
@@ -104,16 +104,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    models = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _git(*arguments: str) -> str:
