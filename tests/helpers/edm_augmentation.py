@@ -2,7 +2,8 @@
 
 Pixel i of an image lies at 2 i of the doubled one. Doubling: U[k] = sum_m x[m] h[k + 5 - 2 m]; halving: y[i] =
 sum_j V[2 i + j - 5] h[j]; h is the sym6 low-pass filter. Between them V[q] is U, by bilinear interpolation, at the
-place that the inverse of the transform gives. Outside of an image is its mirror image, without repeating the outer pixels.
+place that the inverse of the transform gives. Outside of an image is its mirror image, which does not repeat the outer
+pixels.
 """
 
 import math
