@@ -1,0 +1,97 @@
+"""Claims: at most one program at a time writes a result, a run directory or a prepared data set, on any host.
+
+A claim is a small file beside what is claimed, made by O_EXCL, which also holds on shared file systems. It says who
+made it (host, process, when), and its holder renews it. Who finds one asks whether its holder is gone: on this host the
+process has ended; of another host, the claim has not been renewed for TAKEOVER seconds by the file system's own clock.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from cm.errors import UserError
+from cm.runtime.platform import process_birth
+
+RENEWAL, TAKEOVER = 20.0, 120.0
+MAX_BYTES = 4096
+
+
+class Claim:
+    """A claim for the length of a with block; one process enters it. UserError while another holds it, or no place.
+
+    path: the file or folder that the block writes. The claim lies in `folder`, by default beside it.
+    """
+
+    def __init__(self, path: str | os.PathLike, folder: str | os.PathLike | None = None):
+        path = Path(path).absolute()
+        self.path = path
+        self.file = Path(folder or path.parent) / f".{path.name}.claim"
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Claim":
+        try:
+            while not self._make():
+                if holder := self._holder():
+                    raise UserError(f"{self.path} is being written by {holder} ({self.file} says so)")
+                self.file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        threading.Thread(target=self._renew, daemon=True, name="claim").start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        with suppress(OSError):
+            self.file.unlink(missing_ok=True)
+
+    def _make(self) -> bool:
+        """Make the claim; False when there is one."""
+        pid = os.getpid()
+        text = json.dumps({"host": socket.gethostname(), "pid": pid, "born": process_birth(pid)})
+        try:
+            with open(self.file, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEWAL):
+            with suppress(OSError):  # a lost mount is the writer's to report
+                os.utime(self.file)
+
+    def _holder(self) -> str:
+        """Who holds the claim, in words; empty when its holder is gone."""
+        try:
+            with open(self.file, encoding="utf-8") as file:
+                said = json.loads(file.read(MAX_BYTES))
+            host, pid, born = said["host"], int(said["pid"]), said["born"]
+            age = self._now() - self.file.stat().st_mtime
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError):
+            # Half-written: by someone who is at it now, or who died in between.
+            with suppress(OSError):
+                return "another process" if self._now() - self.file.stat().st_mtime < 5 else ""
+            return ""
+        if host == socket.gethostname():
+            alive = process_birth(pid) == born and born != 0
+            return f"process {pid} of this host" if alive else ""
+        return f"process {pid} of {host}" if age < TAKEOVER else ""
+
+    def _now(self) -> float:
+        """The time by the clock of the file system that the claim lies on, which may be another machine's."""
+        probe = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)

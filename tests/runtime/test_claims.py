@@ -1,0 +1,109 @@
+"""Claims: one writer at a time, also when processes start together, and takeover of what a killed one left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cm.errors import UserError
+from cm.runtime import claims
+from cm.runtime.claims import Claim
+
+HOLD = """import sys, time
+from cm.runtime.claims import Claim
+with Claim(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+RACE = """import sys, time
+from cm.errors import UserError
+from cm.runtime.claims import Claim
+time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
+try:
+    with Claim(sys.argv[1]):
+        time.sleep(1.0)
+        print("won")
+except UserError:
+    print("lost")
+"""
+
+
+def holder(path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_a_second_writer_is_refused_and_the_first_leaves_nothing(tmp_path):
+    target = tmp_path / "samples.npz"
+    with Claim(target):
+        with pytest.raises(
+            UserError, match=rf"samples\.npz is being written by process {os.getpid()} of this host"
+        ):
+            Claim(target).__enter__()
+        with Claim(tmp_path / "other.npz"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with Claim(target):  # free again
+        pass
+
+
+def test_what_a_killed_process_left_is_taken_over(tmp_path):
+    process = holder(tmp_path / "run")
+    with pytest.raises(UserError, match=f"process {process.pid} of this host"):
+        Claim(tmp_path / "run").__enter__()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Claim(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.claim").read_text())["pid"] == os.getpid()
+
+
+def test_of_processes_that_start_together_one_wins(tmp_path):
+    start = str(time.time() + 2.0)
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(tmp_path / "x"), start], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
+    said = [racer.communicate(timeout=60)[0].strip() for racer in racers]
+    assert sorted(said) == ["lost"] * 5 + ["won"]
+
+
+def test_another_hosts_claim_holds_while_it_is_renewed(tmp_path):
+    file = tmp_path / ".x.claim"
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "born": 1}))
+    with pytest.raises(UserError, match="process 7 of elsewhere"):
+        Claim(tmp_path / "x").__enter__()
+    old = time.time() - claims.TAKEOVER - 1
+    os.utime(file, (old, old))
+    with Claim(tmp_path / "x"):
+        assert "elsewhere" not in file.read_text()
+
+
+def test_a_holder_renews_its_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RENEWAL", 0.05)
+    with Claim(tmp_path / "x") as claim:
+        os.utime(claim.file, (1, 1))
+        time.sleep(0.3)
+        assert claim.file.stat().st_mtime > 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"host": 1}', '{"host": "a", "pid": "x", "born": 1}'])
+def test_damaged_claims_are_taken_over_once_they_are_old(tmp_path, text):
+    file = tmp_path / ".x.claim"
+    file.write_text(text)
+    with pytest.raises(UserError, match="another process"):
+        Claim(tmp_path / "x").__enter__()
+    os.utime(file, (1, 1))
+    with Claim(tmp_path / "x"):
+        pass
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        Claim(tmp_path / "none" / "x").__enter__()
