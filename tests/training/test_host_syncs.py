@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cm.config.rows import SAMPLERS
 from cm.diffusion.denoiser import Denoiser, NoisyClassifier, clamped
 from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler, UniformSampler, ve_levels, vp_levels
@@ -31,7 +32,6 @@ from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
 from cm.sampling.levels import karras
 from cm.sampling.noise import DummyGenerator
-from cm.sampling.registry import SAMPLERS
 from cm.seeding import StepRandom
 from cm.training.meters import LossMeter
 from tests.helpers.models import tiny_unet
@@ -148,7 +148,7 @@ def test_samplers_copy_nothing_blocking_and_read_nothing(name, precond):
     sigmas = karras(4, 0.002, 80.0, 7.0)
     precond(x.new_empty(1))  # tables of the levels are moved once
     with BlockingCopies() as copies:
-        sample = SAMPLERS[sampler].sample(denoiser, x, sigmas, DummyGenerator(), **WALKS[name])
+        sample = SAMPLERS.load(sampler)(denoiser, x, sigmas, DummyGenerator(), **WALKS[name])
     assert sample.is_meta and copies.found == []
 
 
