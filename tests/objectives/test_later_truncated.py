@@ -217,7 +217,7 @@ def test_stage_one_must_be_a_consistency_model_with_the_same_boundary(tmp_path):
     save_consistency_model(
         denoiser, training_mode="progdist", scale_mode="progdist", start_scales=4, loss_norm="l2"
     )
-    with pytest.raises(UserError, match=r"was trained by progdist; a teacher is a consistency model"):
+    with pytest.raises(UserError, match=r"was trained by progdist: a teacher is a consistency model"):
         load_teacher(str(denoiser), "consistency")
     save_consistency_model(stage1, boundary="zero", training_mode="tcm", loss_norm="pseudo-huber")
     c = config("--teacher_model_path", str(stage1))
