@@ -60,7 +60,7 @@ def page(runs: Sequence[Run], *, results: Sequence[str] = (), previews: int = PR
         ],
         results=[(run, f, values(f)) for run, found in findings.items() for f in found if f.metrics],
         fid=fid_by_nfe(findings),
-        differences=differences(runs) if len(runs) > 1 else [],
+        differences=differences(runs),
         version=__version__,
         now=time.strftime("%Y-%m-%d %H:%M"),
     )
@@ -126,11 +126,15 @@ def configuration(run: Run) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]
     return [i for i in items if i[0] not in same], [i for i in items if i[0] in same]
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """(flag, its value in each run) of the flags in which runs differ; None where a run does not have it."""
+def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[tuple[str, list[Any]]]]:
+    """(flag, its value in each run) of the flags in which runs differ: those that all have, and those that some have.
+
+    None stands for a flag that a run does not have.
+    """
     names = dict.fromkeys(name for run in runs for name in run.config)
     rows = [(name, [run.config.get(name) for run in runs]) for name in names if name not in PLACES]
-    return [(name, row) for name, row in rows if any(value != row[0] for value in row)]
+    rows = [(name, row) for name, row in rows if any(value != row[0] for value in row)]
+    return [row for row in rows if None not in row[1]], [row for row in rows if None in row[1]]
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:

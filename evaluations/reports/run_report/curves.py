@@ -89,8 +89,8 @@ def _series(run: Run, key: str) -> tuple[list[float], list[float]]:
 def _panel(panel: Panel, runs: Sequence[Run]) -> Picture | None:
     series = [(run.name, colour, *_series(run, panel.key)) for run, colour in zip(runs, cycle(COLOURS))]
     series = [s for s in series if s[-1]]
-    # A column that is zero all along says nothing.
-    if not any(any(y) for *_, y in series):
+    # A column that never changes is told by the configuration, or says nothing.
+    if len({value for *_, y in series for value in y}) < 2:
         return None
     figure, axes = _axes("step")
     for name, colour, x, y in series:
@@ -171,7 +171,9 @@ def _finish(axes, values: Sequence[float], *, log: bool, legend: bool) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(frameon=False, fontsize="small")
+        labels = axes.get_legend_handles_labels()[1]
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "columnspacing": 1.2}
+        axes.legend(frameon=False, fontsize="small", ncols=min(4, len(labels)), handlelength=1.2, **above)
 
 
 def _svg(figure) -> str:
