@@ -121,9 +121,33 @@ def group_norm(channels: int) -> GroupNorm32:
     return GroupNorm32(min(32, channels // 4), channels, eps=1e-6)
 
 
+def pixel_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean of x^2 over the channels + 1e-8): (B, C, ...) -> the same (Karras et al. 2018, ProGAN, 4.2)."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
 def xavier_(layer: nn.Module, scale: float = 1.0) -> nn.Module:
     """Initialise in place: weights uniform with variance 2 scale / (fan_in + fan_out), zero bias; returns the layer."""
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def check_inputs(
+    x: Tensor, timesteps: Tensor, y: Tensor | None, in_channels: int, divisor: int, num_classes: int | None
+) -> None:
+    """ValueError unless images, times and labels have the shapes that a U-Net takes; divisor: of the image's sides."""
+    batch = len(x)
+    if x.ndim != 4 or x.shape[1] != in_channels or any(side % divisor for side in x.shape[2:]):
+        raise ValueError(
+            f"images have shape {tuple(x.shape)}; the network takes (B, {in_channels}, side, side) "
+            f"with sides divisible by {divisor}"
+        )
+    if timesteps.shape != (batch,):
+        raise ValueError(f"times have shape {tuple(timesteps.shape)}; images {tuple(x.shape)} need ({batch},)")
+    if (y is None) != (num_classes is None):
+        wants = f"needs labels of {num_classes} classes" if y is None else "takes no labels"
+        raise ValueError(f"the network {wants}, but y is {'missing' if y is None else 'given'}")
+    if y is not None and y.shape != (batch,):
+        raise ValueError(f"labels have shape {tuple(y.shape)}; images {tuple(x.shape)} need ({batch},)")

@@ -21,7 +21,9 @@ from cm.networks.layers import (
     PositionalEmbedding,
     PyramidConv,
     UpConv,
+    check_inputs,
     group_norm,
+    pixel_norm,
     xavier_,
 )
 from cm.nn import checkpoint
@@ -38,7 +40,8 @@ class SongBlock(nn.Module):
     """Residual block of BigGAN's type, with resampling inside, then single-head attention if asked.
 
     channels, skip_channels: of the trunk and of the encoder output that is concatenated to it (0 = none).
-    resample: "none", "up" or "down", by the FIR filter `taps` on both branches.
+    resample: "none", "up" or "down", by the FIR filter `taps` on both branches. double_norm: the embedding scales and
+    shifts the norm by vectors that are normalised themselves (sCM, Lu & Song 2025), instead of being added before it.
     """
 
     def __init__(
@@ -52,16 +55,18 @@ class SongBlock(nn.Module):
         taps: tuple[float, ...] = (1, 3, 3, 1),
         attention: bool = False,
         dropout: float = 0.0,
+        double_norm: bool = False,
         use_checkpoint: bool = False,
     ):
         super().__init__()
         in_channels = channels + skip_channels
+        self.double_norm = double_norm
         self.skip_channels = skip_channels
         self.attention = attention
         self.use_checkpoint = use_checkpoint
         self.norm0 = group_norm(in_channels)
         self.conv0 = xavier_(_conv(in_channels, out_channels, 3, resample, taps))
-        self.affine = xavier_(nn.Linear(emb_channels, out_channels))
+        self.affine = xavier_(nn.Linear(emb_channels, out_channels * (2 if double_norm else 1)))
         self.norm1 = group_norm(out_channels)
         self.drop = nn.Dropout(dropout)
         self.conv1 = xavier_(_conv(out_channels, out_channels, 3), NEARLY_ZERO)
@@ -80,8 +85,13 @@ class SongBlock(nn.Module):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # In place where a result is nobody else's: no new tensors.
         h = self.conv0(F.silu(self.norm0(x)))
-        h = h.add_(self.affine(emb).to(h.dtype)[:, :, None, None])
-        h = self.drop(F.silu(self.norm1(h)))
+        modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.double_norm:
+            scale, shift = (pixel_norm(a) for a in modulation.chunk(2, dim=1))
+            h = self.norm1(h) * scale + shift
+        else:
+            h = self.norm1(h.add_(modulation))
+        h = self.drop(F.silu(h))
         x = self.conv1(h).add_(self.skip(x)).mul_(SKIP_SCALE)
         return (x + self._attend(x)).mul_(SKIP_SCALE) if self.attention else x
 
@@ -123,6 +133,7 @@ class Torso:
     dropout: float
     taps: tuple[float, ...]
     input_pyramid: bool
+    double_norm: bool
     use_checkpoint: bool
 
     def encoder(self, in_channels: int, channels: int) -> tuple[nn.ModuleDict, list[int]]:
@@ -189,6 +200,7 @@ class Torso:
             taps=self.taps,
             attention=attention,
             dropout=self.dropout,
+            double_norm=self.double_norm,
             use_checkpoint=self.use_checkpoint,
         )
 
@@ -208,6 +220,8 @@ class SongUNet(nn.Module):
     embedding_mult: size of the noise embedding in units of model_channels.
     taps: resampling filter.
     input_pyramid: add a learned pyramid of the input image to the trunk at each coarser level.
+    double_norm: sCM's adaptive double normalisation (Lu & Song 2025), see `SongBlock`.
+    logvar_channels: features of a head that learns the logarithm of the loss's variance; 0 for none.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -229,6 +243,8 @@ class SongUNet(nn.Module):
         fourier_scale: float = 16.0,
         taps: tuple[float, ...] = (1, 3, 3, 1),
         input_pyramid: bool = True,
+        double_norm: bool = False,
+        logvar_channels: int = 0,
         use_checkpoint: bool = False,
     ):
         super().__init__()
@@ -248,6 +264,7 @@ class SongUNet(nn.Module):
             dropout=dropout,
             taps=taps,
             input_pyramid=input_pyramid,
+            double_norm=double_norm,
             use_checkpoint=use_checkpoint,
         )
         features = embedding_mult * model_channels
@@ -261,6 +278,11 @@ class SongUNet(nn.Module):
         self.map_layer1 = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
         self.enc, skip_widths = torso.encoder(in_channels, model_channels)
         self.dec = torso.decoder(skip_widths, out_channels)
+        if logvar_channels:
+            self.logvar_features = PositionalEmbedding(logvar_channels)
+            self.logvar_linear = nn.Linear(logvar_channels, 1)
+            nn.init.zeros_(self.logvar_linear.weight)
+            nn.init.zeros_(self.logvar_linear.bias)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -281,11 +303,12 @@ class SongUNet(nn.Module):
         timesteps: Tensor,
         y: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        return_logvar: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels. augment_labels (B, augment_dim): what
-        was done to the images; None means nothing, and so do zeros.
+        was done to the images; None means nothing, and so do zeros. return_logvar: (prediction, u (B,)).
         """
         self._check_inputs(x, timesteps, y, augment_labels)
         emb = self._embed(timesteps, y, augment_labels)
@@ -300,7 +323,15 @@ class SongUNet(nn.Module):
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             h = block(torch.cat([h, skips.pop()], dim=1) if block.skip_channels else h, emb)
-        return conv(F.silu(norm(h.to(conv.weight.dtype))))
+        out = conv(F.silu(norm(h.to(conv.weight.dtype))))
+        return (out, self.logvar(timesteps)) if return_logvar else out
+
+    def logvar(self, timesteps: Tensor) -> Tensor:
+        """u (B,) at times (B,): the logarithm of the loss's variance that the head has learned."""
+        if not hasattr(self, "logvar_linear"):
+            raise ValueError("the network has no head for the uncertainty: give it logvar_channels")
+        times = timesteps.to(self.logvar_linear.weight.dtype)
+        return self.logvar_linear(self.logvar_features(times)).squeeze(1)
 
     def _embed(self, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         dtype = self.map_layer0.weight.dtype
@@ -318,21 +349,8 @@ class SongUNet(nn.Module):
     def _check_inputs(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None
     ) -> None:
+        check_inputs(x, timesteps, y, self.in_channels, self.divisor, self.num_classes)
         batch = len(x)
-        if x.ndim != 4 or x.shape[1] != self.in_channels or any(side % self.divisor for side in x.shape[2:]):
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}; the network takes (B, {self.in_channels}, side, side) "
-                f"with sides divisible by {self.divisor}"
-            )
-        if timesteps.shape != (batch,):
-            raise ValueError(
-                f"times have shape {tuple(timesteps.shape)}; images {tuple(x.shape)} need ({batch},)"
-            )
-        if (y is None) != (self.num_classes is None):
-            wants = f"needs labels of {self.num_classes} classes" if y is None else "takes no labels"
-            raise ValueError(f"the network {wants}, but y is {'missing' if y is None else 'given'}")
-        if y is not None and y.shape != (batch,):
-            raise ValueError(f"labels have shape {tuple(y.shape)}; images {tuple(x.shape)} need ({batch},)")
         if augment_labels is not None and augment_labels.shape != (batch, self.augment_dim):
             raise ValueError(
                 f"augmentation labels have shape {tuple(augment_labels.shape)}; a network with augment_dim "
