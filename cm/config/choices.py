@@ -16,6 +16,7 @@ LR_SCHEDULES = simple(
         "constant": "cm.training.learning_rate:constant",
         "linear": "cm.training.learning_rate:linear_to_zero",
         "late_decay": "cm.training.learning_rate:late_decay",
+        "inverse_sqrt": "cm.training.learning_rate:inverse_sqrt",
     },
 )
 # One-step solvers of the teacher's flow

@@ -58,6 +58,33 @@ class RungeKuttaOptions(SdeOptions):
 
 
 @dataclass(frozen=True)
+class FourierOptions:
+    """Network"""
+
+    fourier_scale: float = flag(
+        16.0, "standard deviation of the frequencies that embed the noise level; 0.02 in iCT", above=0
+    )
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Network"""
+
+    logvar_channels: int = flag(
+        128, "features of the head that learns the logarithm of the loss's variance; 0: no head", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Edm2Options(HeadOptions):
+    """Network"""
+
+    dropout_resolutions: str = flag(
+        "", "image sides whose blocks have --dropout, as a list; empty: all", unit="pixels"
+    )
+
+
+@dataclass(frozen=True)
 class LogNormalOptions:
     """Noise levels"""
 

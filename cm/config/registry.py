@@ -76,6 +76,7 @@ class Network(Row):
     clock: c_noise = clock * ln(sigma) / 4. half: it has `convert_torso(dtype)` and `.dtype`. levels: it halves the
     image from level to level (--channel_mult). augment: it takes augmentation labels. check: `module:attribute`, a
     function (architecture) that raises UserError where flags do not fit. classifier: the classifier that goes with it.
+    A module with a method `project(params)` has its fp32 weights, by name, changed in place after each optimizer step.
     """
 
     clock: float = 1.0

@@ -139,8 +139,23 @@ NETWORKS: Registry[Network] = Registry(
             check="cm.config.rules:check_adm",
             classifier="cm.networks.architecture:adm_classifier",
         ),
-        "ncsnpp": Network(make="cm.networks.architecture:ncsnpp", augment=True),
+        "ncsnpp": Network(
+            make="cm.networks.architecture:ncsnpp", augment=True, options=options.FourierOptions
+        ),
         "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True),
+        "ddpmpp_scm": Network(
+            make="cm.networks.architecture:ddpmpp_scm", augment=True, options=options.HeadOptions
+        ),
+        "edm2": Network(
+            make="cm.networks.architecture:edm2",
+            check="cm.config.rules:check_heads",
+            options=options.Edm2Options,
+        ),
+        "edm2_scm": Network(
+            make="cm.networks.architecture:edm2_scm",
+            check="cm.config.rules:check_heads",
+            options=options.Edm2Options,
+        ),
     },
 )
 

@@ -30,7 +30,6 @@ def check_architecture(architecture: Any) -> None:
 def check_adm(a: Any) -> None:
     """ADM's U-Net: heads and groups divide the widths of its levels."""
     mult = parse_channel_mult(a.channel_mult, a.image_size)
-    factors = parse_attention(a.attention_resolutions, a.image_size, len(mult))
     widths = [int(m * a.num_channels) for m in mult]
     for width in widths:
         if width < 32 or width % 32:
@@ -38,6 +37,14 @@ def check_adm(a: Any) -> None:
                 f"--num_channels {a.num_channels} times --channel_mult {','.join(map(str, mult))} gives a level of "
                 f"{width} channels; group normalisation needs multiples of 32"
             )
+    check_heads(a)
+
+
+def check_heads(a: Any) -> None:
+    """Attention heads divide the widths of the levels that have attention."""
+    mult = parse_channel_mult(a.channel_mult, a.image_size)
+    factors = parse_attention(a.attention_resolutions, a.image_size, len(mult))
+    widths = [int(m * a.num_channels) for m in mult]
     attended = {widths[-1], *(width for level, width in enumerate(widths) if 2**level in factors)}
     splits = {"num_head_channels": a.num_head_channels}
     if a.num_head_channels == -1:

@@ -49,6 +49,10 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
         "probability of each geometric augmentation, told to the network (ncsnpp, ddpmpp); replaces --random_flip",
         low=0,
     )
+    uncertainty: bool = flag(
+        False,
+        "weigh noise levels by what a head of the network learns of the loss's variance (edm2, EDM2's loss)",
+    )
     total_training_steps: int = flag(
         0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps", low=0, main=True
     )

@@ -89,6 +89,10 @@ def _check_column(config: ModelFlags) -> None:
 
 def _check_training(config: TrainConfig) -> None:
     parsing.parse_ema_rates(config.ema_rate)
+    if config.lr_schedule == "inverse_sqrt" and not config.lr_anneal_steps:
+        raise UserError(
+            "--lr_schedule inverse_sqrt needs --lr_anneal_steps, the step from which the rate falls"
+        )
     decays = config.lr_schedule not in ("", "constant")
     if decays and not (config.lr_anneal_steps or config.total_training_steps):
         raise UserError(
@@ -103,6 +107,12 @@ def _check_edm(config: EdmTrainConfig) -> None:
         raise UserError(
             f"--augment {config.augment}: --network {config.network} takes no augmentation labels"
         )
+    if config.uncertainty and not getattr(config, "logvar_channels", 0):
+        raise UserError(
+            "--uncertainty True needs a network with a head for it: --network edm2 and --logvar_channels"
+        )
+    if config.uncertainty and config.diffusion_schedule:
+        raise UserError(f"--uncertainty True is not for --diffusion_schedule {config.diffusion_schedule}")
     # The column's own distribution comes with --precond and was not asked for.
     implied = PRECONDS[config.precond].implied("edm_train").get("schedule_sampler")
     default = flags_of(EdmTrainConfig)["schedule_sampler"].default

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cm.diffusion.precond import Precond
+from cm.diffusion.precond import Coefficients, Precond
 from cm.nn import append_dims
 
 
@@ -28,6 +28,18 @@ class Denoiser:
 
     def raw(self, x: Tensor, sigma: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """(raw network output, denoised)."""
+        x, c = self._scaled(x, sigma)
+        output = self.net(append_dims(c.c_in, x.ndim) * x, c.c_noise, **cond).to(x.dtype)
+        return output, self._denoised(x, c, output)
+
+    def with_logvar(self, x: Tensor, sigma: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
+        """(denoised, u (B,)) of a network whose head gives u, the logarithm of its loss's variance."""
+        x, c = self._scaled(x, sigma)
+        output, logvar = self.net(append_dims(c.c_in, x.ndim) * x, c.c_noise, return_logvar=True, **cond)
+        return self._denoised(x, c, output.to(x.dtype)), logvar.to(x.dtype)
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Coefficients]:
+        """x in fp32 at least, and the coefficients (B,) of its noise levels."""
         if x.element_size() < 4:
             x = x.float()
         sigma = sigma.to(device=x.device, dtype=x.dtype)
@@ -35,11 +47,13 @@ class Denoiser:
             sigma = sigma.expand(x.shape[0])
         if sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}, but the batch is {tuple(x.shape)}")
-        c = self.precond(sigma)
-        output = self.net(append_dims(c.c_in, x.ndim) * x, c.c_noise, **cond).to(x.dtype)
+        return x, self.precond(sigma)
+
+    @staticmethod
+    def _denoised(x: Tensor, c: Coefficients, output: Tensor) -> Tensor:
         # A network with learned variances gives 2C channels: the first C are the image (Nichol & Dhariwal 2021).
         mean = output[:, : x.shape[1]]
-        return output, append_dims(c.c_out, x.ndim) * mean + append_dims(c.c_skip, x.ndim) * x
+        return append_dims(c.c_out, x.ndim) * mean + append_dims(c.c_skip, x.ndim) * x
 
 
 # (x (B, C, ...), sigma (B,)) -> estimate of the clean image, like x

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from cm.config.parsing import parse_attention, parse_channel_mult
+from cm.config.parsing import parse_attention, parse_channel_mult, parse_ints
 from cm.config.registry import resolve
 from cm.config.rows import NETWORKS
 from cm.config.rules import check_architecture
 from cm.errors import UserError
 from cm.networks.classifier import EncoderUNetModel
+from cm.networks.edm2 import LOGVAR_CHANNELS, EDM2UNet
 from cm.networks.song_unet import SongUNet
 from cm.networks.unet import UNetModel
 
@@ -49,6 +50,11 @@ class Architecture:
     def attention_factors(self) -> tuple[int, ...]:
         """Down-sampling factors with attention."""
         return parse_attention(self.attention_resolutions, self.image_size, len(self.widths))
+
+    @property
+    def attended_sides(self) -> tuple[int, ...]:
+        """Image sides with attention."""
+        return tuple(self.image_size // factor for factor in self.attention_factors)
 
     @property
     def out_channels(self) -> int:
@@ -97,19 +103,68 @@ def adm_classifier(a: Architecture) -> EncoderUNetModel:
     )
 
 
-def ncsnpp(a: Architecture) -> SongUNet:
+def ncsnpp(a: Architecture, fourier_scale: float = 16.0) -> SongUNet:
     """NCSN++ as the CIFAR-10 models use it: Fourier embedding, FIR resampling, input pyramid."""
-    return _song_unet(a, embedding="fourier", embedding_mult=2, taps=(1, 3, 3, 1), input_pyramid=True)
+    return _song_unet(
+        a,
+        embedding="fourier",
+        fourier_scale=fourier_scale,
+        embedding_mult=2,
+        taps=(1, 3, 3, 1),
+        input_pyramid=True,
+    )
 
 
-def ddpmpp(a: Architecture) -> SongUNet:
+def ddpmpp(a: Architecture, **form: Any) -> SongUNet:
     """DDPM++: positional embedding, box resampling."""
-    return _song_unet(a, embedding="positional", embedding_mult=1, taps=(1, 1), input_pyramid=False)
+    return _song_unet(a, embedding="positional", embedding_mult=1, taps=(1, 1), input_pyramid=False, **form)
 
 
-def _song_unet(
-    a: Architecture, *, embedding: str, embedding_mult: int, taps: tuple[float, ...], input_pyramid: bool
-) -> SongUNet:
+def ddpmpp_scm(a: Architecture, logvar_channels: int = LOGVAR_CHANNELS) -> SongUNet:
+    """DDPM++ as sCM trains it (Lu & Song 2025): adaptive double normalisation, and a head for its adaptive weight."""
+    return ddpmpp(a, double_norm=True, logvar_channels=logvar_channels)
+
+
+def edm2(
+    a: Architecture,
+    logvar_channels: int = LOGVAR_CHANNELS,
+    dropout_resolutions: str = "",
+    double_norm: bool = False,
+) -> EDM2UNet:
+    """EDM2's magnitude-preserving U-Net."""
+    sides = [a.image_size >> level for level in range(len(a.widths))]
+    dropping = parse_ints("dropout_resolutions", dropout_resolutions) if dropout_resolutions else sides
+    if unknown := sorted(set(dropping) - set(sides)):
+        raise UserError(
+            f"--dropout_resolutions {unknown[0]} is not a resolution of the network ({', '.join(map(str, sides))})"
+        )
+    return EDM2UNet(
+        image_size=a.image_size,
+        in_channels=a.in_channels,
+        out_channels=a.out_channels,
+        model_channels=a.num_channels,
+        channel_mult=a.widths,
+        num_res_blocks=a.num_res_blocks,
+        attention_resolutions=a.attended_sides,
+        num_heads=a.num_heads,
+        num_head_channels=a.num_head_channels,
+        dropout=a.dropout,
+        dropout_resolutions=tuple(dropping),
+        num_classes=a.num_classes,
+        logvar_channels=logvar_channels,
+        double_norm=double_norm,
+        use_checkpoint=a.use_checkpoint,
+    )
+
+
+def edm2_scm(
+    a: Architecture, logvar_channels: int = LOGVAR_CHANNELS, dropout_resolutions: str = ""
+) -> EDM2UNet:
+    """EDM2's U-Net as sCM trains it (Lu & Song 2025): positional features of t, adaptive double normalisation."""
+    return edm2(a, logvar_channels, dropout_resolutions, double_norm=True)
+
+
+def _song_unet(a: Architecture, **form: Any) -> SongUNet:
     return SongUNet(
         image_size=a.image_size,
         in_channels=a.in_channels,
@@ -117,15 +172,12 @@ def _song_unet(
         model_channels=a.num_channels,
         channel_mult=a.widths,
         num_res_blocks=a.num_res_blocks,
-        attention_resolutions=tuple(a.image_size // factor for factor in a.attention_factors),
+        attention_resolutions=a.attended_sides,
         dropout=a.dropout,
         num_classes=a.num_classes,
         augment_dim=a.augment_dim,
-        embedding=embedding,
-        embedding_mult=embedding_mult,
-        taps=taps,
-        input_pyramid=input_pyramid,
         use_checkpoint=a.use_checkpoint,
+        **form,
     )
 
 

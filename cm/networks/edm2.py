@@ -94,12 +94,16 @@ class Block(nn.Module):
         """y (1 + gain linear(emb)); with double norm, norm(y) norm(s) + norm(b), where (s, b) = linear(emb)."""
         if not self.double_norm:
             return y * append_dims(self.emb_linear(emb, self.emb_gain) + 1, y.ndim).to(y.dtype)
-        scale, shift = (append_dims(normalize(a), y.ndim).to(y.dtype) for a in self.emb_linear(emb).chunk(2, dim=1))
+        scale, shift = (
+            append_dims(normalize(a), y.ndim).to(y.dtype) for a in self.emb_linear(emb).chunk(2, dim=1)
+        )
         return normalize(y, dim=1) * scale + shift
 
     def _attend(self, x: Tensor) -> Tensor:
         # Rows of the weight are (head, channel, {q, k, v}); each of q, k, v is normalised pixel by pixel.
-        rows = self.attn_qkv(x).flatten(2).unflatten(1, (self.num_heads, -1, 3))  # (B, heads, C / heads, 3, R * R)
+        rows = (
+            self.attn_qkv(x).flatten(2).unflatten(1, (self.num_heads, -1, 3))
+        )  # (B, heads, C / heads, 3, R * R)
         q, k, v = normalize(rows, dim=2).permute(3, 0, 1, 4, 2)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, R * R, C / heads)
         return attended.transpose(2, 3).reshape(x.shape)
@@ -146,11 +150,14 @@ class EDM2UNet(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.num_classes, self.double_norm = in_channels, num_classes, double_norm
+        self.has_head = logvar_channels > 0
         self.label_balance, self.concat_balance = label_balance, concat_balance
         self.divisor = 2 ** (len(channel_mult) - 1)
         widths = [int(mult * model_channels) for mult in channel_mult]
         sides = [image_size >> level for level in range(len(widths))]
         emb_channels = max(widths)
+        shared = {"double_norm": double_norm, "use_checkpoint": use_checkpoint, "clip_act": clip_act}
+        shared |= {"res_balance": res_balance, "attn_balance": attn_balance}
 
         def block(channels: int, width: int, side: int, attention: bool = False, **kind: str) -> Block:
             dropping = dropout_resolutions is None or side in dropout_resolutions
@@ -161,11 +168,7 @@ class EDM2UNet(nn.Module):
                 attention=attention,
                 num_heads=count_heads(width, num_heads, num_head_channels) if attention else 1,
                 dropout=dropout if dropping else 0.0,
-                res_balance=res_balance,
-                attn_balance=attn_balance,
-                clip_act=clip_act,
-                double_norm=double_norm,
-                use_checkpoint=use_checkpoint,
+                **shared,
                 **kind,
             )
 
@@ -179,10 +182,12 @@ class EDM2UNet(nn.Module):
         if num_classes is not None:
             self.emb_label = MPConv(num_classes, emb_channels)
         levels = list(zip(sides, widths, strict=True))
-        self.enc, skips = _encoder(block, in_channels, model_channels, levels, num_res_blocks, attention_resolutions)
+        self.enc, skips = _encoder(
+            block, in_channels, model_channels, levels, num_res_blocks, attention_resolutions
+        )
         self.dec = _decoder(block, skips, levels, num_res_blocks, attention_resolutions)
         self.out_conv = MPConv(widths[0], out_channels, 3)
-        if logvar_channels:
+        if self.has_head:
             self.logvar_fourier = MPFourier(logvar_channels)
             self.logvar_linear = MPConv(logvar_channels, 1)
 
@@ -220,11 +225,14 @@ class EDM2UNet(nn.Module):
             h = mp_cat(h, skips.pop(), self.concat_balance) if "block" in name else h
             h = block(h, emb)
         out = self.out_conv(h.to(self.out_conv.weight.dtype), self.out_gain)
-        return (out, self.logvar(timesteps)) if return_logvar else out
+        if return_logvar:
+            return out, self.logvar(timesteps)
+        # With weight 0 if nobody asks for it, so that every parameter takes part, as DistributedDataParallel demands.
+        return out + 0 * self.logvar(timesteps).sum() if self.has_head else out
 
     def logvar(self, timesteps: Tensor) -> Tensor:
         """u (B,) at times (B,): the logarithm of the loss's variance that the head has learned (EDM2, Eq. 21)."""
-        if not hasattr(self, "logvar_linear"):
+        if not self.has_head:
             raise ValueError("the network has no head for the uncertainty: give it logvar_channels")
         features = self.logvar_fourier(timesteps.to(self.logvar_linear.weight.dtype))
         return self.logvar_linear(features).squeeze(1)

@@ -145,7 +145,9 @@ def check_inputs(
             f"with sides divisible by {divisor}"
         )
     if timesteps.shape != (batch,):
-        raise ValueError(f"times have shape {tuple(timesteps.shape)}; images {tuple(x.shape)} need ({batch},)")
+        raise ValueError(
+            f"times have shape {tuple(timesteps.shape)}; images {tuple(x.shape)} need ({batch},)"
+        )
     if (y is None) != (num_classes is None):
         wants = f"needs labels of {num_classes} classes" if y is None else "takes no labels"
         raise ValueError(f"the network {wants}, but y is {'missing' if y is None else 'given'}")

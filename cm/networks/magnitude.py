@@ -61,7 +61,9 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(normalize(torch.randn(out_channels, in_channels, *[kernel] * (2 * bool(kernel)))))
+        self.weight = nn.Parameter(
+            normalize(torch.randn(out_channels, in_channels, *[kernel] * (2 * bool(kernel))))
+        )
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))

@@ -250,6 +250,7 @@ class SongUNet(nn.Module):
         super().__init__()
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.num_classes, self.augment_dim = num_classes, augment_dim
+        self.has_head = logvar_channels > 0
         self.divisor = 2 ** (len(channel_mult) - 1)
         if image_size < 1 or image_size % self.divisor:
             raise ValueError(
@@ -278,7 +279,7 @@ class SongUNet(nn.Module):
         self.map_layer1 = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
         self.enc, skip_widths = torso.encoder(in_channels, model_channels)
         self.dec = torso.decoder(skip_widths, out_channels)
-        if logvar_channels:
+        if self.has_head:
             self.logvar_features = PositionalEmbedding(logvar_channels)
             self.logvar_linear = nn.Linear(logvar_channels, 1)
             nn.init.zeros_(self.logvar_linear.weight)
@@ -324,11 +325,14 @@ class SongUNet(nn.Module):
         for block in blocks:
             h = block(torch.cat([h, skips.pop()], dim=1) if block.skip_channels else h, emb)
         out = conv(F.silu(norm(h.to(conv.weight.dtype))))
-        return (out, self.logvar(timesteps)) if return_logvar else out
+        if return_logvar:
+            return out, self.logvar(timesteps)
+        # With weight 0 if nobody asks for it, so that every parameter takes part, as DistributedDataParallel demands.
+        return out + 0 * self.logvar(timesteps).sum() if self.has_head else out
 
     def logvar(self, timesteps: Tensor) -> Tensor:
         """u (B,) at times (B,): the logarithm of the loss's variance that the head has learned."""
-        if not hasattr(self, "logvar_linear"):
+        if not self.has_head:
             raise ValueError("the network has no head for the uncertainty: give it logvar_channels")
         times = timesteps.to(self.logvar_linear.weight.dtype)
         return self.logvar_linear(self.logvar_features(times)).squeeze(1)

@@ -21,26 +21,38 @@ def edm_losses(
     t: Tensor,
     noise: Tensor,
     weight: Callable[[Tensor], Tensor],
+    uncertainty: bool = False,
     **cond: Tensor,
 ) -> dict[str, Tensor]:
     """lambda(t) mean (D(x0 + t noise; t) - x0)^2 per sample.
 
-    Returns loss (weighted) and xs_mse (unweighted), each (B,).
+    uncertainty: lambda(t) mean(...) / e^u(t) + u(t), with u from the network's head (Karras et al. 2024, EDM2, Eq. 21);
+    at its optimum every noise level has a loss of variance 1. Returns loss (weighted) and xs_mse (unweighted), (B,).
     """
-    denoised = student(x0 + noise * append_dims(t, x0.ndim), t, **cond)
+    x_t = x0 + noise * append_dims(t, x0.ndim)
+    if uncertainty:
+        denoised, logvar = student.with_logvar(x_t, t, **cond)
+    else:
+        denoised = student(x_t, t, **cond)
     xs_mse = mean_flat((denoised - x0) ** 2)
-    return {"loss": weight(t) * xs_mse, "xs_mse": xs_mse}
+    loss = weight(t) * xs_mse
+    return {"loss": loss * (-logvar).exp() + logvar if uncertainty else loss, "xs_mse": xs_mse}
 
 
 class EDMObjective(Objective):
     """Denoising score matching with noise levels from a sampler and a weighting lambda(sigma)."""
 
     def __init__(
-        self, sampler: NoiseSampler, weight: Callable[[Tensor], Tensor], augment_probability: float = 0.0
+        self,
+        sampler: NoiseSampler,
+        weight: Callable[[Tensor], Tensor],
+        augment_probability: float = 0.0,
+        uncertainty: bool = False,
     ):
         self.sampler = sampler
         self.weight = weight
         self.augment_probability = augment_probability
+        self.uncertainty = uncertainty
 
     def prepare(
         self, x0: Tensor, cond: dict[str, Tensor], random: StepRandom
@@ -55,7 +67,7 @@ class EDMObjective(Objective):
         return Draw(t=t, noise=random.noise(tuple(x0.shape[1:])), weight=importance, index=index)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
-        return edm_losses(roles.student, x0, draw.t, draw.noise, self.weight, **cond)
+        return edm_losses(roles.student, x0, draw.t, draw.noise, self.weight, self.uncertainty, **cond)
 
     def observe(self, draw: Draw, losses: Tensor) -> None:
         if isinstance(self.sampler, ScheduleSampler):
@@ -74,4 +86,5 @@ def denoising(config: Any) -> Objective:
         from cm.objectives.alpha_sigma import AlphaSigmaObjective
 
         return AlphaSigmaObjective(alpha_sigma_of(config), weight_of(config))
-    return EDMObjective(NOISE_LEVELS.load(config.schedule_sampler)(config), weight_of(config), config.augment)
+    sampler = NOISE_LEVELS.load(config.schedule_sampler)(config)
+    return EDMObjective(sampler, weight_of(config), config.augment, config.uncertainty)

@@ -21,6 +21,11 @@ def late_decay(step: int, total: int) -> float:
     return min(1.0, max(0.1, 1.25 * (1.0 - step / total)))
 
 
+def inverse_sqrt(step: int, total: int) -> float:
+    """1 / sqrt(max(k / K, 1)): flat for K steps, then falling without end (EDM2, Karras et al. 2024)."""
+    return max(step / total, 1.0) ** -0.5
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """step -> learning rate: a named decay over `total` steps times a linear warm-up."""

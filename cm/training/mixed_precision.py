@@ -45,6 +45,12 @@ class MasterWeights:
             torch._foreach_copy_(self.model_params, self.master_params)
 
     @torch.no_grad()
+    def project(self) -> None:
+        """What the module wants of its weights after an optimizer step, if anything: forced normalisation, say."""
+        if hasattr(self.module, "project"):
+            self.module.project(dict(zip(self.names, self.master_params, strict=True)))
+
+    @torch.no_grad()
     def copy_from(self, source: list[Tensor]) -> None:
         """Take over fp32 weights in parameter order."""
         torch._foreach_copy_(self.master_params, source)
@@ -137,6 +143,7 @@ class MixedPrecisionTrainer:
             scale = (self.grad_clip / (self.grad_norm + 1e-6)).clamp_max(1.0)
             torch._foreach_mul_(grads, scale)
         opt.step()
+        self.weights.project()
         self.zero_grad()
         self.weights.to_model()
         if self.use_fp16:

@@ -1,6 +1,7 @@
 """Access to the golden numbers: tests/golden/ in a clone, or the fuller copy that CM_GOLDEN_DIR names.
 
-tests/golden/README.md says what each file holds and with which tolerance it must be met.
+tests/golden/README.md says what each file holds and with which tolerance it must be met. Numbers of the later methods
+(EDM2, sCM ...) are in tests/golden_later/, or in the folder that CM_GOLDEN_LATER_DIR names.
 """
 
 import functools
@@ -16,13 +17,13 @@ HERE = Path(__file__).parents[1] / "golden"
 LATER = Path(__file__).parents[1] / "golden_later"
 
 
-def find(name: str) -> Path:
+def find(name: str, here: Path = HERE, variable: str = "CM_GOLDEN_DIR") -> Path:
     """Path of a golden file; skips the calling test when neither folder has it."""
-    folders = [Path(os.environ["CM_GOLDEN_DIR"])] if os.environ.get("CM_GOLDEN_DIR") else []
-    for folder in [*folders, HERE]:
+    folders = [Path(os.environ[variable])] if os.environ.get(variable) else []
+    for folder in [*folders, here]:
         if (folder / name).exists():
             return folder / name
-    pytest.skip(f"golden file {name} is not in this clone; set CM_GOLDEN_DIR to the full set")
+    pytest.skip(f"golden file {name} is not in this clone; set {variable} to the full set")
 
 
 class GoldenFile:
@@ -59,11 +60,9 @@ def load(name: str) -> GoldenFile:
 
 @functools.cache
 def later(name: str) -> GoldenFile:
-    """Numbers of the later methods, from the folder of CM_GOLDEN_LATER_DIR or tests/golden_later; skips without."""
-    folder = Path(os.environ.get("CM_GOLDEN_LATER_DIR") or LATER)
-    if not (folder / f"{name}.npz").exists():
-        pytest.skip(f"{folder} has no {name}.npz; set CM_GOLDEN_LATER_DIR to the full set")
-    return GoldenFile(folder / f"{name}.npz")
+    """Golden arrays of the later methods by name, with or without `.npz`."""
+    name = name if name.endswith(".npz") else name + ".npz"
+    return GoldenFile(find(name, LATER, "CM_GOLDEN_LATER_DIR"))
 
 
 def json(name: str):

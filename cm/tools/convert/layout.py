@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm.config.fields import flags_of
+from cm.config.rows import NETWORKS
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
 from cm.storage.weights import check_matching
@@ -90,10 +92,17 @@ def architecture(config: Config) -> Architecture:
     return Architecture(**known, num_classes=config["num_classes"] if config["class_cond"] else None)
 
 
+def network_options(config: Config) -> dict[str, Any]:
+    """The options of the network's row, from model flags; defaults where they are not given."""
+    options = NETWORKS[config["network"]].options
+    found = flags_of(options) if options else {}
+    return {name: config.get(name, field.default) for name, field in found.items()}
+
+
 def check_fits(state: State, config: Config, source: str) -> None:
     """UserError that names the first differing tensors unless `state` is that of the network in `config`."""
     with torch.device("meta"):
-        network = build_network(architecture(config))
+        network = build_network(architecture(config), options=network_options(config))
     check_matching(network, state, source)
 
 
