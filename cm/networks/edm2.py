@@ -156,28 +156,26 @@ class EDM2UNet(nn.Module):
         widths = [int(mult * model_channels) for mult in channel_mult]
         sides = [image_size >> level for level in range(len(widths))]
         emb_channels = max(widths)
+        dropping = sides if dropout_resolutions is None else dropout_resolutions
         shared = {"double_norm": double_norm, "use_checkpoint": use_checkpoint, "clip_act": clip_act}
         shared |= {"res_balance": res_balance, "attn_balance": attn_balance}
 
         def block(channels: int, width: int, side: int, attention: bool = False, **kind: str) -> Block:
-            dropping = dropout_resolutions is None or side in dropout_resolutions
             return Block(
                 channels,
                 width,
                 emb_channels,
                 attention=attention,
                 num_heads=count_heads(width, num_heads, num_head_channels) if attention else 1,
-                dropout=dropout if dropping else 0.0,
+                dropout=dropout if side in dropping else 0.0,
                 **shared,
                 **kind,
             )
 
         # The order of these lines is the order of the parameters in a checkpoint.
         self.out_gain = nn.Parameter(torch.zeros([]))
-        if double_norm:
-            self.emb_pos = MPPositional(model_channels)
-        else:
-            self.emb_fourier = MPFourier(model_channels)
+        self.emb_pos = MPPositional(model_channels) if double_norm else None
+        self.emb_fourier = None if double_norm else MPFourier(model_channels)
         self.emb_noise = MPConv(model_channels, emb_channels)
         if num_classes is not None:
             self.emb_label = MPConv(num_classes, emb_channels)

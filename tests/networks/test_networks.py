@@ -80,7 +80,7 @@ def test_clocks(network, scale):
 
 
 def test_combinations_that_no_network_has():
-    with pytest.raises(UserError, match="network must be one of adm, ncsnpp, ddpmpp, .*, got 'dit'"):
+    with pytest.raises(UserError, match=r"network must be one of adm, ncsnpp, ddpmpp, .*, got 'dit'"):
         build_network(Architecture(network="dit", **TINY))
     with pytest.raises(UserError, match="--network adm takes no augmentation labels"):
         build_network(Architecture(network="adm", augment_dim=9, **TINY))
