@@ -67,18 +67,12 @@ class FourierOptions:
 
 
 @dataclass(frozen=True)
-class HeadOptions:
+class Edm2Options:
     """Network"""
 
     logvar_channels: int = flag(
         128, "features of the head that learns the logarithm of the loss's variance; 0: no head", low=0
     )
-
-
-@dataclass(frozen=True)
-class Edm2Options(HeadOptions):
-    """Network"""
-
     dropout_resolutions: str = flag(
         "", "image sides whose blocks have --dropout, as a list; empty: all", unit="pixels"
     )

@@ -143,9 +143,7 @@ NETWORKS: Registry[Network] = Registry(
             make="cm.networks.architecture:ncsnpp", augment=True, options=options.FourierOptions
         ),
         "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True),
-        "ddpmpp_scm": Network(
-            make="cm.networks.architecture:ddpmpp_scm", augment=True, options=options.HeadOptions
-        ),
+        "ddpmpp_scm": Network(make="cm.networks.architecture:ddpmpp_scm", augment=True),
         "edm2": Network(
             make="cm.networks.architecture:edm2",
             check="cm.config.rules:check_heads",

@@ -120,9 +120,9 @@ def ddpmpp(a: Architecture, **form: Any) -> SongUNet:
     return _song_unet(a, embedding="positional", embedding_mult=1, taps=(1, 1), input_pyramid=False, **form)
 
 
-def ddpmpp_scm(a: Architecture, logvar_channels: int = LOGVAR_CHANNELS) -> SongUNet:
-    """DDPM++ as sCM trains it (Lu & Song 2025): adaptive double normalisation, and a head for its adaptive weight."""
-    return ddpmpp(a, double_norm=True, logvar_channels=logvar_channels)
+def ddpmpp_scm(a: Architecture) -> SongUNet:
+    """DDPM++ as sCM trains it (Lu & Song 2025): adaptive double normalisation; its time input is t itself."""
+    return ddpmpp(a, double_norm=True)
 
 
 def edm2(

@@ -221,7 +221,6 @@ class SongUNet(nn.Module):
     taps: resampling filter.
     input_pyramid: add a learned pyramid of the input image to the trunk at each coarser level.
     double_norm: sCM's adaptive double normalisation (Lu & Song 2025), see `SongBlock`.
-    logvar_channels: features of a head that learns the logarithm of the loss's variance; 0 for none.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -244,13 +243,11 @@ class SongUNet(nn.Module):
         taps: tuple[float, ...] = (1, 3, 3, 1),
         input_pyramid: bool = True,
         double_norm: bool = False,
-        logvar_channels: int = 0,
         use_checkpoint: bool = False,
     ):
         super().__init__()
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.num_classes, self.augment_dim = num_classes, augment_dim
-        self.has_head = logvar_channels > 0
         self.divisor = 2 ** (len(channel_mult) - 1)
         if image_size < 1 or image_size % self.divisor:
             raise ValueError(
@@ -279,11 +276,6 @@ class SongUNet(nn.Module):
         self.map_layer1 = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
         self.enc, skip_widths = torso.encoder(in_channels, model_channels)
         self.dec = torso.decoder(skip_widths, out_channels)
-        if self.has_head:
-            self.logvar_features = PositionalEmbedding(logvar_channels)
-            self.logvar_linear = nn.Linear(logvar_channels, 1)
-            nn.init.zeros_(self.logvar_linear.weight)
-            nn.init.zeros_(self.logvar_linear.bias)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,12 +296,11 @@ class SongUNet(nn.Module):
         timesteps: Tensor,
         y: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        return_logvar: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels. augment_labels (B, augment_dim): what
-        was done to the images; None means nothing, and so do zeros. return_logvar: (prediction, u (B,)).
+        was done to the images; None means nothing, and so do zeros.
         """
         self._check_inputs(x, timesteps, y, augment_labels)
         emb = self._embed(timesteps, y, augment_labels)
@@ -324,18 +315,7 @@ class SongUNet(nn.Module):
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             h = block(torch.cat([h, skips.pop()], dim=1) if block.skip_channels else h, emb)
-        out = conv(F.silu(norm(h.to(conv.weight.dtype))))
-        if return_logvar:
-            return out, self.logvar(timesteps)
-        # With weight 0 if nobody asks for it, so that every parameter takes part, as DistributedDataParallel demands.
-        return out + 0 * self.logvar(timesteps).sum() if self.has_head else out
-
-    def logvar(self, timesteps: Tensor) -> Tensor:
-        """u (B,) at times (B,): the logarithm of the loss's variance that the head has learned."""
-        if not self.has_head:
-            raise ValueError("the network has no head for the uncertainty: give it logvar_channels")
-        times = timesteps.to(self.logvar_linear.weight.dtype)
-        return self.logvar_linear(self.logvar_features(times)).squeeze(1)
+        return conv(F.silu(norm(h.to(conv.weight.dtype))))
 
     def _embed(self, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         dtype = self.map_layer0.weight.dtype

@@ -230,7 +230,7 @@ def test_dropout_acts_on_the_chosen_resolutions():
         tiny(dropout_resolutions="16")
 
 
-@pytest.mark.parametrize("network", ["edm2", "edm2_scm", "ddpmpp_scm"])
+@pytest.mark.parametrize("network", ["edm2", "edm2_scm"])
 def test_the_head_is_trained_on_request_and_takes_part_always(network):
     net = tiny(network)
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([-1.0, 0.1, 1.0])
