@@ -126,6 +126,7 @@ class Column(NamedTuple):
     fixed: dict[str, float]
 
 
+EDM2 = "Precond"  # class of EDM2's networks in a pickle
 COLUMNS: dict[str, Column] = {
     "EDMPrecond": Column("edm", {}),
     "VPPrecond": Column("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}),
@@ -134,31 +135,38 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def read_edm_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict of the bare network, facts about its preconditioning) of an EDM pickle.
-
-    The moving average (`ema`) is taken where there is one, else the network itself (`net`).
-    """
+def read_network(path: str) -> Record:
+    """The network in an EDM pickle: the moving average (`ema`) where there is one, else the network itself (`net`)."""
     content = load_pickle(path)
     if isinstance(content, dict):
         content = next((content[name] for name in ("ema", "net") if content.get(name) is not None), None)
     if not isinstance(content, Record) or "_modules" not in content.state:
         raise UserError(f"{path} holds no network under ema or net")
-    facts = _preconditioning(content, path)
+    return content
+
+
+def network_tensors(content: Record, path: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a recorded network whose names begin with `prefix`, without it, as float32."""
     with one_line(f"{path} holds no network"):
-        tensors = {n.removeprefix("model."): t for n, t in module_tensors(content) if n.startswith("model.")}
-        check_size(tensors, os.path.getsize(path), path)
-        network = {name: tensor.float() for name, tensor in tensors.items()}
-    if not network:
+        found = {n.removeprefix(prefix): t for n, t in module_tensors(content) if n.startswith(prefix)}
+        check_size(found, os.path.getsize(path), path)
+        tensors = {name: tensor.float() for name, tensor in found.items()}
+    if not tensors:
         raise UserError(f"{path} holds no tensors of a network")
-    return network, facts
+    return tensors
+
+
+def edm_network(content: Record, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict of the bare network, facts about its preconditioning) of what an EDM pickle holds."""
+    facts = _preconditioning(content, path)
+    return network_tensors(content, path, "model."), facts
 
 
 def _preconditioning(content: Record, path: str) -> dict[str, Any]:
     """Model flags of a recorded preconditioning; UserError where it is none of ours, in form or in its constants."""
     if content.class_name not in COLUMNS:
         raise UserError(
-            f"{path} has the preconditioning {content.class_name[:80]}; known are {', '.join(COLUMNS)}"
+            f"{path} has the preconditioning {content.class_name[:80]}; known are {', '.join((*COLUMNS, EDM2))}"
         )
     column = COLUMNS[content.class_name]
     for name, ours in column.fixed.items():

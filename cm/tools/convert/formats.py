@@ -22,7 +22,7 @@ from cm.models.guided_diffusion import guessed_precond, guided_to_ours, is_guide
 from cm.models.identify import RELEASED_HEADS, Heads, identify
 from cm.storage.torch_format import LEGACY
 from cm.storage.weights import load_weights, save_weights
-from cm.tools.convert import diffusers, edm_layout, edm_pickle, jax_cifar
+from cm.tools.convert import diffusers, edm2_layout, edm_layout, edm_pickle, jax_cifar
 from cm.tools.convert.layout import Config, State, check_fits
 from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
 
@@ -100,6 +100,8 @@ def _identified(state: State, config: Config | None, source: Source) -> tuple[St
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if edm_layout.is_edm(bare):
         return edm_layout.from_edm(bare, source.path)
+    if edm2_layout.is_edm2(state):
+        return edm2_layout.from_edm2(state, source.path)
     guided = is_guided(state)
     state = guided_to_ours(state, source.qkv_order, source.heads)
     config = identify(state, source.path, source.image_size, source.heads)
@@ -111,7 +113,13 @@ def _identified(state: State, config: Config | None, source: Source) -> tuple[St
 
 
 def _read_edm(source: Source) -> tuple[State, Config]:
-    state, facts = edm_pickle.read_edm_pickle(source.path)
+    network = edm_pickle.read_network(source.path)
+    if network.class_name == edm_pickle.EDM2:
+        tensors = edm_pickle.network_tensors(network, source.path)
+        facts = edm2_layout.pickled_facts(network, source.path)
+        state, config = edm2_layout.from_edm2(tensors, source.path, facts.pop("head_channels"))
+        return state, {**config, **facts, "precond": "edm", "training_mode": "edm"}
+    state, facts = edm_pickle.edm_network(network, source.path)
     state, config = edm_layout.from_edm(state, source.path)
     return state, {**config, **facts, "training_mode": "edm"}
 

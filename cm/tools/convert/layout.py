@@ -99,11 +99,12 @@ def network_options(config: Config) -> dict[str, Any]:
     return {name: config.get(name, field.default) for name, field in found.items()}
 
 
-def check_fits(state: State, config: Config, source: str) -> None:
-    """UserError that names the first differing tensors unless `state` is that of the network in `config`."""
+def check_fits(state: State, config: Config, source: str) -> State:
+    """The state dict in the order of the network in `config`; UserError names the first tensors that differ from it."""
     with torch.device("meta"):
         network = build_network(architecture(config), options=network_options(config))
     check_matching(network, state, source)
+    return {name: state[name] for name in network.state_dict()}
 
 
 def require_resblock_updown(config: Config, target: str) -> None:
