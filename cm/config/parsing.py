@@ -6,6 +6,7 @@ from itertools import pairwise
 from cm.errors import UserError
 
 DEFAULT_ATTENTION = "32,16,8"
+LONGEST_PROFILE = 0.2886  # relative length of the plain mean of all weights, 1 / sqrt(12), rounded down
 
 # image_size -> channel multipliers per level, where --channel_mult is left empty
 CHANNEL_MULT: dict[int, tuple[float, ...]] = {
@@ -93,6 +94,16 @@ def parse_ema_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
+def parse_ema_profiles(text: str) -> tuple[float, ...]:
+    """Relative lengths of the power-function averages that are kept, each in (0, LONGEST_PROFILE]; none twice."""
+    profiles = _numbers("ema_profiles", text, float) if text else ()
+    if not all(0 < length <= LONGEST_PROFILE for length in profiles):
+        raise UserError(f"--ema_profiles must lie above 0 and not above {LONGEST_PROFILE}, got {text!r}")
+    if len(set(profiles)) < len(profiles):
+        raise UserError(f"--ema_profiles names a length twice: {text!r}")
+    return profiles
+
+
 def parse_ts(text: str, steps: int | None, flag: str = "ts") -> tuple[int, ...]:
     """Time points as indices of a grid of `steps` noise levels (0 = sigma_max): they may not decrease.
 
@@ -136,13 +147,20 @@ def parse_classes(text: str, num_classes: int = 0) -> tuple[int, ...]:
 
 
 def parse_weights(text: str) -> tuple[str, float]:
-    """Which weights of a checkpoint: ("raw" | "target" | "ema" | "", rate); the rate belongs to ema:RATE."""
-    kind, _, rate = text.partition(":")
+    """Which weights of a checkpoint: ("raw" | "target" | "ema" | "posthoc" | "", number).
+
+    The number is the rate of ema:RATE, and the relative length of posthoc:LENGTH.
+    """
+    kind, _, number = text.partition(":")
     if text in ("", "raw", "target"):
         return text, 0.0
-    if kind == "ema":
+    if kind in ("ema", "posthoc"):
         try:
-            return "ema", float(rate)
+            value = float(number)
         except ValueError:
-            pass
-    raise UserError(f"--weights must be raw, ema:RATE, target or empty, got {text!r}")
+            value = math.nan
+        if kind == "posthoc" and not 0 < value <= LONGEST_PROFILE:
+            raise UserError(f"--weights {text}: the length must lie above 0 and not above {LONGEST_PROFILE}")
+        if math.isfinite(value):
+            return kind, value
+    raise UserError(f"--weights must be raw, ema:RATE, posthoc:LENGTH, target or empty, got {text!r}")

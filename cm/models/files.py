@@ -11,7 +11,7 @@ from torch import Tensor
 from cm.config.parsing import parse_weights
 from cm.errors import UserError
 from cm.runtime import distributed
-from cm.storage import filesystem, mirror
+from cm.storage import filesystem, mirror, posthoc
 from cm.storage.checkpoint import newest_checkpoint
 from cm.storage.filesystem import cache_locally, is_remote
 from cm.storage.weights import file_sha256, load_weights, map_tensors, without_loss
@@ -24,20 +24,22 @@ class ModelFile:
     """Weights as loaded: the state dict, where it came from, which weights it holds, and the stored configuration."""
 
     path: str
-    kind: str  # raw, target, ema:RATE, or "file" for a file without a checkpoint around it
+    kind: str  # raw, target, ema:RATE, posthoc:LENGTH, or "file" for a file without a checkpoint around it
     state: dict[str, Tensor]
     config: dict | None
 
     @property
     def sha256(self) -> str:
         """Hash of the file's bytes, for provenance."""
+        if _is_posthoc(self.kind):
+            return posthoc.fingerprint(*_average(self.path, self.kind))
         return file_sha256(cache_locally(self.path))
 
 
 def load_model_file(model_path: str, weights: str = "", flag: str = "model_path") -> ModelFile:
     """Load weights from a file, a checkpoint directory or a run directory (its newest complete checkpoint).
 
-    weights: raw, ema:RATE, target; empty takes the slowest average of a directory.
+    weights: raw, ema:RATE, posthoc:LENGTH, target; empty takes the slowest average of a directory.
     """
     return _read(*_find(model_path, weights, flag))
 
@@ -74,6 +76,8 @@ def _find_on_disk(path: str, weights: str, flag: str) -> tuple[str, str]:
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path} holds no complete checkpoint (--{flag})")
+    if _is_posthoc(weights):
+        return str(checkpoint), weights  # it has no file of its own
     name, kind = choose_weights((file.name for file in checkpoint.glob("*.pt")), weights, str(checkpoint))
     return str(checkpoint / name), kind
 
@@ -96,7 +100,20 @@ def _single_file(path: str, weights: str, flag: str) -> tuple[str, str]:
     return path, _kind_of(Path(path).name)
 
 
+def _is_posthoc(weights: str) -> bool:
+    return weights.startswith("posthoc:")
+
+
+def _average(checkpoint: str, kind: str) -> tuple[Path, float, int]:
+    """(run directory, relative length, step) of an average that is made of the snapshots up to a checkpoint."""
+    path = Path(checkpoint)
+    return path.parent.parent, parse_weights(kind)[1], int(path.name.rpartition("_")[2])
+
+
 def _read(path: str, kind: str) -> ModelFile:
+    if _is_posthoc(kind):
+        state, meta, _ = posthoc.reconstruct(*_average(path, kind))
+        return ModelFile(path, kind, state, (meta or {}).get("config"))
     state, meta = load_weights(path)
     return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
 
@@ -111,6 +128,8 @@ def _kind_of(name: str) -> str:
 
 def choose_weights(names: Iterable[str], weights: str, checkpoint: str) -> tuple[str, str]:
     """(file name, kind) of the wanted weights among a checkpoint's files; empty: the slowest average, else raw."""
+    if _is_posthoc(weights):
+        raise UserError(f"{checkpoint} is remote: copy the run to this machine (--weights {weights})")
     available = {_kind_of(name): name for name in sorted(names)}
     available.pop("file", None)
     averages = {kind: float(kind[4:]) for kind in available if kind.startswith("ema:")}

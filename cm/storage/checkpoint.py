@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime.files import sync_folder, whole_file
+from cm.storage.posthoc import keep_snapshots
 from cm.storage.weights import Damaged, file_sha256, parse_object, save_weights
 
 MANIFEST = "manifest.json"
@@ -145,12 +146,13 @@ def read_state(path: Path) -> dict:
 def prune_checkpoints(run_dir: str | os.PathLike, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest keep_last checkpoints and those whose step is a multiple of keep_every.
 
-    keep_last 0 keeps all. The newest complete checkpoint is never deleted.
+    keep_last 0 keeps all. The newest complete checkpoint is never deleted. Snapshots of averages stay, in RUN/posthoc.
     """
     if keep_last < 1:
         return
     for path in complete_checkpoints(run_dir)[:-keep_last]:
         if not (keep_every and _step_of(path) % keep_every == 0):
+            keep_snapshots(path, run_dir)
             # First the name that makes it a checkpoint, so that no half-deleted one is ever taken for whole.
             doomed = path.with_name(f".tmp_pruned_{path.name}")
             os.rename(path, doomed)

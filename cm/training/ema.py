@@ -53,11 +53,15 @@ class EmaBank:
     def update(self, params: list[Tensor], step: int) -> None:
         """Move every average towards params; `step` counts from 0."""
         own = self.partition.own(params)
-        rates = [min(rate, (1 + step) / (10 + step)) if self.warmup else rate for rate in self.rates]
+        rates = self.decays(step)
         if self._transfer is None:
             self._update(own, rates)
         else:
             self._transfer.send(own, lambda arrived: self._update(arrived, rates))
+
+    def decays(self, step: int) -> list[float]:
+        """The rate of each average at step `step`."""
+        return [min(rate, (1 + step) / (10 + step)) if self.warmup else rate for rate in self.rates]
 
     def _update(self, own: list[Tensor], rates: list[float]) -> None:
         for rate, copy in zip(rates, self._copies, strict=True):
