@@ -256,6 +256,11 @@ class OptimFlags:
         main=True,
     )
     ema_warmup: bool = flag(False, "bound each rate by (1 + step) / (10 + step)")
+    ema_profiles: str = flag(
+        "",
+        "relative lengths of power-function averages whose snapshots give averages of any length after training, as "
+        "a list: 0.05,0.10; empty: none",
+    )
     ema_device: str = flag(
         "auto",
         "where the averages are kept; cpu: in host memory, which spares a GPU's; auto: beside the weights",
@@ -399,7 +404,7 @@ class SamplingFlags(ChurnOptions):
     steps: int = flag(40, "points of the grid of noise levels (progdist: intervals)", main=True, low=1)
     model_path: str = flag("", "model: file or run directory", main=True)
     weights: str = flag(
-        "", "raw, ema:RATE or target; empty: the slowest average that the file has", main=True
+        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
     )
     classes: str = flag("", "labels to draw in turn, as a list; empty: at random", main=True)
 

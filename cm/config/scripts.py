@@ -145,7 +145,7 @@ class LikelihoodConfig(ModelFlags, RunFlags):
 
     model_path: str = flag("", "model: file or run directory", main=True)
     weights: str = flag(
-        "", "raw, ema:RATE or target; empty: the slowest average that the file has", main=True
+        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
     )
     training_mode: str = flag(
         "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
@@ -175,7 +175,7 @@ class EditConfig(ModelFlags, RunFlags):
     input: str = flag("", "image or folder of images; for superres also low-resolution ones", main=True)
     model_path: str = flag("", "model: file or run directory", main=True)
     weights: str = flag(
-        "", "raw, ema:RATE or target; empty: the slowest average that the file has", main=True
+        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
     )
     training_mode: str = flag(
         "consistency_distillation",

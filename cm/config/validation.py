@@ -89,6 +89,7 @@ def _check_column(config: ModelFlags) -> None:
 
 def _check_training(config: TrainConfig) -> None:
     parsing.parse_ema_rates(config.ema_rate)
+    parsing.parse_ema_profiles(config.ema_profiles)
     if config.lr_schedule == "inverse_sqrt" and not config.lr_anneal_steps:
         raise UserError(
             "--lr_schedule inverse_sqrt needs --lr_anneal_steps, the step from which the rate falls"

@@ -39,6 +39,7 @@ def create_optimization(config: TrainConfig) -> Optimization:
         fp16_scale_growth=config.fp16_scale_growth,
         ema_rate=config.ema_rate,
         ema_warmup=config.ema_warmup,
+        ema_profiles=config.ema_profiles,
         ema_device=config.ema_device,
         shard_optimizer=config.shard_optimizer,
         max_bad_steps=config.max_bad_steps,

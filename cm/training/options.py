@@ -31,6 +31,7 @@ class Optimization:
     fp16_scale_growth: float = 1e-3
     ema_rate: str | float = "0.9999"
     ema_warmup: bool = False
+    ema_profiles: str = ""  # relative lengths of power-function averages
     ema_device: str = "auto"  # where the averages are kept; auto: beside the weights
     shard_optimizer: bool = (
         False  # ZeRO-1: each rank keeps moments and averages of its part of the parameters

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cm.config.parsing import parse_ema_profiles
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
 from cm.objectives.base import Objective, Roles
@@ -15,6 +16,7 @@ from cm.training.ema import EmaBank
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.optimizers import make_optimizer
 from cm.training.options import Optimization
+from cm.training.posthoc_ema import ProfileBank
 from cm.training.sharding import Partition, ShardedOptimizer
 from cm.training.state import TrainState
 
@@ -35,17 +37,14 @@ def initial_state(roles: Roles, objective: Objective, optimization: Optimization
     replaced = objective.stage(0) is not None
     teacher = roles.teacher and MasterWeights(_frozen(roles.teacher).eval(), o.precision, keep_fp32=replaced)
     partition = Partition(student.master_params, sharded=o.shard_optimizer)
+    kept = {"partition": partition, "device": o.ema_device}
+    lengths = parse_ema_profiles(o.ema_profiles)
     new_optimizer = partial(_new_optimizer, optimization=o, partition=partition)
     state = TrainState(
         student=student,
         optimizer=new_optimizer(student.master_params),
-        ema=EmaBank(
-            student.master_params,
-            o.ema_rate,
-            warmup=o.ema_warmup,
-            partition=partition,
-            device=o.ema_device,
-        ),
+        ema=EmaBank(student.master_params, o.ema_rate, warmup=o.ema_warmup, **kept),
+        profiles=ProfileBank(student.master_params, lengths, **kept) if lengths else None,
         objective=objective,
         target=target,
         teacher=teacher,
@@ -87,7 +86,7 @@ def synchronize(state: TrainState) -> None:
         if weights is not None:
             distributed.sync_params([*weights.master_params, *weights.module.buffers()])
             weights.to_model()
-    state.ema.reset(state.student.master_params)
+    state.restart_averages()
 
 
 def distribute(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from cm.storage.weights import check_matching, load_weights
 from cm.training.ema import EmaBank
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.optimizers import state_per_parameter
+from cm.training.posthoc_ema import ProfileBank
 from cm.training.sharding import ShardedOptimizer, broadcast_items, load_moments, optimizer_state
 
 COUNTS = ("step", "bad_steps", "skipped")
@@ -50,6 +51,7 @@ class TrainState:
     objective: Objective
     target: MasterWeights | None = None
     teacher: MasterWeights | None = None
+    profiles: ProfileBank | None = None  # averages by power functions, for averages of any length afterwards
     step: int = 0
     bad_steps: int = 0  # skipped steps in a row
     skipped: int = 0  # skipped steps in all
@@ -64,11 +66,20 @@ class TrainState:
         """A new stage of progressive distillation: the student is the teacher, optimizer and averages restart."""
         self.teacher.copy_from(self.student.master_params)
         self.optimizer = self.new_optimizer(self.student.master_params)
+        self.restart_averages()
+
+    def restart_averages(self) -> None:
+        """All averages forget what was before this step."""
         self.ema.reset(self.student.master_params)
+        if self.profiles is not None:
+            self.profiles.restart(self.student.master_params, self.step)
 
     def parts(self, step: int) -> dict[str, Part]:
         """The files of a checkpoint at this step, by stem: the file is {stem}{step:06d}.pt, as in the original."""
-        averages = {f"ema_{rate}_": self._average(number) for number, rate in enumerate(self.ema.rates)}
+        averages = {f"ema_{rate}_": self._average(self.ema, i) for i, rate in enumerate(self.ema.rates)}
+        if self.profiles is not None:
+            stems = self.profiles.stems()
+            averages |= {stem: self._average(self.profiles, i) for i, stem in enumerate(stems)}
         # Only a teacher that stages replace cannot be had again from where it came.
         staged = self.objective.stage(step) is not None
         table = {
@@ -98,18 +109,18 @@ class TrainState:
 
         return Part(weights.state_dict, read)
 
-    def _average(self, number: int) -> Part:
+    def _average(self, bank: EmaBank, number: int) -> Part:
         def write() -> dict[str, Tensor]:
-            average = self.ema.whole(number)
+            average = bank.whole(number)
             return self._snapshot({} if average is None else self.student.weights.state_dict(average))
 
         def read(path: Path | None) -> None:
             if path is None:
-                self.ema.load(number, enumerate(self.student.master_params))
+                bank.load(number, enumerate(self.student.master_params))
             else:
                 index = {name: i for i, name in enumerate(self.student.weights.names)}
                 items = self._tensors(self.student.model, path)
-                self.ema.load(number, ((index[name], tensor) for name, tensor in items if name in index))
+                bank.load(number, ((index[name], tensor) for name, tensor in items if name in index))
 
         return Part(write, read)
 
@@ -121,6 +132,7 @@ class TrainState:
         """The tensors that this rank keeps from step to step, by kind; gradients are as large as what is listed."""
         student = self.student.weights
         masters = [] if student.shared else student.master_params
+        banks = (self.ema, self.profiles)
         found = {
             "parameters": [*student.module.parameters(), *student.module.buffers()],
             "fp32 parameters": masters,
@@ -131,7 +143,7 @@ class TrainState:
                 for t in moments.values()
                 if isinstance(t, Tensor)
             ],
-            "averages": [p for copy in self.ema.copies for p in copy],
+            "averages": [p for bank in banks if bank for copy in bank.copies for p in copy],
         }
         for role, weights in (("target", self.target), ("teacher", self.teacher)):
             if weights is not None:
@@ -141,11 +153,13 @@ class TrainState:
 
     def scalars(self) -> dict:
         """The part of the state that is JSON."""
+        profiles = {} if self.profiles is None else {"profiles_start": self.profiles.start}
         return {
             "step": self.step,
             "lg_loss_scale": self.student.lg_loss_scale if self.student.use_fp16 else None,
             "bad_steps": self.bad_steps,
             "skipped": self.skipped,
+            **profiles,
         }
 
     def load(self, path: Path) -> None:
@@ -158,10 +172,13 @@ class TrainState:
             setattr(self, name, scalars[name])
         if self.student.use_fp16 and scalars.get("lg_loss_scale") is not None:
             self.student.lg_loss_scale = scalars["lg_loss_scale"]
+        if self.profiles is not None:
+            self.profiles.start = scalars.get("profiles_start", 0)
+        distributed.on_main(lambda: self._require_files(path))
         self._read_parts(lambda name: path / name)
 
     def _read_scalars(self, path: Path) -> dict:
-        """The JSON part of a checkpoint directory, checked, as is the presence of the other files."""
+        """The JSON part of a checkpoint directory, checked."""
         scalars = read_state(path)
         for name in COUNTS:
             if type(scalars.get(name)) is not int or scalars[name] < 0:
@@ -170,13 +187,14 @@ class TrainState:
         is_number = isinstance(scale, (int, float)) and math.isfinite(scale)
         if self.student.use_fp16 and scale is not None and not is_number:
             raise UserError(f"{path / STATE}: lg_loss_scale should be a number, not {scale!r}")
-        for stem in self.parts(scalars["step"]):
-            name = f"{stem}{scalars['step']:06d}.pt"
-            if not (path / name).is_file():
-                raise UserError(
-                    f"{path} has no {name}: its run had other averages or objectives (--ema_rate, --training_mode)"
-                )
         return scalars
+
+    def _require_files(self, path: Path) -> None:
+        for stem in self.parts(self.step):
+            name = f"{stem}{self.step:06d}.pt"
+            if not (path / name).is_file():
+                flags = "--ema_rate, --ema_profiles, --training_mode"
+                raise UserError(f"{path} has no {name}: its run had other averages or objectives ({flags})")
 
     def load_original(self, model_path: str) -> None:
         """Go on from a run of the original repository, given its model%06d.pt; siblings are found beside it."""
@@ -185,6 +203,8 @@ class TrainState:
         if not match:
             raise UserError(f"{model_path}: the name does not end in model<step>.pt (--resume_checkpoint)")
         self.step = int(match[1])
+        if self.profiles is not None:
+            self.profiles.start = self.step
         folder, tag = Path(model_path).parent, f"{self.step:06d}"
 
         def find(wanted: str) -> Path | None:

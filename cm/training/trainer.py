@@ -142,6 +142,8 @@ class Trainer:
             self.meter.update(terms, draw.t, draw.weight)
             self.meter.add("grad_norm", state.student.grad_norm)
             self.meter.add("param_norm", state.student.param_norm)
+        if state.profiles is not None:  # in a skipped step the weights stood still
+            state.profiles.update(state.student.master_params, step)
         state.count(took_step)
         if not took_step:
             self.guard.skipped(state, batch, draw.t, terms["loss"])

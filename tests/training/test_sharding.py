@@ -34,8 +34,8 @@ STEPS = 8  # rectified Adam takes its usual form at the sixth
 # objective, optimizer, precision, what else is special
 RUNS = {
     "edm": ("edm", "radam", "fp32", {}),
-    "pd": ("pd", "adam", "fp32", {"learning_rate": LearningRate(1e-3, "linear", 3)}),
-    "cd_bf16": ("cd", "radam", "bf16", {"ema_rate": "0.5,0.9", "ema_warmup": True}),
+    "pd": ("pd", "adam", "fp32", {"learning_rate": LearningRate(1e-3, "linear", 3), "ema_profiles": "0.05"}),
+    "cd_bf16": ("cd", "radam", "bf16", {"ema_rate": "0.5,0.9", "ema_profiles": "0.05,0.1"}),
     "ct_fp16": ("ct", "adamw", "fp16", {"weight_decay": 0.1, "grad_clip": 0.5}),
 }
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from cm.config.derived import global_batch, precision
-from cm.config.parsing import parse_ema_rates
+from cm.config.parsing import parse_ema_profiles, parse_ema_rates
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig
 from cm.tools.planning.devices import BACKWARD, CONTEXT, FRAGMENTS, OVERLAP, WORKSPACE, Cluster, Device
 from cm.tools.planning.step import StepTrace, Weights, call_trace, step_trace
@@ -124,12 +124,17 @@ def step_memory(
         distance=traced.distance,
         gradients=0 if gradients_in_trace else w.nbytes,
         moments=2 * fp32 / parts,
-        averages=0 if on_host else len(parse_ema_rates(config.ema_rate)) * fp32 / parts,
+        averages=0 if on_host else count_averages(config) * fp32 / parts,
         activations=peak * (1 + FRAGMENTS if gpu else 1),
         workspace=min(WORKSPACE, 2 * traced.trace.largest) if gpu else 0,
         context=CONTEXT if gpu else 0,
     )
     return memory, peak
+
+
+def count_averages(config: TrainConfig) -> int:
+    """Averages of the weights that a run keeps."""
+    return len(parse_ema_rates(config.ema_rate)) + len(parse_ema_profiles(config.ema_profiles))
 
 
 def update_traffic(config: TrainConfig, traced: StepTrace, count: int) -> float:
@@ -138,7 +143,7 @@ def update_traffic(config: TrainConfig, traced: StepTrace, count: int) -> float:
     In units of fp32 weights: 2 for the two norms, 22 for an update by RAdam, operation by operation, 3 for an average.
     """
     w, parts = traced.weights, shards(config, count)
-    rates = 0 if config.ema_device == "cpu" else len(parse_ema_rates(config.ema_rate))
+    rates = 0 if config.ema_device == "cpu" else count_averages(config)
     units = 2 + 22 / parts + 2 * bool(config.grad_clip) + 3 * rates / parts + 3 * traced.target
     units += 2 * (precision(config) == "fp16")  # the loss scale is taken out
     to_module = (FP32 * w.parameters + w.nbytes) * bool(w.halved) * (1 + traced.target)
