@@ -1,23 +1,33 @@
 """What commands that write images share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cm.errors import UserError
 from cm.runtime import distributed
+from cm.runtime.claims import Claim
 
 
-def prepare_output(directory: Path, files: Iterable[str], overwrite: bool) -> None:
-    """Make the folder on rank 0; UserError on every rank where it cannot be written or holds one of `files` already."""
-    problem = None
-    if distributed.is_main():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--out_dir {directory} cannot be written: {error.strerror}"
-        found = [file for file in files if (directory / file).exists()]
-        if found and not overwrite:
-            problem = f"{directory / found[0]} is already there: give --overwrite True or another --out_dir"
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise UserError(problem)
+@contextmanager
+def claimed_output(directory: Path, files: Sequence[str], overwrite: bool) -> Iterator[None]:
+    """The folder of `files` for the length of a with block, which all ranks enter; rank 0 makes it and claims it.
+
+    UserError on every rank where it cannot be written, holds one of the files already, or another program writes them.
+    """
+    with ExitStack() as stack:
+        distributed.on_main(lambda: _prepare(directory, files, overwrite, stack))
+        yield
+
+
+def _prepare(directory: Path, files: Sequence[str], overwrite: bool, stack: ExitStack) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {directory} cannot be written: {error.strerror}") from None
+    stack.enter_context(Claim(directory / files[0]))
+    found = [file for file in files if (directory / file).exists()]
+    if found and not overwrite:
+        raise UserError(
+            f"{directory / found[0]} is already there: give --overwrite True or another --out_dir"
+        )

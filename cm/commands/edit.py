@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.commands.common import prepare_output
+from cm.commands.common import claimed_output
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
@@ -109,7 +109,19 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     source = InputFiles(c)
     directory = Path(run_dir(c))
     results = [result_name(name, i) for name in source.names for i in range(c.num_results)]
-    prepare_output(directory, [*results, "grid.png", "edit.json"], c.overwrite)
+    with claimed_output(directory, ["edit.json", *results, "grid.png"], c.overwrite):
+        write_edits(model, sigmas, edit, source, directory)
+
+
+def write_edits(
+    model: Pretrained[EditConfig],
+    sigmas: Tensor,
+    edit: LinearEdit | None,
+    source: InputFiles,
+    directory: Path,
+) -> None:
+    """The results of this rank's inputs; on rank 0 also the picture of all side by side, and edit.json."""
+    c = model.config
     rows = range(distributed.get_rank(), len(source.names), distributed.get_world_size())
     mine = source.load(rows)
     shown, done = [], []

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.commands.common import prepare_output
+from cm.commands.common import claimed_output
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_classes
 from cm.config.scripts import EditConfig, resolved
@@ -37,17 +37,18 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     count = (len(corners) - 1) * (c.frames - 1) + 1
     directory, ending = Path(run_dir(c)), ANIMATIONS[c.animation][0]
     names = [f"frame_{i:03d}.png" for i in range(count)]
-    prepare_output(directory, [*names, f"interpolation{ending}", "grid.png", "edit.json"], c.overwrite)
-    if not distributed.is_main():
-        return
-    frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas, label)).numpy()
-    for name, frame in zip(names, frames):
-        save_png(directory / name, to_pil(frame))
-    save_grid(directory / "grid.png", frames, columns=c.frames if len(corners) == 2 else c.frames - 1)
-    save_animation(directory / f"interpolation{ending}", frames, c.animation, c.frame_ms)
-    metadata = {**model.provenance(), "config": resolved(c), "sigmas": sigmas.tolist(), "frames": names}
-    save_json(directory / "edit.json", metadata)
-    logger.log(f"{count} frames in {directory}; animation: {directory}/interpolation{ending}")
+    animation = f"interpolation{ending}"
+    with claimed_output(directory, [animation, *names, "grid.png", "edit.json"], c.overwrite):
+        if not distributed.is_main():
+            return
+        frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas, label)).numpy()
+        for name, frame in zip(names, frames):
+            save_png(directory / name, to_pil(frame))
+        save_grid(directory / "grid.png", frames, columns=c.frames if len(corners) == 2 else c.frames - 1)
+        save_animation(directory / animation, frames, c.animation, c.frame_ms)
+        metadata = {**model.provenance(), "config": resolved(c), "sigmas": sigmas.tolist(), "frames": names}
+        save_json(directory / "edit.json", metadata)
+    logger.log(f"{count} frames in {directory}; animation: {directory / animation}")
 
 
 def the_label(config: EditConfig) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cm import __version__
-from cm.commands.common import prepare_output
+from cm.commands.common import claimed_output
 from cm.config.derived import run_dir
 from cm.config.fields import arguments_of
 from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
@@ -36,14 +36,20 @@ def run_image_sample(config: SampleConfig) -> None:
     c = model.config
     channels = c.in_channels or 3
     stem = Path(run_dir(config), f"samples_{c.num_samples}x{c.image_size}x{c.image_size}x{channels}")
-    prepare_output(stem.parent, [f"{stem.name}.npz"], c.overwrite)
+    with claimed_output(stem.parent, [f"{stem.name}.npz"], c.overwrite):
+        write_samples(model, stem)
+
+
+def write_samples(model: Model[SampleConfig], stem: Path) -> None:
+    """Draw the samples with all ranks; rank 0 writes stem.npz, a picture of the first and what they were made with."""
+    c = model.config
     sigmas = model.denoiser.precond.round_sigma(noise_levels(c))
     classifier = load_guide(model)
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.training_mode}, sampler {c.sampler}")
     logger.log("noise levels: " + ", ".join(f"{s:.4g}" for s in sigmas.tolist()))
     generator = get_generator(c.generator, num_samples=c.num_samples, seed=c.seed)
     labels = class_labels(c, classifier.num_classes if classifier else 0)
-    shape = (c.image_size, c.image_size, channels)
+    shape = (c.image_size, c.image_size, c.in_channels or 3)
     counter = CallCounter()
     arguments = dict(
         num_samples=c.num_samples,

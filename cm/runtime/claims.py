@@ -2,7 +2,8 @@
 
 A claim is a small file beside what is claimed, made by O_EXCL, which also holds on shared file systems. It says who
 made it (host, process, when), and its holder renews it. Who finds one asks whether its holder is gone: on this host the
-process has ended; of another host, the claim has not been renewed for TAKEOVER seconds by the file system's own clock.
+process has ended; of another host, the claim has not been renewed for TAKEOVER seconds by the file system's own clock,
+which a new start waits for, so that a job whose node died can be started again at once.
 """
 
 import json
@@ -36,7 +37,8 @@ class Claim:
     def __enter__(self) -> "Claim":
         try:
             while not self._make():
-                if holder := self._holder():
+                holder, here = self._holder()
+                if holder and (here or self._is_renewed()):
                     raise UserError(f"{self.path} is being written by {holder} ({self.file} says so)")
                 self.file.unlink(missing_ok=True)
         except OSError as error:
@@ -65,24 +67,34 @@ class Claim:
             with suppress(OSError):  # a lost mount is the writer's to report
                 os.utime(self.file)
 
-    def _holder(self) -> str:
-        """Who holds the claim, in words; empty when its holder is gone."""
+    def _is_renewed(self) -> bool:
+        """Wait until the claim of another host lapses or is given back; True if it is renewed meanwhile."""
+        with suppress(FileNotFoundError):
+            first = self.file.stat().st_mtime
+            while self._now() - first < TAKEOVER:
+                if self.file.stat().st_mtime != first:
+                    return True
+                time.sleep(RENEWAL / 20)
+        return False
+
+    def _holder(self) -> tuple[str, bool]:
+        """(Who holds the claim, in words, or empty when the holder is gone; whether it is a process of this host)."""
         try:
             with open(self.file, encoding="utf-8") as file:
                 said = json.loads(file.read(MAX_BYTES))
             host, pid, born = said["host"], int(said["pid"]), said["born"]
             age = self._now() - self.file.stat().st_mtime
         except FileNotFoundError:
-            return ""
+            return "", True
         except (OSError, ValueError, KeyError, TypeError):
             # Half-written: by someone who is at it now, or who died in between.
             with suppress(OSError):
-                return "another process" if self._now() - self.file.stat().st_mtime < 5 else ""
-            return ""
+                return "another process" if self._now() - self.file.stat().st_mtime < 5 else "", True
+            return "", True
         if host == socket.gethostname():
             alive = process_birth(pid) == born and born != 0
-            return f"process {pid} of this host" if alive else ""
-        return f"process {pid} of {host}" if age < TAKEOVER else ""
+            return f"process {pid} of this host" if alive else "", True
+        return f"process {pid} of {host}" if age < TAKEOVER else "", False
 
     def _now(self) -> float:
         """The time by the clock of the file system that the claim lies on, which may be another machine's."""

@@ -2,23 +2,27 @@
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from cm.errors import UserError
 from cm.runtime import distributed, logger
+from cm.runtime.claims import Claim
 from cm.runtime.files import whole_file
 
 
 class RunDirectory:
     """A run directory for the length of a with block, which all ranks enter; its path is the block's variable.
 
+    One start at a time has it: a second is refused.
     A UserError before `started` removes what this start made: the directory, if it was not there before, and the
     folders above it. One that has got checkpoints meanwhile stays.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self._claim = ExitStack()
         self._made: list[Path] = []  # folders that were not there, the innermost first; on rank 0
 
     def __enter__(self) -> "RunDirectory":
@@ -28,6 +32,7 @@ class RunDirectory:
     def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, UserError):
             self._remove()
+        self._claim.close()
 
     def started(self) -> None:
         """Training begins: from here on the directory stays."""
@@ -48,11 +53,10 @@ class RunDirectory:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             os.makedirs(path, exist_ok=True)
-            self._made = missing
-            if not os.access(path, os.W_OK):
-                raise PermissionError(f"[Errno 13] Permission denied: '{self.path}'")
         except OSError as error:
             raise self._unwritable(error) from None
+        self._claim.enter_context(Claim(path, folder=path))
+        self._made = missing
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be written: {error.strerror or error} (--out_dir)")

@@ -8,7 +8,6 @@ from typing import Any
 
 from cm.errors import UserError
 from cm.runtime import distributed
-from cm.runtime.liveness import is_alive, read_beats
 from cm.storage import mirror
 from cm.storage.checkpoint import checkpoint_directories, newest_checkpoint, read_state, verify_checkpoint
 from cm.storage.filesystem import is_remote
@@ -39,7 +38,6 @@ def find_checkpoint(
 def _find(
     directory: str, identity: Identity, resume: str, allow_changes: bool
 ) -> tuple[Path | None, int, list[str]]:
-    _refuse_second_start(directory)
     found = checkpoint_directories(directory)
     if not found:
         if resume == "must":
@@ -59,17 +57,6 @@ def _find(
         )
     notes = [_set_aside(path, problem) for path, problem in damaged.items()]
     return newest, state["step"], notes + [f"changed (--resume_with_changes): {change}" for change in changes]
-
-
-def _refuse_second_start(directory: str) -> None:
-    """Two starts of one run would write into each other's files."""
-    alive = [
-        beat
-        for beat in read_beats(directory)
-        if is_alive(beat) and beat.pid != os.getpid() and not beat.ended
-    ]
-    if alive:
-        raise UserError(f"{directory} belongs to a run that is still going on: {alive[0]}")
 
 
 def _newest_intact(found: list[Path]) -> tuple[Path, dict[Path, Damaged]]:

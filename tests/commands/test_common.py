@@ -2,37 +2,48 @@
 
 import pytest
 
-from cm.commands.common import prepare_output
+from cm.commands.common import claimed_output
 from cm.errors import UserError
 from cm.runtime import distributed
 from tests.helpers.mp import run_ranks
 
 
 def test_the_folder_is_made(tmp_path):
-    prepare_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False)
+    with claimed_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False):
+        pass
     assert (tmp_path / "a" / "b").is_dir()
+    assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "a" / "b" / "other.npz").touch()
-    prepare_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False)
+    with claimed_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False):
+        pass
 
 
 def test_results_are_not_replaced_unless_asked(tmp_path):
     (tmp_path / "x.npz").touch()
-    with pytest.raises(
-        UserError, match=r"x\.npz is already there: give --overwrite True or another --out_dir"
+    with (
+        pytest.raises(
+            UserError, match=r"x\.npz is already there: give --overwrite True or another --out_dir"
+        ),
+        claimed_output(tmp_path, ["new.png", "x.npz"], overwrite=False),
     ):
-        prepare_output(tmp_path, ["new.png", "x.npz"], overwrite=False)
-    prepare_output(tmp_path, ["new.png", "x.npz"], overwrite=True)
+        pass
+    with claimed_output(tmp_path, ["new.png", "x.npz"], overwrite=True):
+        pass
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--out_dir .*file cannot be written: File exists"):
-        prepare_output(tmp_path / "file", [], overwrite=True)
+    with (
+        pytest.raises(UserError, match=r"--out_dir .*file cannot be written: File exists"),
+        claimed_output(tmp_path / "file", ["x.npz"], overwrite=True),
+    ):
+        pass
 
 
 def refused_on_ranks(folder):
     try:
-        prepare_output(folder, ["x.npz"], overwrite=False)
+        with claimed_output(folder, ["x.npz"], overwrite=False):
+            pass
     except UserError as error:
         return distributed.get_rank(), str(error)
     return None
@@ -42,3 +53,14 @@ def test_every_rank_hears_of_it(tmp_path):
     (tmp_path / "x.npz").touch()
     first, second = run_ranks("tests.commands.test_common:refused_on_ranks", 2, tmp_path)
     assert (first[0], second[0]) == (0, 1) and first[1] == second[1]
+
+
+def test_a_second_writer_of_the_same_results_is_refused(tmp_path):
+    with claimed_output(tmp_path, ["x.npz"], overwrite=True):
+        with (
+            pytest.raises(UserError, match=r"x\.npz is being written by process"),
+            claimed_output(tmp_path, ["x.npz"], overwrite=True),
+        ):
+            pass
+        with claimed_output(tmp_path, ["y.npz"], overwrite=False):
+            pass

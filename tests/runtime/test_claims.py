@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,15 +75,18 @@ def test_of_processes_that_start_together_one_wins(tmp_path):
     assert sorted(said) == ["lost"] * 5 + ["won"]
 
 
-def test_another_hosts_claim_holds_while_it_is_renewed(tmp_path):
+def test_another_hosts_claim_holds_while_it_is_renewed(tmp_path, monkeypatch):
     file = tmp_path / ".x.claim"
     file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "born": 1}))
+    monkeypatch.setattr(claims, "RENEWAL", 0.2)
+    threading.Timer(0.3, file.touch).start()
     with pytest.raises(UserError, match="process 7 of elsewhere"):
         Claim(tmp_path / "x").__enter__()
-    old = time.time() - claims.TAKEOVER - 1
-    os.utime(file, (old, old))
-    with Claim(tmp_path / "x"):
+    monkeypatch.setattr(claims, "TAKEOVER", 1.0)
+    began = time.monotonic()
+    with Claim(tmp_path / "x"):  # it is not renewed any more
         assert "elsewhere" not in file.read_text()
+    assert time.monotonic() - began > 0.3
 
 
 def test_a_holder_renews_its_claim(tmp_path, monkeypatch):

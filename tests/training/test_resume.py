@@ -1,11 +1,9 @@
 """Going on with a run: which checkpoint is taken, what must not have changed, and that nothing of it shows."""
 
 import copy
-import dataclasses
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
 from cm.runtime import liveness, logger
+from cm.runtime.claims import Claim
 from cm.storage import checkpoint
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import file_sha256, load_weights, save_weights
@@ -224,11 +223,11 @@ def test_resume_never_and_must(data, stopped, tmp_path):
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(data, stopped):
-    parent = os.getppid()
-    alive = liveness.Beat(0, 1, socket.gethostname(), parent, liveness.process_birth(parent), step=4)
-    (stopped / "heartbeats" / "rank_0000.json").write_text(json.dumps(dataclasses.asdict(alive)))
-    with pytest.raises(UserError, match=rf"still going on: rank 0 of 1 on .*pid {parent}"):
+    before = snapshot(stopped)
+    message = rf"is being written by process {os.getpid()} of this host"
+    with Claim(stopped, folder=stopped), pytest.raises(UserError, match=message):
         train(data, stopped)
+    assert snapshot(stopped) == before
 
 
 def test_a_target_without_a_decay_is_no_file_and_an_old_one_of_it_is_left_alone(data, tmp_path):
