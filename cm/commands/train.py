@@ -182,6 +182,8 @@ def log_summary(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> No
         f"{config.num_classes if config.class_cond else 'no'} classes; "
         f"initial weights: {initial_weights(config)}"
     )
+    for note in dataset.notes():
+        logger.log(note)
     logger.log(module_summary(trainer.model))
     logger.log(
         f"global batch {trainer.batch.total} on {distributed.get_world_size()} process(es), "

@@ -3,21 +3,23 @@
 import colorsys
 import os
 import random
+import struct
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO
 
 import numpy as np
 
 from cm.data import cifar
 from cm.data import labels as label_modes
+from cm.data.cifar import open_stream
 from cm.data.dataset import sampled_channels
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
-from cm.data.sources import Source, check_member, open_source, stored_labels
+from cm.data.sources import Source, check_member, is_hidden, open_source, stored_labels
 from cm.errors import UserError
+from cm.runtime.inputs import open_regular
 from cm.seeding import derive_seed
 from cm.storage import filesystem
 
@@ -37,6 +39,7 @@ class Items:
 
     images: (name, content) in order. total: their number, 0 when it is not known. channels: 1 or 3.
     labels: from the numbers (in order of appearance) and names of the images that were kept, to their labels.
+    passed_over: how many images had hidden or system names, once all have been read.
     """
 
     description: str
@@ -44,6 +47,7 @@ class Items:
     total: int
     channels: int
     labels: Callable[[Sequence[int], Sequence[str]], Labels]
+    passed_over: Callable[[], int] = lambda: 0
 
 
 def open_items(
@@ -83,35 +87,41 @@ def _source(source: Source, labels: str, limit: int) -> Items:
         return _subset(table, [positions[number] for number in numbers])
 
     channels = sampled_channels(source, skip_unreadable=True)
-    return Items(f"{type(source).__name__} {_basename(source.path)}", images(), count, channels, kept_labels)
+    description = f"{type(source).__name__} {_basename(source.path)}"
+    return Items(description, images(), count, channels, kept_labels, lambda: source.passed_over)
 
 
 def _tar(path: str, labels: str, limit: int) -> Items:
     """A tar of images, or of tars that hold one class each (ILSVRC2012_img_train.tar: named by WordNet id)."""
+    hidden: list[str] = []
 
     def images() -> Iterator[tuple[str, Pixels]]:
-        with readable(path), filesystem.open_file(path, "rb") as file:
-            yield from _tar_members(file, "")
+        with readable(path), filesystem.open_file(path, "rb") as file, open_stream(file) as archive:
+            yield from _tar_members(archive, "", hidden)
 
     def kept_labels(_numbers: Sequence[int], names: Sequence[str]) -> Labels:
         return label_modes.resolve(names, labels, None, path)
 
-    return Items(f"tar {_basename(path)}", _first(images(), limit), limit, 3, kept_labels)
+    return Items(
+        f"tar {_basename(path)}", _first(images(), limit), limit, 3, kept_labels, lambda: len(hidden)
+    )
 
 
-def _tar_members(file: IO[bytes], folder: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
-        for member in archive:
-            name = member.name.removeprefix("./")
-            suffix = PurePosixPath(name).suffix[1:].lower()
-            if not member.isfile():
-                continue
-            if suffix == "tar" and not folder:
-                check_member(name, 0)
-                yield from _tar_members(archive.extractfile(member), f"{PurePosixPath(name).stem}/")
-            elif suffix in EXTENSIONS:
-                check_member(name, member.size)
-                yield folder + name, archive.extractfile(member).read()
+def _tar_members(archive: tarfile.TarFile, folder: str, hidden: list[str]) -> Iterator[tuple[str, bytes]]:
+    for member in archive:
+        name = member.name.removeprefix("./")
+        suffix = PurePosixPath(name).suffix[1:].lower()
+        if not member.isfile() or suffix not in (*EXTENSIONS, "tar"):
+            continue
+        if is_hidden(name):
+            hidden.append(name)
+        elif suffix == "tar" and not folder:
+            check_member(name, 0)
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r|*") as inner:
+                yield from _tar_members(inner, f"{PurePosixPath(name).stem}/", hidden)
+        elif suffix in EXTENSIONS:
+            check_member(name, member.size)
+            yield folder + name, archive.extractfile(member).read()
 
 
 def _lmdb(path: str, labels: str, limit: int) -> Items:
@@ -125,13 +135,14 @@ def _lmdb(path: str, labels: str, limit: int) -> Items:
     if filesystem.is_remote(path):
         raise UserError(f"{path}: copy an lmdb to a local disk first")
     with readable(path):
+        _check_lmdb(f"{path.rstrip('/')}/data.mdb")
         database = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
         total = database.stat()["entries"]
 
     def images() -> Iterator[tuple[str, Pixels]]:
         with readable(path), database, database.begin() as transaction:
             for key, value in transaction.cursor():
-                yield key.decode("ascii", "replace"), bytes(value)
+                yield f"{path}: entry {key.decode('ascii', 'replace')!r}", bytes(value)
 
     count = min(limit, total) if limit else total
     return Items(
@@ -139,11 +150,30 @@ def _lmdb(path: str, labels: str, limit: int) -> Items:
     )
 
 
+def _check_lmdb(path: str) -> None:
+    """UserError for a database that was cut off: reading its map behind the file's end would kill this process.
+
+    Page 0 begins with a header of 16 bytes; at 24 behind it stands the size of a page, at 120 the number of the last
+    one and of the transaction that wrote them. Page 1 has the same of another transaction; the later one counts.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(152)
+        magic, page = struct.unpack_from("<I20xI", first.ljust(152, b"\0"), 16)
+        if magic != 0xBEEFC0DE:
+            return  # the library says what it is
+        file.seek(page)
+        metas = [struct.unpack_from("<QQ", m.ljust(152, b"\0"), 136) for m in (first, file.read(152))]
+    last, _ = max(metas, key=lambda meta: meta[1])
+    if size < (last + 1) * page:
+        raise UserError(f"data.mdb has {size:,} of {(last + 1) * page:,} bytes: it was cut off")
+
+
 def _is_cifar(path: str) -> bool:
     with (
         readable(path),
         filesystem.open_file(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|*") as archive,
+        open_stream(file, whole=False) as archive,
     ):
         first = archive.next()
         return first is not None and first.name.removeprefix("./").partition("/")[0] in cifar.FOLDERS

@@ -3,8 +3,10 @@
 The Python version is pickled. A pickle can run any code, so its few allowed objects are rebuilt by hand.
 """
 
+import gzip
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import IO, Any
 
@@ -42,9 +44,29 @@ def read_training_set(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray, tuple[st
     return images.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels, classes
 
 
+@contextmanager
+def open_stream(file: IO[bytes], whole: bool = True) -> Iterator[tarfile.TarFile]:
+    """A tar, compressed or not, to be read once from its beginning.
+
+    whole: of a gzip file the rest is read, too, when the body is through: its end holds the checksum, which tarfile
+    does not ask for.
+    """
+    if file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r|*") as archive:
+            yield archive
+        return
+    file.seek(0)
+    with gzip.GzipFile(fileobj=file) as content:
+        with tarfile.open(fileobj=content, mode="r|") as archive:
+            yield archive
+        while whole and content.read(1 << 20):
+            pass
+
+
 def _members(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """(name without folder, content) of the archive's batches and their descriptions."""
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
+    with open_stream(file) as archive:
         for member in archive:
             folder, _, name = member.name.removeprefix("./").partition("/")
             if (

@@ -20,6 +20,7 @@ from cm.errors import UserError
 
 _CHANNEL_SAMPLE = 64
 _MAX_SKIPS = 100
+_SHOWN = 10  # classes in a note
 
 
 class Batch(NamedTuple):
@@ -67,6 +68,14 @@ class ImageData(torch.utils.data.Dataset):
     def num_classes(self) -> int:
         """How many classes the data name; 0 when they are unlabelled."""
         return len(self.classes)
+
+    def notes(self) -> list[str]:
+        """What a reader should see of the data before training: classes and where they come from, what is left out."""
+        shown = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
+        notes = [f"{len(self.classes)} classes (from: {self.label_origin}): {shown}"] if self.classes else []
+        if hidden := getattr(self.source, "passed_over", 0):
+            notes.append(f"{hidden} images under hidden or system names are passed over")
+        return notes
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ alpha is dropped, not composited; the EXIF orientation is ignored; an animation 
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 COMPOSITES = {"": None, "drop": None, "white": (255, 255, 255, 255), "black": (0, 0, 0, 255)}
 # Only these decoders of Pillow run, whatever a file calls itself: others start external programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+_ADDRESS = re.compile(r" <_io\.BytesIO object at \w+>")  # which Pillow adds, another one each time
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -89,6 +91,7 @@ def readable(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = _ADDRESS.sub("", text)
         raise UserError(
             f"{name}: cannot be read ({' '.join(text.split()) or type(error).__name__})"
         ) from error

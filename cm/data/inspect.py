@@ -14,7 +14,7 @@ import numpy as np
 
 from cm.data import store
 from cm.data.decode import Decoder, read_header
-from cm.data.labels import Labels
+from cm.data.labels import Labels, printable
 from cm.data.sources import Source, StoreSource, open_source
 from cm.errors import UserError
 
@@ -40,7 +40,7 @@ def inspect_data(path: str, labels: str = "auto") -> dict[str, Any]:
             header = read_header(data, source.name(index))
             decode(data, source.name(index))
         except UserError as error:
-            unreadable.append(str(error))
+            unreadable.append(printable(str(error)))
             continue
         sizes.append((header.width, header.height))
         kinds[header.grey] += 1
@@ -58,6 +58,7 @@ def inspect_data(path: str, labels: str = "auto") -> dict[str, Any]:
         "label_origin": table.origin,
         "classes": _class_counts(table),
         "duplicates": len(sizes) - len(digests),
+        "passed_over": source.passed_over,
         "unreadable": unreadable,
         "damaged": _damaged(source),
     }
@@ -77,9 +78,10 @@ def _damaged(source: Source) -> list[str]:
 def as_text(found: dict[str, Any]) -> str:
     """The report for a reader; long lists are cut."""
     lines = [
-        f"{found['path']}: {found['count']} images, {found['grey']} grey and {found['colour']} in colour "
+        f"{printable(found['path'])}: {found['count']} images, {found['grey']} grey and {found['colour']} in colour "
         f"(channels {found['channels']})",
-        f"smallest {found['min_size']}, largest {found['max_size']} [width, height]; {found['duplicates']} duplicates",
+        f"smallest {found['min_size']}, largest {found['max_size']} [width, height]; {found['duplicates']} duplicates; "
+        f"{found['passed_over']} under hidden or system names passed over",
         f"{found['num_classes']} classes (from: {found['label_origin']})",
     ]
     lines += _cut(

@@ -1,7 +1,8 @@
 """Class labels of a data set: from dataset.json, from folders, or from file names."""
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,7 +34,17 @@ def from_names(class_names: Sequence[str], origin: str) -> Labels:
     """One class name per image; classes are numbered in sorted order."""
     classes = sorted(set(class_names))
     number = {name: index for index, name in enumerate(classes)}
-    return Labels(np.array([number[name] for name in class_names], dtype=np.int64), tuple(classes), origin)
+    indices = np.array([number[name] for name in class_names], dtype=np.int64)
+    return Labels(indices, tuple(map(printable, classes)), origin)
+
+
+def printable(name: str) -> str:
+    r"""A name that can be printed and stored as UTF-8: bytes of a file name that are none become \xe9."""
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:  # not from a file system of this locale
+        raw = name.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def from_integers(values: Any, origin: str) -> Labels:
@@ -77,9 +88,11 @@ def _by_json(names: Sequence[str], content: Any, where: str) -> Labels:
         raise UserError(f"{origin} has no label for {missing}")
     values = [table[name] for name in names]
     if all(isinstance(value, str) for value in values):
-        return from_names(values, "dataset.json")
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        return from_integers(values, "dataset.json")
+        return replace(from_names(values, origin), origin="dataset.json")
+    if all(type(value) is int and 0 <= value < MAX_CLASSES for value in values):
+        return replace(from_integers(values, origin), origin="dataset.json")
+    if all(type(value) is int for value in values):
+        raise UserError(f"{origin}: labels must lie in [0, {MAX_CLASSES})")
     raise UserError(f"{origin}: classes must be all integers or all strings")
 
 

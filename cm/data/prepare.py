@@ -14,6 +14,7 @@ import numpy as np
 import cm
 from cm.data.archives import Items, Pixels, open_items
 from cm.data.decode import Decoder, readable
+from cm.data.labels import printable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError
@@ -102,7 +103,8 @@ def prepare(
             exif_transpose=exif_transpose,
             source=items.description,
             skipped=len(skipped),
-            skipped_names=skipped[:_MAX_NAMES],
+            skipped_names=[printable(name) for name in skipped[:_MAX_NAMES]],
+            passed_over=items.passed_over(),
             written_by=f"consistency-models {cm.__version__}",
         )
     finally:

@@ -4,12 +4,11 @@ knows the labels that were stored with it. Arrays of one size also offer `shape`
 
 import functools
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -20,10 +19,13 @@ from cm.data import store
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.errors import UserError
+from cm.runtime.inputs import JSON_LIMIT, parse_json
 from cm.storage import filesystem
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_COMPRESSION = 200
+# Of macOS, Synology and Windows
+SYSTEM_NAMES = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 class Source(Protocol):
@@ -31,6 +33,7 @@ class Source(Protocol):
 
     path: str
     shape: tuple[int, int, int] | None  # (H, W, C) when all images are arrays of that shape
+    passed_over: int  # images under hidden or system names, which are none of the data
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
@@ -54,7 +57,9 @@ class FolderSource:
     def __init__(self, path: str, names: Sequence[str] | None = None):
         self.path = path
         listing = filesystem.list_recursive(path) if names is None else []
-        self.names = image_names(listing, path) if names is None else list(names)
+        self.names, self.passed_over = list(names or ()), 0
+        if names is None:
+            self.names, self.passed_over = without_hidden(image_names(listing, path), path)
         self._has_json = "dataset.json" in listing
 
     def __len__(self) -> int:
@@ -64,21 +69,22 @@ class FolderSource:
         return self._full(self.names[index])
 
     def read(self, index: int) -> bytes:
-        with readable(self.name(index)), filesystem.open_file(self.name(index), "rb") as file:
-            return file.read()
+        with readable(self.name(index)):
+            return filesystem.read_file(self.name(index), MAX_MEMBER_BYTES)
 
     def labels(self, mode: str) -> Labels:
         content = None
         if self._has_json and mode in ("auto", "json"):
-            with filesystem.open_file(self._full("dataset.json"), "rb") as file:
-                content = parse_json(file.read(), self._full("dataset.json"))
+            with readable(self._full("dataset.json")):
+                data = filesystem.read_file(self._full("dataset.json"), JSON_LIMIT)
+            content = parse_json(data, self._full("dataset.json"), (dict, list))
         return label_modes.resolve(self.names, mode, content, self.path)
 
     def identity(self) -> Iterator[str]:
         """Names and sizes; names only where each size would be a request over the network."""
         remote = filesystem.is_remote(self.path)
         for name in self.names:
-            yield name if remote else f"{name}:{filesystem.size(self._full(name))}"
+            yield name if remote else f"{name}:{_size(self._full(name))}"
 
     def _full(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}" if self.path else name
@@ -97,7 +103,9 @@ class ZipSource:
             members = self._archive().infolist()
             for member in members:
                 check_member(member.filename, member.file_size)
-        self.names = image_names(sorted(m.filename for m in members), path)
+        self.names, self.passed_over = without_hidden(
+            image_names(sorted(m.filename for m in members), path), path
+        )
         self._identity = {m.filename: f"{m.filename}:{m.file_size}:{m.CRC}" for m in members}
 
     def __len__(self) -> int:
@@ -115,7 +123,7 @@ class ZipSource:
         if "dataset.json" in self._identity and mode in ("auto", "json"):
             with readable(f"{self.path}: dataset.json"):
                 data = self._archive().read("dataset.json")
-            content = parse_json(data, f"{self.path}: dataset.json")
+            content = parse_json(data, f"{self.path}: dataset.json", (dict, list))
         return label_modes.resolve(self.names, mode, content, self.path)
 
     def identity(self) -> Iterator[str]:
@@ -134,6 +142,8 @@ class ZipSource:
 
 class NpzSource:
     """The layout of sample files: `arr_0` uint8 (N, H, W, C) or (N, H, W), optional integer labels `arr_1` (N,)."""
+
+    passed_over = 0
 
     def __init__(self, path: str):
         self.path = path
@@ -174,6 +184,8 @@ class NpzSource:
 
 class StoreSource:
     """A folder written by scripts/prepare_data.py: memory-mapped uint8 shards and a manifest."""
+
+    passed_over = 0
 
     def __init__(self, path: str):
         self.path = path
@@ -258,6 +270,20 @@ def image_names(names: Sequence[str], path: str, extensions: Sequence[str] = EXT
     return images
 
 
+def without_hidden(names: Sequence[str], path: str) -> tuple[list[str], int]:
+    """(names of the images that are data, how many are not); UserError when none is."""
+    seen = [name for name in names if not is_hidden(name)]
+    if not seen:
+        raise UserError(f"{path}: holds no images but {len(names)} under hidden or system names")
+    return seen, len(names) - len(seen)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name within a data set is one that systems and editors leave behind: .name, __MACOSX, @eaDir ..."""
+    parts = [part for part in PurePosixPath(name).parts if part != ".."]
+    return any(part in SYSTEM_NAMES or part.startswith(".") for part in parts)
+
+
 def check_member(name: str, size: int) -> None:
     """Refuse an archive member whose name leaves the archive, or that unpacks to more than any image."""
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
@@ -277,12 +303,12 @@ def stored_labels(known: Labels, mode: str, where: str) -> Labels:
     return known
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """The content of a JSON file; UserError with its name when it is none."""
+def _size(path: str) -> str:
+    """Length of a file; of one that is not there, such as a dangling link, reading it says more."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+        return str(filesystem.size(path))
+    except OSError:
+        return "unreadable"
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:

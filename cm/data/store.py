@@ -4,9 +4,11 @@ Why plain arrays: no decoding, one page-cache copy for all ranks and workers thr
 without an index, readable by numpy alone. They cost about twice the disk space of PNG at 64 px.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from typing import IO, Any
@@ -14,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from cm.errors import UserError
+from cm.runtime.inputs import JSON_LIMIT, open_regular, parse_json
 from cm.storage import filesystem
 
 MANIFEST = "manifest.json"
@@ -34,13 +37,15 @@ def read_manifest(path: str) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise UserError(f"{where}: version {manifest.get('version')}, this code reads version {VERSION}")
     for key, kind in _FIELDS.items():
-        if not isinstance(manifest.get(key), kind):
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
             raise UserError(f"{where}: {key} is missing or of the wrong type")
     entries = [*manifest["shards"], *([manifest["labels"]] if manifest["labels"] else [])]
     if not all(_is_entry(entry) for entry in entries):
         raise UserError(f"{where}: lists a file without a hash, or outside its folder")
+    if not all(isinstance(name, str) for name in manifest["classes"]):
+        raise UserError(f"{where}: the names of classes must be texts")
     counts = [shard.get("count") for shard in manifest["shards"]]
-    if not all(isinstance(count, int) and count > 0 for count in counts) or sum(counts) != manifest["count"]:
+    if not all(type(count) is int and count > 0 for count in counts) or sum(counts) != manifest["count"]:
         raise UserError(f"{where}: the shards do not add up to {manifest['count']} images")
     if not counts or manifest["resolution"] < 1 or manifest["channels"] not in (1, 3):
         raise UserError(f"{where}: no images, or an impossible resolution or number of channels")
@@ -79,6 +84,7 @@ class StoreWriter:
     def __init__(self, path: str, *, resolution: int, channels: int, overwrite: bool = False):
         if filesystem.is_remote(path):
             raise UserError(f"{path}: a data set is prepared on a local disk, then copied")
+        _remove_leftovers(path.rstrip("/"))
         if os.path.exists(path) and (os.listdir(path) if os.path.isdir(path) else True):
             if not (os.path.isdir(path) and is_store(path)):
                 raise UserError(
@@ -90,6 +96,9 @@ class StoreWriter:
         self._partial = f"{self.path}.partial-{os.getpid()}"
         try:
             os.makedirs(self._partial)
+            # Held to the end of this process, however it comes: what nobody holds is a leftover.
+            self._claim = os.open(self._partial, os.O_RDONLY | os.O_CLOEXEC)
+            _lock(self._claim)
         except OSError as error:
             raise UserError(f"{path}: cannot create it ({error.strerror})") from error
         image_bytes = resolution * resolution * channels
@@ -139,6 +148,9 @@ class StoreWriter:
     def abort(self) -> None:
         """Remove everything that was written; a store that `finish` completed stays."""
         shutil.rmtree(self._partial, ignore_errors=True)
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def _flush(self) -> None:
         if self._fill:
@@ -159,10 +171,48 @@ class StoreWriter:
 
     def _replace(self) -> None:
         old = f"{self.path}.old-{os.getpid()}"
-        if os.path.exists(self.path):
+        if not os.path.exists(self.path):
+            os.rename(self._partial, self.path)
+            return
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock(descriptor)
             os.rename(self.path, old)
-        os.rename(self._partial, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+            os.rename(self._partial, self.path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_leftovers(path: str) -> None:
+    """Remove what a killed process left beside a store that it was writing; an old store that it had moved comes back.
+
+    Only what no living process holds, on this host or on another one whose file system has locks.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        return
+    left = [n for n in os.listdir(folder) if re.fullmatch(re.escape(name) + r"\.(partial|old)-\d+", n)]
+    for leftover in (os.path.join(folder, n) for n in sorted(left)):
+        descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if not _lock(descriptor):
+                continue
+            if ".old-" in leftover and not os.path.exists(path):
+                os.rename(leftover, path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process now holds the folder; False also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 _FIELDS: dict[str, Any] = {
@@ -186,12 +236,7 @@ def _load_manifest(path: str) -> dict[str, Any]:
     name = f"{path.rstrip('/')}/{MANIFEST}"
     if not filesystem.exists(name):
         return {}
-    with filesystem.open_file(name, "rb") as file:
-        data = file.read()
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error})") from error
+    content = parse_json(filesystem.read_file(name, JSON_LIMIT), name, object)
     return content if isinstance(content, dict) else {}
 
 
@@ -206,5 +251,5 @@ def _map_array(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 def _file_sha256(name: str) -> str:
-    with open(filesystem.cache_locally(name), "rb") as file:
+    with open_regular(filesystem.cache_locally(name)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

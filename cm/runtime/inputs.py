@@ -36,6 +36,16 @@ def open_regular(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
         raise
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """UserError for a pipe, a socket or a device, where a library will open the path; nothing where it is missing."""
+    try:
+        kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):
+        return
+    if kind:
+        raise UserError(f"{os.fspath(path)} is {kind}, not a file")
+
+
 def read_regular(path: str | os.PathLike, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes."""
     with open_regular(path, limit) as file:
@@ -53,9 +63,9 @@ def parse_json(text: bytes | str, source: str, kind: type | tuple[type, ...] = d
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         first = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{source} is not readable JSON ({type(error).__name__}: {first})") from None
+        raise UserError(f"{source}: not valid JSON ({first})") from None
     if not isinstance(content, kind):
         names = {dict: "object", list: "list", str: "text"}
         wanted = " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise UserError(f"{source} must hold one JSON {wanted}, not a {type(content).__name__}")
+        raise UserError(f"{source}: must hold one JSON {wanted}, not a {type(content).__name__}")
     return content

@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 from cm.errors import UserError
 from cm.runtime import platform
 from cm.runtime.files import whole_file
+from cm.runtime.inputs import check_regular, open_regular
 
 T = TypeVar("T")
 
@@ -49,10 +50,19 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def open_file(path: str | os.PathLike, mode: str = "rb") -> IO[Any]:
-    """Open a file for reading or for writing in place (see `write_atomic` for files that must stay whole)."""
+    """Open a file for reading, a regular one, or for writing in place (see `write_atomic` for what must stay whole)."""
     if is_remote(path):
         return _remote(path, lambda store: store.BlobFile(os.fspath(path), mode))
-    return open(path, mode)
+    return open_regular(path) if mode == "rb" else open(path, mode)
+
+
+def read_file(path: str | os.PathLike, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes; UserError for a larger one."""
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{os.fspath(path)} has more than {limit:,} bytes")
+    return content
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -89,7 +99,8 @@ def list_files(path: str | os.PathLike) -> list[str]:
 def list_recursive(path: str | os.PathLike) -> list[str]:
     """All files below a folder: names relative to it, with '/', sorted folder by folder.
 
-    Symbolic links to folders are followed, except those that lead back to one of their own parents.
+    Symbolic links to folders are followed, except those that lead back to one of their own parents. UserError for a
+    folder that cannot be listed: its files would be missing without a word.
     """
     if is_remote(path):
         names = [
@@ -99,11 +110,15 @@ def list_recursive(path: str | os.PathLike) -> list[str]:
         ]
     else:
         names = []
-        for folder, subfolders, files in os.walk(path, followlinks=True):
+        for folder, subfolders, files in os.walk(path, onerror=_not_listed, followlinks=True):
             subfolders[:] = [name for name in subfolders if not _is_loop(folder, name)]
             relative = os.path.relpath(folder, path).replace(os.sep, "/")
             names += files if relative == "." else [f"{relative}/{name}" for name in files]
     return sorted(names, key=lambda name: name.split("/"))
+
+
+def _not_listed(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def size(path: str | os.PathLike) -> int:
@@ -126,6 +141,7 @@ def cache_locally(path: str | os.PathLike) -> str:
     """
     path = os.fspath(path)
     if not is_remote(path):
+        check_regular(path)
         return path
     try:
         stat = _remote(path, lambda store: store.stat(path))

@@ -105,7 +105,9 @@ def test_listing_labels_and_shards(listing):
 def test_wider_listing_keeps_the_order(listing):
     root, case = listing
     names = open_dataset(str(root), image_size=8).source.names
-    assert [name for name in names if not name.endswith((".webp", ".bmp"))] == case["listed"]
+    assert [name for name in names if not name.endswith((".webp", ".bmp"))] == [
+        name for name in case["listed"] if name != ".hidden.png"
+    ]
     assert {"a_1.webp", "sub/a_0.bmp"} < set(names)
 
 
