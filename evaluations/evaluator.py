@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cm.commands.common import claimed_output
 from cm.config import plugins
+from cm.config.parsing import at_least, expanded
 from cm.config.rows import METRICS
 from cm.data.images import save_json
 from cm.errors import UserError, choose
@@ -236,9 +238,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", default="", help="comma-separated, or all; empty: the protocol's")
     parser.add_argument("--plugin", default="", help="modules of your own with further metrics, as a list")
     parser.add_argument(
-        "--bootstrap", type=int, default=0, help="replicates for a 95 %% interval of the FID; 0: none"
+        "--bootstrap", type=at_least(0), default=0, help="replicates for a 95 %% interval of the FID; 0: none"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of bootstrap and KID subsets")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of bootstrap and KID subsets")
     parser.add_argument("--force", nargs="?", const="True", default="False", choices=("True", "False"))
     parser.add_argument("--out", default="", help="result JSON; empty: beside the samples")
     add_feature_flags(parser)
@@ -255,8 +257,17 @@ def main() -> None:
     args = parser.parse_args()
     plugins.load(args.plugin)
     distributed.setup_dist()
-    if args.bootstrap < 0 or args.bootstrap == 1:
-        raise UserError(f"--bootstrap {args.bootstrap}: give 0 or at least 2 replicates")
+    if args.bootstrap == 1:
+        raise UserError("--bootstrap 1: give 0 or at least 2 replicates")
+    out = Path(expanded(args.out) or default_json(args.samples[0], args.reference))
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file")
+    with claimed_output(out.parent, [out.name], overwrite=True, flag="--out"):
+        measure(args, out)
+
+
+def measure(args: argparse.Namespace, out: Path) -> None:
+    """Evaluate as the flags say; rank 0 prints the table and writes the result to `out`."""
     reference = open_reference(str(local_copy(args.reference, flag="REF")))
     samples = [open_images(str(local_copy(path, flag="SAMPLES"))) for path in args.samples]
     wanted = "inception" if args.inception_path else args.features
@@ -266,10 +277,9 @@ def main() -> None:
     options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
     result = evaluate(reference, samples, network, options, strict=strict, force=args.force == "True")
     if distributed.is_main():
-        out = Path(args.out or default_json(args.samples[0], args.reference))
-        out.parent.mkdir(parents=True, exist_ok=True)
+        print(table(result), flush=True)
         save_json(out, result)
-        print(f"{table(result)}\n\nresult: {out}", flush=True)
+        print(f"\nresult: {out}", flush=True)
 
 
 if __name__ == "__main__":

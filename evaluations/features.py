@@ -8,7 +8,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from cm.config.parsing import at_least
 from cm.errors import UserError
+from cm.models.factory import choose_device
 from evaluations import digits_classifier, inception_v3
 from evaluations.inception_weights import FLAG as INCEPTION_FLAG
 from evaluations.inception_weights import load_inception
@@ -128,18 +130,13 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
         INCEPTION_FLAG, default="", help="file or URL of the Inception weights; empty: user cache"
     )
     parser.add_argument("--weights_sha256", default="", help="refuse weights whose SHA-256 does not begin so")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per batch and rank")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images per batch and rank")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
 
 
 def features_from_flags(args: argparse.Namespace, default: str) -> FeatureNetwork:
     """The network that the flags of `add_feature_flags` ask for."""
-    from cm.runtime import distributed
-
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be positive, not {args.batch_size}")
     if args.inception_path and args.features:
         raise UserError(f"give {INCEPTION_FLAG} or --features, not both")
     spec = f"inception={args.inception_path}" if args.inception_path else args.features
-    device = distributed.dev() if args.device == "auto" else torch.device(args.device)
-    return load_features(spec, default, device, sha256=args.weights_sha256)
+    return load_features(spec, default, choose_device(args.device), sha256=args.weights_sha256)

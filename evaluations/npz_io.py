@@ -25,6 +25,7 @@ from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
 META = "meta"
+ROUNDING = 1e-5  # relative error of a covariance that is only rounded
 # Which arrays hold the mean and covariance of which features.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -206,6 +207,8 @@ def _wrong_type(member, shape: tuple[int, ...], dtype: np.dtype) -> str:
         return f"arr_0 is {dtype}; expected uint8 images"
     count = min(int(np.prod(shape)), 1 << 20)
     values = np.frombuffer(member.read(count * dtype.itemsize), dtype)
+    if not np.isfinite(values).all():
+        return f"arr_0 is {dtype} and holds values that are not finite; metrics need uint8 images"
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if dtype.kind in "iu" or high > 1:
         advice = "x.clip(0, 255).astype(np.uint8)"
@@ -228,9 +231,21 @@ def _gaussian(
 ) -> tuple[np.ndarray, np.ndarray]:
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{mu_name} {mu.shape} and {sigma_name} {sigma.shape} do not fit together")
-    if mu.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{mu_name} or {sigma_name} holds values that are not finite numbers")
-    return mu.astype(np.float64), sigma.astype(np.float64)
+    for name, array in ((mu_name, mu), (sigma_name, sigma)):
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{name} is {array.dtype}; expected real numbers")
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} holds values that are not finite numbers")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    size = np.abs(sigma).max(initial=0.0)
+    if (differ := np.abs(sigma - sigma.T).max(initial=0.0)) > ROUNDING * size:
+        raise UserError(f"{sigma_name} is no covariance: it differs from its transpose by {differ:.3g}")
+    try:  # positive definite but for rounding; far faster than the eigenvalues
+        np.linalg.cholesky(sigma + (ROUNDING * size * len(mu) + np.finfo(np.float64).tiny) * np.eye(len(mu)))
+    except np.linalg.LinAlgError:
+        lowest = np.linalg.eigvalsh(sigma)[0]
+        raise UserError(f"{sigma_name} is no covariance: it has the eigenvalue {lowest:.3g}") from None
+    return mu, sigma
 
 
 def _read_side_file(path: str) -> dict | None:

@@ -8,13 +8,15 @@ DATA: a folder, zip, npz or prepared store of images. The layout is that of guid
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cm.commands.common import claimed_output
+from cm.config.parsing import at_least, expanded
 from cm.data.decode import readable
 from cm.errors import UserError
 from cm.runtime import distributed, job
@@ -69,7 +71,7 @@ def build_reference(
     if distributed.is_main():
         meta["source_sha256"] = images.sha256()
         gaussians = {kind: tuple(a.cpu().numpy() for a in extracted.gaussian(kind)) for kind in network.dims}
-        write_reference(out, gaussians, meta, subset.numpy())
+        write_reference(out, gaussians, meta, subset.numpy() if num_images else None)
     return distributed.broadcast_object(meta)
 
 
@@ -103,12 +105,18 @@ def main() -> None:
     parser.add_argument("--inspect", default="", metavar="FILE", help="print what a reference holds, as JSON")
     parser.add_argument("--protocol", default="", choices=("", *PROTOCOLS), help="what the reference is for")
     parser.add_argument(
-        "--image_size", type=int, default=0, help="centre-crop to this side as training does; 0: as is"
+        "--image_size",
+        type=at_least(0),
+        default=0,
+        help="centre-crop to this side as training does; 0: as is",
     )
     parser.add_argument(
-        "--num_images", type=int, default=10_000, help="images stored for precision and recall"
+        "--num_images",
+        type=at_least(0),
+        default=10_000,
+        help="images stored for precision and recall; 0: none",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of these images")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the choice of these images")
     parser.add_argument("--overwrite", nargs="?", const="True", default="False", choices=("True", "False"))
     add_feature_flags(parser)
     args = parser.parse_args()
@@ -119,10 +127,16 @@ def main() -> None:
         raise UserError("give DATA and OUT.npz, or --inspect FILE")
     if not args.out.endswith(".npz"):
         raise UserError(f"{args.out}: the name of a reference must end in .npz")
-    if os.path.exists(args.out) and args.overwrite != "True":
-        raise UserError(f"{args.out} exists; --overwrite True replaces it")
+    if args.num_images == 1:
+        raise UserError("--num_images 1: precision and recall need at least 2 images; 0 stores none")
     distributed.setup_dist()
-    distributed.barrier()  # no rank may see the file that another has already written
+    out = Path(expanded(args.out))
+    with claimed_output(out.parent, [out.name], args.overwrite == "True", "OUT.npz"):
+        build(args, out)
+
+
+def build(args: argparse.Namespace, out: Path) -> None:
+    """The reference of DATA, as the flags say."""
     wanted = args.features.partition("=")[0]
     default = next((p.name for p in PROTOCOLS.values() if p.features == wanted), "adm")
     protocol = PROTOCOLS[args.protocol or default]
@@ -131,10 +145,10 @@ def main() -> None:
         raise UserError(f"protocol {protocol.name} uses {protocol.features}, --features gives {network.name}")
     images = open_images(str(local_copy(args.data, flag="DATA")), args.image_size)
     sizes = {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size}
-    meta = build_reference(images, network, protocol, args.out, **sizes)
+    meta = build_reference(images, network, protocol, str(out), **sizes)
     if distributed.is_main():
         print(
-            f"{args.out}: {meta['count']:,} images of {meta['source']}, {meta['images']:,} of them stored",
+            f"{out}: {meta['count']:,} images of {meta['source']}, {meta['images']:,} of them stored",
             flush=True,
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cm.commands.common import claimed_output
 from cm.commands.sample import class_labels, sample_batches
 from cm.config.derived import run_dir
 from cm.config.parsing import parse_ints
@@ -217,25 +218,24 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     options = Options(protocol, ("fid",), c.batch_size)
     evaluator = Evaluator(reference, network, options)
     directory = Path(run_dir(config))
-    if distributed.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-    conditions = _conditions(model, reference.sha256(), network)
-    memo = Memo(directory / "search_memo.json", conditions)
-    scorer = Scorer(_sampler(model), network, evaluator.frechet["pool"], memo)
-    counts = {"num_samples": c.num_samples, "points": c.points, "coarse": c.coarse}
-    ts, trace = search_points(scorer, span, **counts)
-    result = _result(model, ts, trace) | {
-        "conditions": conditions,
-        "protocol": protocol.name,
-        "config": resolved(c),
-    }
-    if distributed.is_main():
-        save_json(directory / "search_result.json", result)
-        try:
-            plot_search(directory / "search.png", trace)
-        except UserError as error:  # without matplotlib the numbers are there all the same
-            logger.warn(f"no plot: {error}")
-        logger.log(_report(result, directory))
+    with claimed_output(directory, ["search_result.json"], overwrite=True):
+        conditions = _conditions(model, reference.sha256(), network)
+        memo = Memo(directory / "search_memo.json", conditions)
+        scorer = Scorer(_sampler(model), network, evaluator.frechet["pool"], memo)
+        counts = {"num_samples": c.num_samples, "points": c.points, "coarse": c.coarse}
+        ts, trace = search_points(scorer, span, **counts)
+        result = _result(model, ts, trace) | {
+            "conditions": conditions,
+            "protocol": protocol.name,
+            "config": resolved(c),
+        }
+        if distributed.is_main():
+            save_json(directory / "search_result.json", result)
+            try:
+                plot_search(directory / "search.png", trace)
+            except UserError as error:  # without matplotlib the numbers are there all the same
+                logger.warn(f"no plot: {error}")
+            logger.log(_report(result, directory))
     return result
 
 

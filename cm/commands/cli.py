@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cm.config import plugins, presets
 from cm.config.fields import flags_of, help_text, is_fixed, meta_of
-from cm.config.parsing import str2bool
+from cm.config.parsing import expanded, str2bool
 from cm.config.registry import resolve
 from cm.config.rows import PRECONDS
 from cm.config.scripts import SCRIPTS, Config, ConfigType, configuration_class, resolved, script_of
@@ -144,7 +144,7 @@ def _converted(name: str, value: Any, kind: type, path: str) -> Any:
     """A JSON value as the flag's type; text is read as on the command line, whole numbers may be floats."""
     try:
         if isinstance(value, str):
-            return str2bool(value) if kind is bool else kind(value)
+            return str2bool(value) if kind is bool else kind(expanded(value))
         if type(value) is kind or (kind is float and type(value) is int):
             return kind(value)
     except ValueError:
@@ -180,7 +180,7 @@ class _Parser(argparse.ArgumentParser):
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(name -> value of the flags on the command line, what the parser does not know)."""
     namespace, unknown = parser.parse_known_args(argv)
-    return vars(namespace), unknown
+    return {name: expanded(value) for name, value in vars(namespace).items()}, unknown
 
 
 def _unknown_flag(word: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:

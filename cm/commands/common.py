@@ -10,24 +10,25 @@ from cm.runtime.claims import Claim
 
 
 @contextmanager
-def claimed_output(directory: Path, files: Sequence[str], overwrite: bool) -> Iterator[None]:
+def claimed_output(
+    directory: Path, files: Sequence[str], overwrite: bool, flag: str = "--out_dir"
+) -> Iterator[None]:
     """The folder of `files` for the length of a with block, which all ranks enter; rank 0 makes it and claims it.
 
     UserError on every rank where it cannot be written, holds one of the files already, or another program writes them.
+    files: the last one tells what is written from other results in the folder. flag: what names the folder.
     """
     with ExitStack() as stack:
-        distributed.on_main(lambda: _prepare(directory, files, overwrite, stack))
+        distributed.on_main(lambda: _prepare(directory, files, overwrite, flag, stack))
         yield
 
 
-def _prepare(directory: Path, files: Sequence[str], overwrite: bool, stack: ExitStack) -> None:
+def _prepare(directory: Path, files: Sequence[str], overwrite: bool, flag: str, stack: ExitStack) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out_dir {directory} cannot be written: {error.strerror}") from None
-    stack.enter_context(Claim(directory / files[0]))
+        raise UserError(f"{flag} {directory} cannot be written: {error.strerror}") from None
+    stack.enter_context(Claim(directory / files[-1]))
     found = [file for file in files if (directory / file).exists()]
     if found and not overwrite:
-        raise UserError(
-            f"{directory / found[0]} is already there: give --overwrite True or another --out_dir"
-        )
+        raise UserError(f"{directory / found[0]} is already there: give --overwrite True or another {flag}")

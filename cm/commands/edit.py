@@ -22,6 +22,7 @@ from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
 from cm.runtime.progress import progress
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
+from cm.sampling.finite import FiniteWatch
 from cm.sampling.levels import ts_to_sigmas
 from cm.sampling.noise import IndexedGenerator
 from cm.seeding import derive_seed
@@ -109,7 +110,7 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     source = InputFiles(c)
     directory = Path(run_dir(c))
     results = [result_name(name, i) for name in source.names for i in range(c.num_results)]
-    with claimed_output(directory, ["edit.json", *results, "grid.png"], c.overwrite):
+    with claimed_output(directory, [*results, "grid.png", "edit.json"], c.overwrite):
         write_edits(model, sigmas, edit, source, directory)
 
 
@@ -210,9 +211,10 @@ def edit_batch(
         picture = luma(images)
     elif c.task == "denoise":
         picture = x
+    watch = FiniteWatch()
     for _ in range(getattr(c, "repeat", 1)):
         images = edit_images(
-            model.denoise(labels, clip=c.clip_denoised),
+            model.denoise(labels, c.clip_denoised, watch.wrap),
             images,
             sigmas,
             generator,
@@ -222,7 +224,7 @@ def edit_batch(
             final_project=getattr(c, "final_project", True),
         )
         x = images + float(sigmas[0]) * generator.randn_like(images)
-    return picture.cpu(), images.cpu()
+    return picture.cpu(), watch.check(images, [result_name(item.name, i) for item, i in batch]).cpu()
 
 
 def save_side_by_side(path: Path, shown: list[Edited]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -38,10 +39,22 @@ class Input:
 
 
 def result_stems(files: list[str]) -> list[str]:
-    """Names of results, one per file: its path without ending; files that differ in their ending only keep it."""
+    """Names of results, one per file: its path without ending; files that differ in their ending only keep it.
+
+    Names that would still be the same, also where case does not count, get a number.
+    """
     flat = [file.replace("/", "_") for file in files]
     stems = [str(PurePosixPath(name).with_suffix("")) for name in flat]
-    return [stem if stems.count(stem) == 1 else name.replace(".", "_") for stem, name in zip(stems, flat)]
+    count = Counter(stem.casefold() for stem in stems)
+    wanted = [s if count[s.casefold()] == 1 else name.replace(".", "_") for s, name in zip(stems, flat)]
+    reserved, names = {name.casefold() for name in wanted}, {}
+    for name in wanted:
+        unique, number = name, 1
+        while unique.casefold() in names or (number > 1 and unique.casefold() in reserved):
+            number += 1
+            unique = f"{name}_{number}"
+        names[unique.casefold()] = unique
+    return list(names.values())
 
 
 class InputFiles:

@@ -16,6 +16,7 @@ from cm.errors import UserError
 from cm.models.pretrained import Pretrained
 from cm.runtime import distributed, logger
 from cm.sampling.editing import edit_images, slerp
+from cm.sampling.finite import FiniteWatch
 from cm.sampling.noise import IndexedGenerator
 from cm.storage.filesystem import open_file, write_atomic
 
@@ -38,7 +39,7 @@ def run_interpolation(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     directory, ending = Path(run_dir(c)), ANIMATIONS[c.animation][0]
     names = [f"frame_{i:03d}.png" for i in range(count)]
     animation = f"interpolation{ending}"
-    with claimed_output(directory, [animation, *names, "grid.png", "edit.json"], c.overwrite):
+    with claimed_output(directory, [*names, animation, "grid.png", "edit.json"], c.overwrite):
         if not distributed.is_main():
             return
         frames = to_uint8(decode(model, path_between(corners, c.frames), sigmas, label)).numpy()
@@ -97,9 +98,11 @@ def decode(model: Pretrained[EditConfig], noise: Tensor, sigmas: Tensor, label: 
     for part in noise.split(c.batch_size):
         part = part.to(model.device)
         generator.set_rows([0] * len(part))
-        denoise = model.denoise(torch.full((len(part),), label), clip=c.clip_denoised)
+        watch, first = FiniteWatch(), sum(map(len, images))
+        denoise = model.denoise(torch.full((len(part),), label), c.clip_denoised, watch.wrap)
         x = float(sigmas[0]) * part
-        images.append(edit_images(denoise, x, sigmas, generator, x=x, sigma_min=c.sigma_min).cpu())
+        frames = edit_images(denoise, x, sigmas, generator, x=x, sigma_min=c.sigma_min)
+        images.append(watch.check(frames, [f"frame {first + i}" for i in range(len(part))]).cpu())
     return torch.cat(images)
 
 

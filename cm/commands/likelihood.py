@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cm.commands.common import claimed_output
 from cm.config.derived import run_dir
 from cm.config.scripts import LikelihoodConfig, resolved
 from cm.data import open_dataset
@@ -13,6 +14,7 @@ from cm.data.images import save_json
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
+from cm.sampling.finite import FiniteWatch
 from cm.sampling.likelihood import bits_per_dim, dequantized, log_likelihood
 from cm.sampling.noise import IndexedGenerator
 
@@ -26,7 +28,13 @@ def run_likelihood(config: LikelihoodConfig) -> dict[str, float]:
         raise UserError(
             f"{model.file.path} was trained by {c.training_mode}; a likelihood needs a denoiser of all noise levels"
         )
-    dataset = open_images(c)
+    with claimed_output(Path(run_dir(config)), ["likelihood.json"], overwrite=True):
+        return measure(model, open_images(c), Path(run_dir(config)))
+
+
+def measure(model: Pretrained[LikelihoodConfig], dataset: ImageData, folder: Path) -> dict[str, float]:
+    """The mean over all ranks; rank 0 writes it to `folder`."""
+    c = model.config
     count = min(c.num_images, len(dataset)) if c.num_images else len(dataset)
     local = [row for start in batches(count, c.batch_size) for row in score_batch(model, dataset, start)]
     rows = sorted(row for part in distributed.all_gather_object(local) for row in part)
@@ -38,8 +46,6 @@ def run_likelihood(config: LikelihoodConfig) -> dict[str, float]:
         "nfe": sum(nfe for *_, nfe in rows) / count,
     }
     if distributed.is_main():
-        folder = Path(run_dir(config))
-        folder.mkdir(parents=True, exist_ok=True)
         save_json(
             folder / "likelihood.json",
             {**result, **model.provenance(), "config": resolved(c), "data": dataset.fingerprint},
@@ -80,8 +86,9 @@ def score_batch(
         generator.set_rows(indices)
     uniforms = torch.special.ndtr(noise.randn_like(batch.images))
     x0 = dequantized(batch.images, uniforms).to(model.device)
+    watch = FiniteWatch()
     got = log_likelihood(
-        model.denoise(batch.labels, clip=False),
+        model.denoise(batch.labels, clip=False, watch=watch.wrap),
         x0,
         probe,
         sigma_min=c.sigma_min,
@@ -89,6 +96,7 @@ def score_batch(
         probe=c.probe,
         tolerance=c.tolerance,
     )
+    watch.check(got.log_prob[:, None], [f"image {i}" for i in indices])
     nfe, bits = got.nfe.tolist(), bits_per_dim(got.log_prob, x0[0].numel()).tolist()
     logger.log(f"images {indices.start}-{indices.stop - 1}: {min(nfe)} to {max(nfe)} evaluations")
     return list(zip(indices, bits, nfe, strict=True))

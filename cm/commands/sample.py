@@ -22,6 +22,7 @@ from cm.errors import UserError
 from cm.models.pretrained import Model, TrainedClassifier, load_classifier, load_pretrained
 from cm.runtime import distributed, logger
 from cm.sampling.driver import option_names
+from cm.sampling.finite import FiniteWatch
 from cm.sampling.generate import Labels, SampleBatch, generate
 from cm.sampling.guidance import guided
 from cm.sampling.levels import grid_levels
@@ -180,10 +181,11 @@ def sample_batches(
     """
     c = model.config
     counter = counter or CallCounter()
+    watch = FiniteWatch()
 
     @torch.no_grad()
     def draw(count: int, labels: Tensor | None) -> Tensor:
-        denoise = counter.wrap(model.denoise(labels, clip=c.clip_denoised))
+        denoise = counter.wrap(model.denoise(labels, c.clip_denoised, watch.wrap))
         own = dict(options or {})
         if classifier is not None:
             gradient = classifier.model.gradient(labels.to(model.device), c.classifier_scale)
@@ -191,12 +193,13 @@ def sample_batches(
                 own["gradient"] = gradient
             else:
                 denoise = guided(denoise, gradient)
+        names = [f"sample {row}" for row in getattr(generator, "rows", range)(count)]
         size = (count, c.in_channels or 3, c.image_size, c.image_size)
         x = generator.randn(*size, device=model.device) * float(sigmas[0])
         x = run_sampler(
             c.sampler, denoise, x, generator, steps=c.steps, sigma_min=c.sigma_min, sigmas=sigmas, options=own
         )
         counter.batch_done()
-        return x.clamp(-1, 1)
+        return watch.check(x, names).clamp(-1, 1)
 
     return draw

@@ -104,7 +104,7 @@ def run_dir(config: Config) -> str:
             raise UserError(
                 f"--out_dir {directory}: runs are written to a local folder; --mirror copies them elsewhere"
             )
-        return directory
+        return os.path.expanduser(directory)
     return os.path.join("runs", f"{config.preset or script_of(config)}-{config_hash(config)}")
 
 

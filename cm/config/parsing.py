@@ -1,7 +1,11 @@
 """Flags that are written as lists or words, turned into values. Pure Python: `--help` and presets stay fast."""
 
+import argparse
 import math
+import os
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 from cm.errors import UserError
 
@@ -30,6 +34,23 @@ def str2bool(v: str | bool) -> bool:
     if v.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise ValueError(f"expected True or False, got {v!r}")
+
+
+def expanded(value: Any) -> Any:
+    """Text that begins with ~ as the path it means, which shells leave alone in --flag=~/path; all else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """For argparse: the whole numbers from `low` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
 
 
 def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple:

@@ -28,8 +28,11 @@ TEXT_HEIGHT = 16
 def to_uint8(images: Tensor) -> Tensor:
     """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8 on the same device.
 
-    floor((x + 1) 127.5), not rounded: published numbers were made so.
+    floor((x + 1) 127.5), not rounded: published numbers were made so. UserError for values that are not finite.
     """
+    if not images.isfinite().all():
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero()
+        raise UserError(f"image {bad[0].item()} of {len(images)} has values that are not finite")
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

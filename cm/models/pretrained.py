@@ -1,5 +1,6 @@
 """A trained model ready for use: found, identified, loaded strictly, and put under its preconditioning."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -32,10 +33,15 @@ class Model(Generic[ConfigType]):
     denoiser: Denoiser
     device: torch.device
 
-    def denoise(self, labels: Tensor | None = None, clip: bool = True) -> DenoiseFn:
+    def denoise(
+        self,
+        labels: Tensor | None = None,
+        clip: bool = True,
+        watch: Callable[[DenoiseFn], DenoiseFn] | None = None,
+    ) -> DenoiseFn:
         """(x, sigma) -> clean images for a batch of classes `labels` (B,), which an unconditional model ignores.
 
-        clip: predictions are clamped to [-1, 1].
+        clip: predictions are clamped to [-1, 1]. watch: wraps the network's own predictions, before that.
         """
         cond = {}
         if self.config.class_cond:
@@ -46,7 +52,8 @@ class Model(Generic[ConfigType]):
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return self.denoiser(x, sigma, **cond)
 
-        return clamped(denoise) if clip else denoise
+        own = denoise if watch is None else watch(denoise)
+        return clamped(own) if clip else own
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cm.errors import UserError
+
 # Row i: weights of the slopes before stage i + 1, which is taken at C[i] of the step. The last row gives the new state.
 A = (
     (1 / 5,),
@@ -42,7 +44,7 @@ class Solution(NamedTuple):
 def solve_rk45(slope: Slope, start: float, end: float, y: Tensor, *, rtol: float, atol: float) -> Solution:
     """Solve dy/dt = slope(t, y) from y at `start` to `end`, which may lie on either side.
 
-    A step is taken if the error estimate's root mean square, in units of atol + rtol |y|, is below 1. RuntimeError
+    A step is taken if the error estimate's root mean square, in units of atol + rtol |y|, is below 1. UserError
     where an image needs steps too small for its time's precision.
     """
     y = y.double()
@@ -59,8 +61,9 @@ def solve_rk45(slope: Slope, start: float, end: float, y: Tensor, *, rtol: float
         too_small = ~(h >= 10 * (torch.nextafter(t, beyond) - t).abs())
         if (stuck := under_way & too_small).any():
             i = int(stuck.nonzero()[0])
-            raise RuntimeError(
-                f"the ODE solver gave up: image {i} needs too small steps at time {t[i].item()}"
+            why = "it needs too small steps" if f[i].isfinite().all() else "the slope is not finite"
+            raise UserError(
+                f"the ODE solver gave up on image {i} of the batch: {why} at time {t[i].item():g}"
             )
         t_new = torch.where(h < left, t + sign * h, final)
         step = (t_new - t)[:, None]

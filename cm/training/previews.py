@@ -12,6 +12,7 @@ from cm.config.rows import OBJECTIVES
 from cm.config.scripts import TrainConfig
 from cm.data.images import save_grid, to_uint8
 from cm.diffusion.denoiser import Denoiser
+from cm.errors import UserError
 from cm.models.pretrained import Model
 from cm.runtime import distributed, logger
 from cm.sampling.noise import get_generator
@@ -40,8 +41,11 @@ class Preview:
             with weights_replaced(trainer, average):
                 for name, images in self.samples(trainer):
                     path = self.folder / f"step_{trainer.state.step:06d}_{name}.png"
-                    save_grid(path, to_uint8(images))
-            logger.log(f"preview: {self.folder}/step_{trainer.state.step:06d}_*.png")
+                    try:
+                        save_grid(path, to_uint8(images))
+                        logger.log(f"preview: {path}")
+                    except UserError as error:  # not finite: what becomes of the run is the trainer's to say
+                        logger.log(f"warning: no preview {path.name}: {error}")
         distributed.barrier()
 
     def samples(self, trainer: Trainer) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from cm.data.images import from_uint8
 from cm.errors import UserError
 from cm.runtime import distributed, logger
 from cm.sampling.noise import IndexedGenerator
+from cm.storage.weights import load_weights, save_weights
 from tests.helpers.models import save_consistency_model
 from tests.helpers.mp import launch, run_ranks
 
@@ -219,6 +220,27 @@ def test_noise_levels():
 
 def test_result_stems_never_collide():
     assert result_stems(["a.png", "b/a.png", "c.jpg", "c.png"]) == ["a", "b_a", "c_jpg", "c_png"]
+    assert result_stems(["a/b.png", "a_b.png"]) == ["a_b_png", "a_b_png_2"]
+    assert result_stems(["p.png", "p.jpg", "p_png.png"]) == ["p_png", "p_jpg", "p_png_2"]
+    assert result_stems(["A.png", "a.png"]) == ["A_png", "a_png_2"]
+    odd = result_stems(["a/b.png", "a_b.png", "a_b_png.png", "a_b_png_2.png"])
+    assert odd == ["a_b_png", "a_b_png_3", "a_b_png_4", "a_b_png_2"]
+
+
+def test_a_model_that_is_not_finite_makes_no_pictures(models, images, tmp_path):
+    weights, extra = load_weights(models / "rgb.pt")
+    save_weights(tmp_path / "nan.pt", {k: torch.full_like(v, torch.nan) for k, v in weights.items()}, extra)
+    for task, flags in {
+        "inpaint": ["--input", images, "--mask", "left"],
+        "stroke": ["--input", images, "--sigma_start", 0.4],
+        "interpolate": ["--between", "0,1", "--frames", 3],
+    }.items():
+        first = "frame 0" if task == "interpolate" else "a_000.png"
+        level = "0.4" if task == "stroke" else "80"
+        message = f"^{first}: the model's output at noise level {level} is not finite"
+        with pytest.raises(UserError, match=message):
+            _run(tmp_path, tmp_path / task, task, *flags, model="nan.pt")
+        assert not list((tmp_path / task).iterdir())
 
 
 # ---- bad input --------------------------------------------------------------------------------

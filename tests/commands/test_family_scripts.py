@@ -30,6 +30,7 @@ from cm.models.pretrained import load_classifier, load_pretrained
 from cm.objectives.alpha_sigma import AlphaSigmaObjective, AlphaSigmaProgressive
 from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.weights import load_weights, save_weights
 from cm.training.factory import create_objective
 
 ROOT = Path(__file__).parents[2]
@@ -353,6 +354,18 @@ def test_bits_per_dim_of_a_run(teachers, data_dir, tmp_path):
     again = score("--batch_size", "2")
     assert again["bits_per_dim"] == pytest.approx(result["bits_per_dim"], abs=1e-5)
     assert again["nfe"] == result["nfe"]
+
+
+def test_a_likelihood_that_is_not_finite_is_no_number(teachers, data_dir, tmp_path):
+    file = next(Path(teachers("edm")).glob("checkpoints/*/ema_0.9_*.pt"))
+    weights, extra = load_weights(file)
+    save_weights(tmp_path / "nan.pt", {k: torch.full_like(v, torch.nan) for k, v in weights.items()}, extra)
+    argv = ["--model_path", str(tmp_path / "nan.pt"), "--data_dir", data_dir, "--num_images", "2"]
+    config = parse(LikelihoodConfig, [*argv, "--out_dir", str(tmp_path / "out")])
+    refuses(
+        "gave up on image 0 of the batch: the slope is not finite at time", lambda: run_likelihood(config)
+    )
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_only_denoisers_have_a_likelihood(teachers, data_dir, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from cm.commands.cli import parse_config
 from cm.config.derived import (
     channels_last,
     global_batch,
@@ -58,6 +59,11 @@ def test_run_directory(monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", "/logs")
     assert run_dir(config) == "/logs"
     assert run_dir(dataclasses.replace(config, out_dir="here")) == "here"
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("OPENAI_LOGDIR", "~/logs")
+    assert run_dir(config) == "/home/me/logs"
+    found = parse_config(SampleConfig, ["--out_dir=~/run", "--model_path", "~/m.pt", "--seed", "1"])
+    assert (run_dir(found), found.model_path, found.seed) == ("/home/me/run", "/home/me/m.pt", 1)
     with pytest.raises(UserError, match=r"--out_dir gs://b/run: .* local folder"):
         run_dir(dataclasses.replace(config, out_dir="gs://b/run"))
 

@@ -234,7 +234,10 @@ def test_a_wrong_checksum_of_an_archive_is_seen(tmp_path):
 
 def test_an_entry_without_a_name_is_told_by_its_file(tmp_path, monkeypatch):
     lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 20) as database, database.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 20) as database,
+        database.begin(write=True) as transaction,
+    ):
         transaction.put(b" ", b"no image")
     with pytest.raises(UserError, match=r"lmdb: entry ' ': cannot be read"):
         prepare(str(tmp_path / "lmdb"), str(tmp_path / "out"), image_size=8)

@@ -10,6 +10,7 @@ import torch
 
 from cm.config.rows import METRICS
 from cm.errors import UserError
+from cm.runtime.claims import Claim
 from cm.storage.weights import load_weights, save_weights
 from evaluations import evaluator, reference
 from evaluations.evaluator import Options, evaluate, parse_metrics, table
@@ -290,7 +291,7 @@ def test_command_lines(files, tmp_path, monkeypatch, capsys):
     out, spec = tmp_path / "ref.npz", f"digits={files['weights']}"
     call(monkeypatch, reference.main, files["ref"], out, "--features", spec, "--num_images", "30")
     assert "70 images" in capsys.readouterr().out
-    with pytest.raises(UserError, match="exists; --overwrite True"):
+    with pytest.raises(UserError, match="is already there: give --overwrite True"):
         call(monkeypatch, reference.main, files["ref"], out, "--features", spec)
     call(monkeypatch, reference.main, "--inspect", out)
     assert json.loads(capsys.readouterr().out)["meta"]["protocol"] == "digits"
@@ -307,6 +308,55 @@ def test_command_lines(files, tmp_path, monkeypatch, capsys):
         call(monkeypatch, evaluator.main, *argv, "--inception_path", "x.pt")
     with pytest.raises(UserError, match=r"must end in \.npz"):
         call(monkeypatch, reference.main, files["ref"], tmp_path / "ref.npy", "--features", spec)
+
+
+def test_reference_without_images_and_flags_out_of_range(files, tmp_path, monkeypatch, capsys):
+    out, spec = tmp_path / "new" / "ref.npz", f"digits={files['weights']}"
+    argv = [files["ref"], out, "--features", spec]
+    call(monkeypatch, reference.main, *argv, "--num_images", "0")
+    assert "arr_0" not in np.load(out).files
+    call(monkeypatch, evaluator.main, out, files["samples"], "--features", spec, "--metrics", "fid")
+    assert "FID" in capsys.readouterr().out
+    for flag, value in {
+        "--num_images": "-1",
+        "--seed": "-1",
+        "--image_size": "-4",
+        "--batch_size": "0",
+    }.items():
+        with pytest.raises(SystemExit):
+            call(monkeypatch, reference.main, *argv, flag, value)
+        assert f"argument {flag}: must be at least" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--num_images 1"):
+        call(monkeypatch, reference.main, *argv, "--num_images", "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there(files, monkeypatch):
+    argv = [files["ref"], files["samples"], "--features", f"digits={files['weights']}", "--device", "cuda"]
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
+        call(monkeypatch, evaluator.main, *argv)
+
+
+def test_the_place_is_tried_before_the_work_and_the_table_is_shown_whatever_happens(
+    files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluator, "features_from_flags", lambda *_: pytest.fail("too late"))
+    argv = [files["ref"], files["samples"], "--features", f"digits={files['weights']}"]
+    with pytest.raises(UserError, match=r"--out .* is a folder"):
+        call(monkeypatch, evaluator.main, *argv, "--out", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*file cannot be written"):
+        call(monkeypatch, evaluator.main, *argv, "--out", tmp_path / "file" / "x.json")
+    with (
+        Claim(tmp_path / "x.json"),
+        pytest.raises(UserError, match=r"x\.json is being written by process"),
+    ):
+        call(monkeypatch, evaluator.main, *argv, "--out", tmp_path / "x.json")
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluator, "save_json", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
+        call(monkeypatch, evaluator.main, *argv, "--out", tmp_path / "x.json")
+    assert "Accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.mpi

@@ -132,13 +132,32 @@ def test_bad_images(tmp_path, message):
 BAD_REFERENCES = {
     "neither mu and sigma nor arr_0": {"a": np.zeros(2)},
     r"mu \(3,\) and sigma \(2, 2\)": {"mu": np.zeros(3), "sigma": np.eye(2)},
-    "mu_s or sigma_s holds values that are not finite": {
+    "mu is complex128; expected real numbers": {"mu": np.zeros(2, complex), "sigma": np.eye(2)},
+    "sigma holds values that are not finite": {"mu": np.zeros(2), "sigma": np.diag([1.0, np.inf])},
+    "sigma is no covariance: it has the eigenvalue -1": {"mu": np.zeros(64), "sigma": -np.eye(64)},
+    "sigma is no covariance: it has the eigenvalue -0.1": {"mu": np.zeros(2), "sigma": np.diag([1.0, -0.1])},
+    "sigma is no covariance: it differs from its transpose by 1": {
+        "mu": np.zeros(64),
+        "sigma": np.triu(np.ones((64, 64))),
+    },
+    "mu_s holds values that are not finite": {
         "mu": np.zeros(2),
         "sigma": np.eye(2),
         "mu_s": np.full(2, np.nan),
         "sigma_s": np.eye(2),
     },
 }
+
+
+def test_covariances_with_rounding_and_without_full_rank_are_taken(tmp_path):
+    features = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32)  # rank 19
+    covariance = np.cov(features, rowvar=False).astype(np.float32)
+    covariance[0, 1] *= 1 + 1e-6
+    for sigma in (covariance, np.zeros((64, 64)), np.eye(64, dtype=np.int64)):
+        np.savez(tmp_path / "good.npz", mu=np.zeros(64, sigma.dtype), sigma=sigma)
+        mu, found = open_reference(str(tmp_path / "good.npz")).statistics["pool"]
+        np.testing.assert_array_equal(found, sigma)
+        assert mu.dtype == found.dtype == np.float64
 
 
 @pytest.mark.parametrize("message", BAD_REFERENCES)

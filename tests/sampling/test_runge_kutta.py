@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cm.errors import UserError
 from cm.sampling.runge_kutta import solve_rk45
 from tests.helpers.ideal import SolvedMixture
 
@@ -123,5 +124,5 @@ def test_no_way_to_go():
 @pytest.mark.parametrize("slope", [lambda t, y: y**2, lambda t, y: y * math.nan], ids=["blow-up", "nan"])
 def test_giving_up(slope):
     start = torch.tensor([[1e-3], [1.0]])
-    with pytest.raises(RuntimeError, match=r"image [01] needs too small steps"):
+    with pytest.raises(UserError, match=r"image [01] of the batch: it needs too small steps"):
         solve_rk45(slope, 0.0, 2.0, start, rtol=1e-6, atol=1e-6)

@@ -156,6 +156,14 @@ def test_the_weights_come_back_after_an_error(tmp_path):
     assert trainer.model.weight.item() == 1.0 and trainer.model.training
 
 
+def test_a_model_that_is_not_finite_is_not_drawn_and_training_goes_on(tmp_path):
+    trainer = fake_trainer()
+    trainer.state.ema.copies[1][0].fill_(torch.nan)
+    Preview(configure(EdmTrainConfig, **MODEL), str(tmp_path))(trainer)
+    assert not list((tmp_path / "previews").iterdir())
+    assert trainer.model.weight.item() == 1.0
+
+
 def test_classes_in_turn(tmp_path):
     trainer = fake_trainer()
     Preview(configure(EdmTrainConfig, **MODEL, class_cond=True), str(tmp_path))(trainer)
