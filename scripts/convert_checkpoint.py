@@ -1,62 +1,11 @@
-"""Convert a checkpoint: any kind in, --to KIND out. The input's kind is found by its content.
-
-In: checkpoints and run directories of this framework, original .pt files, EDM pickles, JAX CIFAR-10 checkpoints,
-diffusers folders, safetensors. Out: cm (weights with their configuration), legacy (a bare state dict), safetensors,
-diffusers (a folder for ConsistencyModelPipeline).
+"""Convert a checkpoint: any kind in, --to KIND out (`cm convert`).
 
 python scripts/convert_checkpoint.py checkpoint_80 cd_cifar10.pt --preset cifar10_cd_lpips
 """
 
-import argparse
-
 import _root  # noqa: F401
 
-from cm.config.rows import OBJECTIVES, PRECONDS
-
-KINDS = ("cm", "legacy", "safetensors", "diffusers")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of this script."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", help="file or folder to read")
-    p.add_argument("target", help="file or folder to write")
-    p.add_argument("--to", choices=KINDS, default="cm", help="what to write (default cm)")
-    p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
-    modes = [name for name, row in OBJECTIVES.items() if row.draws]
-    p.add_argument("--training_mode", choices=modes, default="", help="objective, where the file tells none")
-    p.add_argument("--steps", type=int, default=0, help="points of its noise grid, where the file tells none")
-    p.add_argument("--image_size", type=int, default=0, help="where tensor shapes do not tell it [pixels]")
-    p.add_argument("--weights", default="", help="of several networks: ema (default), raw, target")
-    p.add_argument(
-        "--qkv_order", choices=("legacy", "new"), default="legacy", help="of guided-diffusion files"
-    )
-    p.add_argument("--num_heads", type=int, default=0, help="attention heads, where shapes do not tell them")
-    p.add_argument(
-        "--num_head_channels", type=int, default=0, help="channels of each head (released models: 64)"
-    )
-    p.add_argument("--precond", choices=PRECONDS, default="", help="scalings, where the file tells none")
-    return p
-
-
-def main(flags: argparse.Namespace) -> None:
-    """Convert, and say in one line what was done."""
-    from cm.tools.convert.formats import Source, convert, known_flags
-
-    known = known_flags(
-        flags.preset,
-        training_mode=flags.training_mode,
-        steps=flags.steps,
-        precond=flags.precond,
-        num_heads=flags.num_heads,
-        num_head_channels=flags.num_head_channels or (-1 if flags.num_heads else 0),
-    )
-    source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
-    print(convert(source, flags.target, flags.to, known))
-
+from cm.tools.convert.command import program
 
 if __name__ == "__main__":
-    parsed = parser().parse_args()
-    from cm.runtime.job import run_main
-
-    run_main(lambda: main(parsed))
+    program()

@@ -1,66 +1,11 @@
-"""Memory per GPU, time, GPU-hours and cost of a training run, or of sampling, before it is started.
+"""Memory per GPU, time, GPU-hours and cost of a run, before it is started (`cm plan`).
 
-python scripts/plan.py PRESET [PRESET ...] --gpus 8xH200 [--price 2.5] [--json FILE] [FLAGS]
-python scripts/plan.py PRESET --gpus 8xH200 --images 50000 [FLAGS]
-python scripts/plan.py PRESET --gpus 8xH100 --measured REPORT.json
-
-PRESET comes first. Flags that are not listed here are passed on to the configuration: --use_checkpoint True
---microbatch 32 --precision bf16. docs/planning.md says what is counted and what is assumed.
+python scripts/plan.py PRESET [PRESET ...] --gpus 8xH200
 """
-
-import argparse
 
 import _root  # noqa: F401
 
-
-def main(args: argparse.Namespace, flags: list[str]) -> None:
-    """Plan and print."""
-    import json
-    from pathlib import Path
-
-    from cm.errors import UserError
-    from cm.tools.planning import devices, report, run
-
-    if args.measured:
-        cluster, measured = run.read_measured(args.measured, args.gpus)
-    else:
-        cluster, measured = devices.parse_cluster(args.gpus), None
-    slowdown = measured.slowdown if measured else 1.0
-    if args.images:
-        plans = [run.plan_images(name, cluster, args.images, flags, slowdown) for name in args.presets]
-    else:
-        plans = [run.plan_training(name, cluster, flags, slowdown) for name in args.presets]
-    print(report.text(plans, measured, args.price))
-    if args.json:
-        try:
-            Path(args.json).write_text(
-                json.dumps(report.document(plans, measured, args.price), indent=1) + "\n"
-            )
-        except OSError as error:
-            raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from None
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    """The script's own arguments, and the flags that are passed on."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("presets", nargs="+", metavar="PRESET", help="python -m cm.presets lists all")
-    parser.add_argument("--gpus", required=True, help="number and kind, as 8xH200; 1xCPU with --measured")
-    parser.add_argument(
-        "--images", type=int, default=0, help="plan sampling of so many images instead of training"
-    )
-    parser.add_argument("--measured", default="", help="report of scripts/benchmark.py train on such a GPU")
-    parser.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
-    parser.add_argument("--json", default="", help="file to write all numbers to")
-    args, flags = parser.parse_known_args()
-    if min(args.images, args.price) < 0:
-        parser.error("--images and --price must not be negative")
-    return args, flags
-
+from cm.tools.planning.command import program
 
 if __name__ == "__main__":
-    arguments = parse()
-    from cm.runtime.job import run_main
-
-    run_main(lambda: main(*arguments))
+    program()

@@ -1,74 +1,11 @@
-"""Prepare a training set: any images -> one folder of resized uint8 arrays and a manifest.
+"""Prepare a training set: any images -> one folder of resized uint8 arrays and a manifest (`cm prepare`).
 
-Sources: a folder or .zip of images, an .npz, ILSVRC2012_img_train.tar (or any tar of images), an LSUN lmdb folder,
-cifar-10-python.tar.gz, cifar-10-binary.tar.gz, and `digits` or `digits_rgb` (scikit-learn's handwritten digits).
+python scripts/prepare_data.py SOURCE OUT --image_size 64
 """
-
-import argparse
-import json
-from typing import NoReturn
 
 import _root  # noqa: F401
 
-from cm.config.parsing import str2bool
-from cm.runtime.cpu import usable_cores
-
-# flag -> (default, help); the type is the default's
-FLAGS = {
-    "image_size": (64, "side of the stored images [pixels]"),
-    "labels": ("auto", "classes from: auto, folder, prefix, json, none"),
-    "in_channels": (0, "1 or 3; 0: from the data"),
-    "transform": ("adm-center-crop", "adm-center-crop or box-center-crop (LSUN)"),
-    "composite": ("drop", "transparent pixels: drop alpha, or over white, black"),
-    "exif_transpose": (False, "turn images upright by EXIF"),
-    "limit": (0, "prepare this many images only; 0: all"),
-    "skip_unreadable": (False, "leave out damaged images"),
-    "overwrite": (False, "replace an earlier prepared set"),
-    "split": ("all", "of digits and digits_rgb: all, train (the first 1500) or test (the other 297)"),
-    "seed": (0, "of the ink colours of digits_rgb"),
-    "num_workers": (usable_cores(), "processes"),
-}
-SHOWN = (
-    "count",
-    "num_classes",
-    "classes",
-    "resolution",
-    "channels",
-    "transform",
-    "source",
-    "skipped",
-    "sha256",
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def parse_flags() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="what to read, local or remote (gs://, az://)")
-    parser.add_argument("out", help="folder to write")
-    for name, (default, text) in FLAGS.items():
-        kind = str2bool if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")
-    return parser.parse_args()
-
-
-def main(flags: argparse.Namespace) -> None:
-    """Prepare and print what was made."""
-    from cm.data.prepare import prepare
-
-    manifest = prepare(**vars(flags), progress=True)
-    print(f"{flags.out}: {json.dumps({key: manifest[key] for key in SHOWN})}")
-
+from cm.commands.prepare import program
 
 if __name__ == "__main__":
-    parsed = parse_flags()
-    from cm.runtime.job import run_main
-
-    run_main(lambda: main(parsed))
+    program()

@@ -34,8 +34,19 @@ export OMP_NUM_THREADS=1
 
 started=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
+# The progress of training: one line that changes on a terminal, else every fifth.
+progress() {
+  if [ -t 1 ]; then
+    awk '/^step /{printf "\r    %s\033[K", $0; fflush(); n = 1} END{if (n) print ""}'
+  else
+    awk '/^step / && ++n % 5 == 0 {print "    " $0; fflush()}'
+  fi
+}
 # Prints the command as one would type it, then runs it; its full output goes to a log.
-run() { echo "  \$ $*"; "$@" >>"$out/quickstart.log" 2>&1 || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }; }
+run() {
+  echo "  \$ $*"
+  "$@" 2>&1 | tee -a "$out/quickstart.log" | progress || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }
+}
 on_ranks() { run mpiexec -n "$ranks" python "$@"; }
 short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1 --preview_interval 10"; else echo "--preview_interval 50"; fi; }
 samples() {

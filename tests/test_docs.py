@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from cm.commands.cli import parse_config
+from cm.commands.main import COMMANDS as COMMAND_ROWS
 from cm.config import plugins
 from cm.config.fields import flags_of, meta_of
+from cm.config.registry import resolve
 from cm.config.scripts import SCRIPTS, CmTrainConfig, SampleConfig, configure
 from cm.config.validation import require_inputs
 from cm.runtime import job
@@ -26,8 +28,15 @@ TESTS = ROOT / "tests"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SITE = ROOT / "docs" / "site" / "mkdocs.yml"
 # What runs without argparse: nothing, or a list of plain names.
-WITHOUT_PARSER = {"cm.presets"}
+WITHOUT_PARSER = {"cm.presets", "cm.config.presets.__main__"}
 NOT_OURS = {"pytest", "mkdocs"}
+# Sub-commands of `cm` whose module is started by a script
+SCRIPT_OF = {
+    "prepare": "prepare_data",
+    "convert": "convert_checkpoint",
+    "plan": "plan",
+    "benchmark": "benchmark",
+}
 
 
 def document(name: str) -> Path:
@@ -50,10 +59,20 @@ def commands(path: Path) -> list[tuple[str, ...]]:
         if "..." in rest:
             rest = rest.replace("...", "--data_dir d --out_dir o" if training else "--out_dir o")
         found.append((name.removesuffix(".py") if kind == "scripts/" else name, *shlex.split(rest)))
+    for name, rest in re.findall(r"(?m)^(?:mpiexec -n \d+ )?cm (\w+)([^`\n]*)", text):
+        found.append((f"cm {name}", *shlex.split(re.split(r"\s#", rest)[0])))
     return found
 
 
 COMMANDS = [(path.name, command) for path in DOCUMENTS for command in commands(path)]
+
+
+def as_program(name: str, argv: list[str]) -> tuple[str, list[str]]:
+    """A sub-command of `cm` as the script or module that it stands for."""
+    if COMMAND_ROWS[name].words:
+        return resolve(COMMAND_ROWS[name].words)(argv)
+    module = COMMAND_ROWS[name].run.partition(":")[0]
+    return SCRIPT_OF.get(name, module), argv
 
 
 class Parsed(Exception):
@@ -119,6 +138,8 @@ def plugin_files(tmp_path, monkeypatch):
 )
 def test_commands_parse(document, command, monkeypatch):
     program, *argv = command
+    if program.startswith("cm "):
+        program, argv = as_program(program.removeprefix("cm "), argv)
     if program in WITHOUT_PARSER:
         assert importlib.util.find_spec(program) and not argv
     elif program not in SCRIPTS:

@@ -6,17 +6,28 @@ default. Options of an objective, sampler, network ... are flags once it is chos
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from cm.config import plugins, presets
+from cm.config.derived import AUTO, with_two_steps
 from cm.config.fields import flags_of, help_text, is_fixed, meta_of
 from cm.config.parsing import expanded, str2bool
 from cm.config.registry import resolve
 from cm.config.rows import PRECONDS
-from cm.config.scripts import SCRIPTS, Config, ConfigType, configuration_class, resolved, script_of
+from cm.config.scripts import (
+    SCRIPTS,
+    Config,
+    ConfigType,
+    SampleConfig,
+    TrainConfig,
+    configuration_class,
+    resolved,
+    script_of,
+)
 from cm.config.validation import require_inputs, validate
 from cm.errors import UserError, nearest
 
@@ -26,11 +37,11 @@ FORMER = {
     *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
     *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
 }
-# What --dry_run adds to the flags, and what belongs to one command line alone
-NOT_FROM_FILE = {"num_parameters", "dry_run", "config"}
+# What --dry_run and a run's config.json add to the flags, and what belongs to one command line alone
+NOT_FROM_FILE = {"num_parameters", "dry_run", "config", "script", "plugins", "class_names"}
 
 
-def run_script(script: str, run: str, argv: Sequence[str] | None = None) -> None:
+def run_script(script: str, run: str, argv: Sequence[str] | None = None, usage: str = "") -> None:
     """Parse the command line of a script, then call `run` (`module:function`) with the configuration.
 
     torch is imported after --help has been answered. `cm.runtime.job.run_main` ends the job in an orderly way.
@@ -42,7 +53,7 @@ def run_script(script: str, run: str, argv: Sequence[str] | None = None) -> None
         resolve(run)(config)
 
     try:
-        config = parse(SCRIPTS[script], argv)
+        config = parse(SCRIPTS[script], argv, usage)
     except UserError as error:
         config = error
     from cm.runtime.job import run_main
@@ -50,26 +61,36 @@ def run_script(script: str, run: str, argv: Sequence[str] | None = None) -> None
     run_main(main)
 
 
-def parse(config_class: type[ConfigType], argv: Sequence[str] | None = None) -> ConfigType:
+def parse(config_class: type[ConfigType], argv: Sequence[str] | None = None, usage: str = "") -> ConfigType:
     """The configuration of a run: validated, with every path that the run needs; UserError on bad input.
 
     --help and --dry_run print what they promise and leave the program with code 0.
     """
-    config = parse_config(config_class, argv)
+    config = parse_config(config_class, argv, usage)
     if config.dry_run:
+        if isinstance(config, SampleConfig) and config.sampler == "multistep":
+            config = with_two_steps(config, {})
+        elif isinstance(config, TrainConfig) and config.preset == AUTO:
+            require_inputs(config)
+            config = resolve("cm.commands.fit:fitted")(config)
         _print_once(json.dumps({**resolved(config), "num_parameters": _num_parameters(config)}, indent=2))
         sys.exit(0)
     require_inputs(config)
     return config
 
 
-def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = None) -> ConfigType:
-    """The validated configuration of a command line; UserError on bad input. Reads --config and plug-ins only."""
+def parse_config(
+    config_class: type[ConfigType], argv: Sequence[str] | None = None, usage: str = ""
+) -> ConfigType:
+    """The validated configuration of a command line; UserError on bad input. Reads --config and plug-ins only.
+
+    usage: what --help calls the program; empty: the script.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     script = script_of(config_class)
     # First what chooses rows, since the rows bring flags of their own.
     first, _ = _given(build_parser(config_class, main=False), [a for a in argv if a not in ("-h", "--help")])
-    file = read_json(first["config"]) if first.get("config") else {}
+    file = read_file(first["config"], script) if first.get("config") else {}
     plugins.load(str(first.get("plugin") or file.get("plugin") or ""))
     from_preset = _preset_values({**file, **first}, script)
     chosen = {**from_preset, **_texts(file), **first}
@@ -77,7 +98,7 @@ def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = No
     parser = build_parser(cls)
     given, unknown = _given(parser, argv)
     if "help" in given:
-        print(help_page(cls, given["help"]))
+        print(help_page(cls, given["help"], usage))
         sys.exit(0)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], cls, chosen))
@@ -96,7 +117,7 @@ def parse_config(config_class: type[ConfigType], argv: Sequence[str] | None = No
 
 
 def _preset_values(named: Mapping[str, Any], script: str) -> dict[str, Any]:
-    if not named.get("preset"):
+    if named.get("preset", "") in ("", AUTO):
         return {}
     return presets.values(named["preset"], named.get("variant", "release"), script)
 
@@ -112,16 +133,38 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The JSON object of a --config file."""
+def read_file(path: str, script: str) -> dict[str, Any]:
+    """The flags of a --config file for a script: JSON, YAML by its ending, or what a run wrote (also its directory)."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = _yaml(file) if path.endswith((".yaml", ".yml")) else json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold one JSON object")
-    return content
+    return content if "script" not in content else _of_a_run(content, path, script)
+
+
+def _yaml(file: IO[str]) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"--config {file.name}: pip install pyyaml, or consistency-models[yaml]") from None
+    try:
+        return yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _of_a_run(content: dict[str, Any], path: str, script: str) -> dict[str, Any]:
+    """The flags of a run's config.json. Its place is not taken over, and a grid that it ended with is no flag of it."""
+    if content["script"] != script:
+        raise UserError(f"--config {path} is of {content['script']}, not of {script}")
+    own = flags_of(configuration_class(SCRIPTS[script], _texts(content)))
+    derived = {"training_mode", "steps"} - set(own)
+    return {name: value for name, value in content.items() if name not in {*derived, "out_dir"}}
 
 
 def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dict[str, Any]:
@@ -232,12 +275,12 @@ def build_parser(cls: type[Config], *, main: bool = True) -> argparse.ArgumentPa
     return parser
 
 
-def help_page(cls: type[Config], which: str) -> str:
+def help_page(cls: type[Config], which: str, usage: str = "") -> str:
     """The text of --help: the main flags, or all, grouped as the classes group them."""
     parser = argparse.ArgumentParser(
         prog=script_of(cls),
         description=cls.__doc__,
-        usage="%(prog)s [--FLAG VALUE ...]",
+        usage=f"{usage or '%(prog)s'} [--FLAG VALUE ...]",
         add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )

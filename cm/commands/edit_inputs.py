@@ -82,7 +82,7 @@ class InputFiles:
         if not c.class_cond:
             return [0]
         if c.classes:
-            return list(parse_classes(c.classes, c.num_classes))
+            return list(parse_classes(c.classes, c.num_classes, c.class_names))
         if isinstance(self._source, StoreSource | NpzSource):
             stored = self._source.labels("auto").indices
         if stored is None:

@@ -58,7 +58,7 @@ def the_label(config: EditConfig) -> int:
         return 0
     if not config.classes:
         raise UserError(f"--classes is missing: {config.model_path} is class-conditional")
-    classes = parse_classes(config.classes, config.num_classes)
+    classes = parse_classes(config.classes, config.num_classes, config.class_names)
     if len(classes) > 1:
         raise UserError(f"--classes must be one label with interpolate, got {config.classes}")
     return classes[0]

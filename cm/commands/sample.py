@@ -47,6 +47,13 @@ def write_samples(model: Model[SampleConfig], stem: Path) -> None:
     sigmas = model.denoiser.precond.round_sigma(noise_levels(c))
     classifier = load_guide(model)
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.training_mode}, sampler {c.sampler}")
+    if c.sampler == "multistep" and not {"ts", "sigmas"} & c.explicit:
+        logger.log(
+            f"no --ts given: two steps, --steps {c.steps} "
+            + (f"--ts {c.ts}" if c.ts else f"--sigmas {c.sigmas}")
+        )
+    if c.class_names:
+        logger.log(f"classes: {', '.join(c.class_names[:20])}{', ...' if len(c.class_names) > 20 else ''}")
     logger.log("noise levels: " + ", ".join(f"{s:.4g}" for s in sigmas.tolist()))
     generator = get_generator(c.generator, num_samples=c.num_samples, seed=c.seed)
     labels = class_labels(c, classifier.num_classes if classifier else 0)
@@ -76,6 +83,7 @@ def write_samples(model: Model[SampleConfig], stem: Path) -> None:
         "config": resolved(c),
         "sigmas": sigmas.tolist(),
         "nfe": counter.per_batch,
+        "class_names": list(c.class_names),
         "versions": {"cm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     save_json(stem.with_suffix(".json"), metadata)
@@ -142,7 +150,7 @@ def class_labels(config: SampleConfig, guided_classes: int = 0) -> Labels | None
     total = config.num_classes if config.class_cond else guided_classes
     if not total:
         return None
-    classes = parse_classes(config.classes, total) if config.classes else ()
+    classes = parse_classes(config.classes, total, config.class_names) if config.classes else ()
     return Labels(total, config.seed, classes)
 
 

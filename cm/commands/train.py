@@ -3,16 +3,18 @@
 import json
 import sys
 
+from cm.commands.fit import fit
 from cm.config.derived import (
     augment_probability,
     channels_last,
     global_batch,
+    identity_flags,
     learns_from,
     run_dir,
     stop_step,
     stored_config,
 )
-from cm.config.scripts import TrainConfig, result_flags
+from cm.config.scripts import TrainConfig
 from cm.data import ImageData, open_dataset
 from cm.data.stream import TrainStream
 from cm.objectives.base import Objective, Roles
@@ -50,21 +52,30 @@ def _train(config: TrainConfig, directory: RunDirectory, stopper: Stopper, signa
     """Everything that happens in the run directory; returns the exit code."""
     run = directory.path
     device = configure_torch(config.device, deterministic=config.deterministic)
-    dataset = open_training_data(config)
     teacher = load_teacher(getattr(config, "teacher_model_path", ""), learns_from(config))
+    config, chosen = fit(config, teacher, run)
+    dataset = open_training_data(config)
     config = resolve_config(config, dataset, teacher)
     mirror = Mirror(config.mirror, run) if config.mirror else None
     if mirror is not None:
         distributed.on_main(mirror.pull)
-    identity = Identity(result_flags(config), images_per_step(config), dataset.fingerprint)
+    identity = Identity(identity_flags(config), images_per_step(config), dataset.fingerprint)
     checkpoint, step, notes = find_checkpoint(
         run, identity, config.resume, allow_changes=config.resume_with_changes
     )
-    logs = ["stdout", "log", "csv", "json", *(["tensorboard"] if config.tensorboard else [])]
+    logs = [
+        f"line:{stop_step(config)}",
+        "log",
+        "csv",
+        "json",
+        *(["tensorboard"] if config.tensorboard else []),
+        *([f"wandb:{config.wandb}"] if config.wandb else []),
+    ]
     # Rows after the checkpoint are dropped, as their steps will be done again.
     logger.configure(run, logs, resume_step=step)
+    logger.log_flags(stored_config(config))
     directory.write("config.json", json.dumps(stored_config(config), indent=1))
-    for note in (f"run directory: {run}", *notes):
+    for note in (f"run directory: {run}", *chosen, *notes):
         logger.log(note)
     limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
     with supervised(run, limits) as heartbeat:
@@ -162,7 +173,7 @@ def build_trainer(
             config.save_interval,
             preview=Preview(config, str(saver.run_dir)) if config.preview_count else None,
             preview_interval=config.preview_interval,
-            progress_bar=True,
+            progress_bar=sys.stderr.isatty(),
         ),
         total_steps=stop_step(config),
         seed=config.seed,
@@ -177,6 +188,9 @@ def build_trainer(
 
 def log_summary(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> None:
     """Log what is about to happen: data, network, batch, length."""
+    if config.class_cond:
+        names = ", ".join(dataset.classes[:20]) + (", ..." if dataset.num_classes > 20 else "")
+        logger.log(f"{dataset.num_classes} classes, from {dataset.label_origin}: {names}")
     logger.log(
         f"{len(dataset)} images of {config.image_size} px, {dataset.channels} channel(s), "
         f"{config.num_classes if config.class_cond else 'no'} classes; "

@@ -1,19 +1,22 @@
 """What follows from a configuration: precision, batch, length of the run, directory, and what a checkpoint says."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cm.config import plugins
+from cm.config import plugins, presets
 from cm.config.flags import ModelFlags
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import (
     CmTrainConfig,
     Config,
     EdmTrainConfig,
+    SampleConfig,
     TrainConfig,
     config_hash,
     resolved,
+    result_flags,
     script_of,
 )
 from cm.errors import UserError
@@ -21,6 +24,7 @@ from cm.errors import UserError
 ModelUser = TypeVar("ModelUser", bound=ModelFlags)
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
+AUTO = "auto"  # --preset: chosen for the data, the teacher and the machine
 AUGMENT_LABELS = 9  # of cm.objectives.augmentation
 
 
@@ -90,6 +94,14 @@ def lr_decay(config: TrainConfig) -> tuple[str, int]:
     return name, config.total_training_steps
 
 
+def identity_flags(config: TrainConfig) -> dict[str, Any]:
+    """The flags that two starts of one run must share. A run whose steps know no end may be made longer."""
+    flags = result_flags(config)
+    if lr_decay(config)[0] == "constant" and getattr(config, "scale_mode", "fixed") == "fixed":
+        del flags["total_training_steps"]
+    return flags
+
+
 def init_source(config: CmTrainConfig) -> str:
     """Where initial weights come from, `random` or `teacher`, with `auto` decided."""
     if config.init != "auto":
@@ -105,12 +117,37 @@ def run_dir(config: Config) -> str:
                 f"--out_dir {directory}: runs are written to a local folder; --mirror copies them elsewhere"
             )
         return os.path.expanduser(directory)
-    return os.path.join("runs", f"{config.preset or script_of(config)}-{config_hash(config)}")
+    name = training_mode(config) if config.preset == AUTO else config.preset or script_of(config)
+    return os.path.join("runs", f"{name}-{config_hash(config)}")
+
+
+def chosen_preset(config: Config) -> str:
+    """The named experiment of a configuration; empty where there is none, or --preset auto."""
+    return "" if config.preset == AUTO else config.preset
+
+
+def with_two_steps(config: SampleConfig, stored: Mapping[str, Any]) -> SampleConfig:
+    """--sampler multistep without --ts and --sigmas: with two steps, by the model's preset or the middle of its grid.
+
+    stored: what the model file says of its training. The middle is 0.6 of the indices, as in previews.
+    """
+    if config.ts or config.sigmas:
+        return config
+    last = config.steps - 1
+    for name in (chosen_preset(config), stored.get("preset", "")):
+        known = presets.PRESETS[name].scripts.get("image_sample", {}) if name in presets.PRESETS else {}
+        if known.get("ts") and known.get("steps", config.steps) == config.steps:
+            return replace(config, ts=known["ts"])
+        if known.get("sigmas"):
+            return replace(config, sigmas=known["sigmas"])
+    return replace(config, ts=f"0,{max(round(0.6 * last), min(1, last))},{last}")
 
 
 def stored_config(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about its model: every flag, the script, the objective and the grid it ends with."""
     stored = {**resolved(config), "script": script_of(config)}
+    if config.class_names:
+        stored["class_names"] = list(config.class_names)
     if plugins.loaded():
         stored["plugins"] = plugins.loaded()
     if not isinstance(config, CmTrainConfig):

@@ -37,7 +37,8 @@ class RunFlags:
 
     preset: str = flag(
         "",
-        "named experiment whose values replace the defaults; python -m cm.presets lists them",
+        "named experiment whose values replace the defaults (cm presets lists them); auto: chosen for the data, the "
+        "teacher and this machine",
         result=False,
         main=True,
     )
@@ -47,7 +48,9 @@ class RunFlags:
         choices=("release", "paper"),
         result=False,
     )
-    config: str = flag("", "JSON file as --dry_run prints it; flags win over it", result=False)
+    config: str = flag(
+        "", "JSON or YAML file of flags, or the config.json of a run; flags win over it", result=False
+    )
     dry_run: bool = flag(
         False, "print the resolved configuration as JSON, touch nothing and exit", result=False, main=True
     )
@@ -122,7 +125,9 @@ class ModelFlags:
     sigma_max: float = flag(80.0, "largest noise level", unit="standard deviation of images in [-1, 1]")
     sigma_data: float = flag(0.5, "standard deviation of the data that the preconditioning assumes", above=0)
     rho: float = flag(7.0, "exponent of the grid of noise levels", low=1)
-    image_size: int = flag(64, "side of the images", unit="pixels", main=True, low=1)
+    image_size: int = flag(
+        64, "side of the images; 0: from the data or the model", unit="pixels", main=True, low=0
+    )
     in_channels: int = flag(0, "image channels, 1 or 3; 0: from the data", low=0)
     num_classes: int = flag(0, "number of classes with --class_cond; 0: from the data", low=0)
     num_channels: int = flag(128, "width of the network's finest level", unit="channels", main=True, low=1)
@@ -178,6 +183,8 @@ class ModelFlags:
         "denominator of c_out: sigma^2 as in code and paper, or (sigma - sigma_min)^2",
         choices=("code", "printed"),
     )
+    class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What the classes are called, by the data or the model file; empty: not known. Not a flag."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +195,8 @@ class DataFlags:
     labels: str = flag(
         "auto",
         "where class labels come from: sub-folders, file-name prefixes, dataset.json, or the first of json, folder, "
-        "prefix that there is",
-        choices=("auto", "folder", "prefix", "json"),
+        "prefix that there is; none: nowhere",
+        choices=("auto", "folder", "prefix", "json", "none"),
         main=True,
     )
     composite: str = flag(
@@ -324,6 +331,7 @@ class LoopFlags:
         low=1,
     )
     tensorboard: bool = flag(False, "also log for TensorBoard", result=False)
+    wandb: str = flag("", "also log to this project of Weights & Biases", result=False)
     preview_count: int = flag(
         16, "images in the sample grid that training draws; 0: none", unit="images", result=False, low=0
     )

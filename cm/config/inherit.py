@@ -3,7 +3,7 @@
 from typing import Any
 
 from cm.config import plugins
-from cm.config.derived import ModelUser
+from cm.config.derived import ModelUser, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
 from cm.config.rows import NETWORKS, OBJECTIVES
@@ -29,27 +29,42 @@ MUST_AGREE = (
 )
 
 
-def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: str) -> CmTrainConfig:
-    """The configuration with the teacher's preconditioning, which its file says; UserError where they do not fit.
+# What a student shares with its teacher beside the network's own options, so that it can start from its weights.
+SHARED = (
+    *("network", "image_size", "in_channels", "num_classes", "class_cond", "augment_dim", "learn_sigma"),
+    *("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_head_channels"),
+    *("num_heads", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "time_scale"),
+    *("precond", "sigma_data", "sigma_min", "sigma_max", "rho"),
+)
 
-    Teacher and student are networks of one column, so that the student can start from the teacher's weights and, in
-    progressive distillation, become the teacher. A bare state dict (stored None) says nothing: --precond does.
+
+def adopt_teacher(config: CmTrainConfig, stored: dict[str, Any] | None, source: str) -> CmTrainConfig:
+    """The configuration with what the command left open of the teacher's network and scalings, which its file says.
+
+    Teacher and student are networks of one kind, so that the student can start from the teacher's weights and, in
+    progressive distillation, become the teacher. UserError where they do not fit. A bare state dict says at most what
+    its shapes tell (`cm.models.identify`); stored None: nothing.
     """
     if stored is None:
         return config
     _check_stage_one(config, stored, source)
+    plugins.require(stored, source)
+    row = NETWORKS[stored.get("network", config.network)]
+    names = [*SHARED, *(flags_of(row.options) if row.options else ())]
+    asked = {n for n in config.explicit if n != "image_size" or config.image_size}
+    taken = {n: stored[n] for n in names if n in stored and n not in asked}
     column = stored.get("precond", "edm")
     if "precond" in config.explicit and config.precond != column:
         raise UserError(
             f"--precond {config.precond} contradicts --teacher_model_path {source}, which was trained with {column}"
         )
+    adopted = changed(config, **{**taken, "precond": column}, explicit=config.explicit | set(taken))
     low, high = (float(stored.get(name, getattr(config, name))) for name in ("sigma_min", "sigma_max"))
-    if column == "ve" and not low <= config.sigma_min < config.sigma_max <= high:
+    if column == "ve" and not low <= adopted.sigma_min < adopted.sigma_max <= high:
         raise UserError(
-            f"--sigma_min {config.sigma_min} and --sigma_max {config.sigma_max} leave the noise levels that the "
+            f"--sigma_min {adopted.sigma_min} and --sigma_max {adopted.sigma_max} leave the noise levels that the "
             f"teacher {source} was trained on, {low} to {high}"
         )
-    adopted = changed(config, precond=column)
     validate(adopted)
     return adopted
 
@@ -89,9 +104,15 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     own = flags_of(network.options) if network.options else {}
     names = [n for n in (*flags_of(ModelFlags), *own) if n not in FREE_TO_CHOOSE]
     taken = {n: stored[n] for n in names if n in stored and n not in config.explicit}
+    if not config.image_size and "image_size" in stored:
+        taken["image_size"] = stored["image_size"]
+    if "class_names" in stored:
+        taken["class_names"] = tuple(stored["class_names"])
     if "training_mode" in flags_of(type(config)):
         taken.update(_objective(config, stored, source))
     merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
+    if isinstance(merged, SampleConfig) and merged.sampler == "multistep":
+        merged = with_two_steps(merged, stored)
     validate(merged)
     guided = getattr(merged, "classifier_path", "")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:

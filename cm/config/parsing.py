@@ -3,11 +3,11 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from cm.errors import UserError
+from cm.errors import UserError, listed, nearest
 
 DEFAULT_ATTENTION = "32,16,8"
 LONGEST_PROFILE = 0.2886  # relative length of the plain mean of all weights, 1 / sqrt(12), rounded down
@@ -158,13 +158,30 @@ def parse_sigmas(text: str, sigma_min: float, sigma_max: float) -> tuple[float, 
     return sigmas
 
 
-def parse_classes(text: str, num_classes: int = 0) -> tuple[int, ...]:
-    """Class labels; 0 classes means that their number is not known yet."""
-    classes = parse_ints("classes", text)
-    if min(classes) < 0 or (num_classes and max(classes) >= num_classes):
-        last = f"..{num_classes - 1}" if num_classes else " and up"
-        raise UserError(f"--classes must be labels 0{last}, got {text!r}")
-    return classes
+def parse_classes(
+    text: str, num_classes: int = 0, names: Sequence[str] | None = None
+) -> tuple[int | str, ...]:
+    """Class labels of a list of numbers or names; a number that is a label is one, whatever classes are called.
+
+    num_classes 0, names None: not known yet; then names are handed back as they are.
+    """
+    return tuple(_class_of(word.strip(), text, num_classes, names) for word in text.split(","))
+
+
+def _class_of(word: str, text: str, num_classes: int, names: Sequence[str] | None) -> int | str:
+    number = int(word) if word.removeprefix("-").isdecimal() else None
+    if number is not None and number >= 0 and (not num_classes or number < num_classes):
+        return number
+    if names is None and number is None and word:
+        return word
+    for candidates, wanted in ((names or (), word), ([n.lower() for n in names or ()], word.lower())):
+        if wanted in candidates:
+            return list(candidates).index(wanted)
+    if names and number is None:
+        shown = listed(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise UserError(f"--classes {word}: no class is called so{nearest(word, names)} (there are {shown})")
+    last = f"..{num_classes - 1}" if num_classes else " and up"
+    raise UserError(f"--classes must be labels 0{last}, got {text!r}")
 
 
 def parse_weights(text: str) -> tuple[str, float]:

@@ -148,9 +148,13 @@ class Task(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(Row):
-    """make(path) -> cm.data.sources.Source. matches: `module:attribute`, path -> whether this source reads it."""
+    """make(path) -> cm.data.sources.Source. matches: `module:attribute`, path -> whether this source reads it.
+
+    named: its paths are names, of which no file exists.
+    """
 
     matches: str | Callable[[str], bool] = ""
+    named: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -272,9 +272,24 @@ TASKS: Registry[Task] = Registry(
 DATA_SOURCES: Registry[DataSource] = Registry(
     "data source",
     {
+        "torchvision": DataSource(
+            make="cm.data.libraries:TorchvisionSource", matches="cm.data.libraries:is_torchvision", named=True
+        ),
+        "hf": DataSource(
+            make="cm.data.libraries:HuggingFaceSource",
+            matches="cm.data.libraries:is_hugging_face",
+            named=True,
+        ),
+        "webdataset": DataSource(
+            make="cm.data.webdataset:WebDatasetSource", matches="cm.data.webdataset:is_webdataset", named=True
+        ),
         "store": DataSource(make="cm.data.sources:StoreSource", matches="cm.data.sources:is_prepared"),
+        "idx": DataSource(make="cm.data.idx:IdxSource", matches="cm.data.idx:is_idx"),
         "folder": DataSource(make="cm.data.sources:FolderSource", matches="cm.storage.filesystem:isdir"),
         "zip": DataSource(make="cm.data.sources:ZipSource", matches="cm.data.sources:is_zip"),
+        "named-npz": DataSource(
+            make="cm.data.npz_names:NamedNpzSource", matches="cm.data.npz_names:is_named_npz"
+        ),
         "npz": DataSource(make="cm.data.sources:NpzSource", matches="cm.data.sources:is_npz"),
     },
 )

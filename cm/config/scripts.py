@@ -152,7 +152,9 @@ class LikelihoodConfig(ModelFlags, RunFlags):
     )
     data_dir: str = flag("", "images: folder, zip or npz, local or remote (gs://, az://)", main=True)
     labels: str = flag(
-        "auto", "where class labels come from, as in training", choices=("auto", "folder", "prefix", "json")
+        "auto",
+        "where class labels come from, as in training",
+        choices=("auto", "folder", "prefix", "json", "none"),
     )
     num_images: int = flag(0, "images to score, the first ones; 0: all", unit="images", main=True, low=0)
     batch_size: int = flag(

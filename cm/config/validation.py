@@ -71,7 +71,8 @@ def _check_model(config: ModelFlags) -> None:
     if config.in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 1 or 3, or 0 for those of the data, got {config.in_channels}")
     _check_column(config)
-    rules.check_architecture(config)
+    if config.image_size:  # else the data or the model says it, and the configuration is checked again
+        rules.check_architecture(config)
 
 
 def _check_column(config: ModelFlags) -> None:
@@ -176,15 +177,16 @@ def _check_continuous(config: CmTrainConfig, distillation: bool) -> None:
 def _check_sampling(config: SamplingFlags) -> None:
     parsing.parse_weights(config.weights)
     if config.classes:
-        parsing.parse_classes(config.classes, config.num_classes if config.class_cond else 0)
+        known = config.num_classes if config.class_cond else 0
+        parsing.parse_classes(config.classes, known, config.class_names or None)
     if config.s_tmin > config.s_tmax:
         raise UserError(f"--s_tmin {config.s_tmin} must not be above --s_tmax {config.s_tmax}")
 
 
 def _check_sample(config: SampleConfig) -> None:
     if config.sampler == "multistep":
-        if bool(config.ts) == bool(config.sigmas):
-            raise UserError("--sampler multistep needs either --ts or --sigmas")
+        if config.ts and config.sigmas:
+            raise UserError("--ts and --sigmas say the same thing: give one of them")
     elif config.sigmas and not config.preset:  # a preset's are those of two steps
         raise UserError(f"--sigmas is for --sampler multistep, not {config.sampler}")
     if config.ts:
@@ -253,7 +255,8 @@ def _check_edit(config: EditConfig) -> None:
     if config.sigmas:
         parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
     if config.classes:
-        parsing.parse_classes(config.classes, config.num_classes if config.class_cond else 0)
+        known = config.num_classes if config.class_cond else 0
+        parsing.parse_classes(config.classes, known, config.class_names or None)
     if config.task == "interpolate" and config.between and "," not in config.between:
         raise UserError(f"--between needs two seeds or files at least, got {config.between!r}")
     if config.task == "superres" and config.image_size % config.factor and "image_size" in config.explicit:

@@ -11,6 +11,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from cm.config.registry import resolve
+from cm.config.rows import DATA_SOURCES
 from cm.data import cifar
 from cm.data import labels as label_modes
 from cm.data.cifar import open_stream
@@ -62,10 +64,12 @@ def open_items(
         return _digits(path == "digits_rgb", labels, limit, seed, split)
     if split != "all":
         raise UserError(f"--split {split} is for digits and digits_rgb only, not for {path or 'SOURCE'}")
+    if path and any(row.named and resolve(row.matches)(path) for row in DATA_SOURCES.values()):
+        return _source(open_source(path), labels, limit)
     if not path or not filesystem.exists(path):
         raise UserError(f"{path or 'SOURCE'}: no such folder or file, and not digits or digits_rgb")
     if not filesystem.isdir(path) and path.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        return _cifar(path, labels, limit) if _is_cifar(path) else _tar(path, labels, limit)
+        return _cifar(path, labels, limit) if is_cifar(path) else _tar(path, labels, limit)
     if filesystem.isdir(path) and filesystem.exists(f"{path.rstrip('/')}/data.mdb"):
         return _lmdb(path, labels, limit)
     return _source(open_source(path), labels, limit)
@@ -169,7 +173,7 @@ def _check_lmdb(path: str) -> None:
         raise UserError(f"data.mdb has {size:,} of {(last + 1) * page:,} bytes: it was cut off")
 
 
-def _is_cifar(path: str) -> bool:
+def is_cifar(path: str) -> bool:
     with (
         readable(path),
         filesystem.open_file(path, "rb") as file,

@@ -247,13 +247,13 @@ def is_npz(path: str) -> bool:
 def open_source(path: str) -> Source:
     """The source that reads a path: the first row of DATA_SOURCES that matches it, plug-ins' first.
 
-    Ours are a prepared store, a folder, a .zip and an .npz; those must exist, a plug-in's path may be any text.
+    A plug-in's path may be any text, and so may names of other libraries' data sets; the others must exist.
     """
     if not path:
         raise UserError("--data_dir is missing: give a folder, a .zip or an .npz of images")
-    rows = sorted(DATA_SOURCES.values(), key=lambda row: not row.origin)
+    rows = sorted(DATA_SOURCES.values(), key=lambda row: (not row.origin, not row.named))
     for row in rows:
-        if not row.origin and not filesystem.exists(path):
+        if not (row.origin or row.named) and not filesystem.exists(path):
             raise UserError(f"{path}: no such folder or file")
         if (resolve(row.matches) if isinstance(row.matches, str) else row.matches)(path):
             return row.load()(path)

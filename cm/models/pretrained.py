@@ -130,9 +130,13 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     Our own checkpoints carry their configuration; of a bare state dict the shapes give the architecture, and
     --training_mode or --preset what shapes cannot tell.
     """
-    file = load_model_file(config.model_path, config.weights)
+    return pretrained_from(config, load_model_file(config.model_path, config.weights))
+
+
+def pretrained_from(config: ConfigType, file: ModelFile) -> Pretrained[ConfigType]:
+    """As `load_pretrained`, of weights that are read already."""
     size = config.image_size if "image_size" in config.explicit else 0
-    fully_given = {"num_channels", "num_res_blocks", "image_size"} <= config.explicit
+    fully_given = size and {"num_channels", "num_res_blocks"} <= config.explicit
     stored = file.config
     if stored is None:
         # Flags of the published command lines describe the network; without them its shapes must.

@@ -183,7 +183,7 @@ def watch_ends(peers: Iterable[Beat]) -> dict[int, Beat]:
 
 def main(run_dir: str, *ranks: str) -> None:
     """Wait for the first rank that ends without having said so, or for the last one."""
-    for number in (signal.SIGINT, *STOP_SIGNALS):  # meant for the ranks
+    for number in STOP_SIGNALS:  # meant for the ranks
         signal.signal(number, signal.SIG_IGN)
     watched = watch_ends(beat for beat in read_beats(run_dir) if str(beat.rank) in ranks)
     while watched:

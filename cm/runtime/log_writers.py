@@ -1,4 +1,4 @@
-"""Writers of log rows and messages: screen table, text, CSV, JSON lines, TensorBoard.
+"""Writers of log rows and messages: screen line or table, text, CSV, JSON lines, TensorBoard.
 
 Files are opened for each write and appended to, so that nothing is lost when the process dies and a resumed run goes
 on in the same files.
@@ -7,6 +7,7 @@ on in the same files.
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -26,6 +27,12 @@ class KVWriter:
     def writekvs(self, kvs: dict[str, Any]) -> None:
         """Write one row."""
         raise NotImplementedError
+
+    def writeflags(self, flags: dict[str, Any]) -> None:
+        """Keep the flags of the run. Called once; most writers have no place for them."""
+
+    def writepicture(self, name: str, path: str | os.PathLike, step: int) -> None:
+        """Show a PNG file under a name. Most writers show none."""
 
     def truncate_after(self, step: int) -> None:
         """Drop the first row whose "step" exceeds `step`, and all rows after it. Called before the first write."""
@@ -74,6 +81,37 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         else:
             self.target.write(text)
             self.target.flush()
+
+
+class LineOutputFormat(HumanOutputFormat):
+    """A line per dump with what one watches of training, and a line per message. total: steps, 0 for no end."""
+
+    def __init__(self, stream: IO[str], total: int = 0):
+        super().__init__(stream)
+        self.total = total
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        parts = {
+            f"{kvs.get('step', '?')}/{self.total}" if self.total else f"{kvs.get('step', '?')}": "step"
+            in kvs,
+            f"loss {kvs.get('loss', math.nan):.4g}": "loss" in kvs,
+            f"lr {kvs.get('lr', 0):.3g}": "lr" in kvs,
+            f"N {kvs.get('num_scales')}": "num_scales" in kvs,
+            f"{kvs.get('images_per_sec', 0):.3g} img/s": "images_per_sec" in kvs,
+            f"ETA {self._left(kvs)}": bool(self._left(kvs)),
+            f"mem {kvs.get('peak_memory_mib', 0) / 1024:.1f} GB": "peak_memory_mib" in kvs,
+            f"skipped {kvs.get('skipped')}": bool(kvs.get("skipped")),
+        }
+        shown = [text for text, known in parts.items() if known]
+        if shown:
+            self._write("step " + "  ".join(shown) + "\n")
+
+    def _left(self, kvs: dict[str, Any]) -> str:
+        """Time to the last step at the present speed; empty where it cannot be told."""
+        step, seen, speed = (kvs.get(key, 0) for key in ("step", "samples", "images_per_sec"))
+        if not (self.total and step and speed):
+            return ""
+        return duration((self.total - step) * seen / step / speed)
 
 
 class JSONOutputFormat(KVWriter):
@@ -135,7 +173,10 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Scalars for TensorBoard at the row's "step" (else at a running count). Needs the package tensorboard."""
+    """For TensorBoard: scalars in groups at the row's "step" (else at a running count), previews, flags.
+
+    Needs the package tensorboard.
+    """
 
     def __init__(self, dir: str | os.PathLike):
         try:
@@ -150,13 +191,29 @@ class TensorBoardOutputFormat(KVWriter):
         self._count = 0
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
-        self._writer = self._writer or self._open(purge_step=self._purge_step)
+        writer = self._opened()
         self._count += 1
         step = int(kvs.get("step", self._count))
         for key, value in kvs.items():
             if is_number(value):
-                self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+                writer.add_scalar(grouped(key), value, step)
+        writer.flush()
+
+    def writeflags(self, flags: dict[str, Any]) -> None:
+        plain = {key: value if is_number(value) else str(value) for key, value in flags.items()}
+        self._opened().add_hparams(plain, {}, run_name=".")
+
+    def writepicture(self, name: str, path: str | os.PathLike, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._opened().add_image(f"previews/{name}", pixels, step, dataformats="HWC")
+
+    def _opened(self) -> Any:
+        self._writer = self._writer or self._open(purge_step=self._purge_step)
+        return self._writer
 
     def truncate_after(self, step: int) -> None:
         self._purge_step = step + 1
@@ -166,21 +223,93 @@ class TensorBoardOutputFormat(KVWriter):
             self._writer.close()
 
 
-FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
+class WandbOutputFormat(KVWriter):
+    """For Weights & Biases: scalars, previews, flags. WANDB_MODE=offline keeps all in the folder.
+
+    Needs the package wandb.
+    """
+
+    def __init__(self, folder: str, project: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"--wandb {project} needs the package wandb: pip install '.[wandb]'") from None
+        self._wandb = wandb
+        name = os.path.basename(os.path.abspath(folder))
+        try:
+            self._run = wandb.init(
+                project=project, name=name, id=_identifier(folder), dir=folder, resume="allow"
+            )
+        except Exception as error:  # no account, no network, a project of somebody else: its own types
+            why = " ".join(str(error).split())
+            raise UserError(f"--wandb {project}: {why} (WANDB_MODE=offline needs no account)") from None
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        row = {grouped(key): value for key, value in kvs.items() if is_number(value)}
+        self._run.log({**row, "step": kvs.get("step")})
+
+    def writeflags(self, flags: dict[str, Any]) -> None:
+        self._run.config.update(flags, allow_val_change=True)
+
+    def writepicture(self, name: str, path: str | os.PathLike, step: int) -> None:
+        self._run.log({f"previews/{name}": self._wandb.Image(os.fspath(path)), "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+FORMATS: dict[str, Callable[..., KVWriter]] = {
+    "line": lambda folder, suffix, total="0": LineOutputFormat(sys.stdout, int(total)),
     "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
     "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
     "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
     "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
+    "wandb": lambda folder, suffix, project="cm": WandbOutputFormat(folder, project),
     "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
 }
 
 
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
-    """A writer by name (a key of FORMATS) whose files lie in the folder `ev_dir`, created when missing."""
-    if format not in FORMATS:
+    """A writer by name (a key of FORMATS) whose files lie in the folder `ev_dir`, created when missing.
+
+    `line:800` says how many steps the run has.
+    """
+    name, _, argument = format.partition(":")
+    if name not in FORMATS:
         raise UserError(f"log format {format!r} is unknown; choose from {', '.join(FORMATS)}")
     os.makedirs(ev_dir, exist_ok=True)
-    return FORMATS[format](ev_dir, log_suffix)
+    return FORMATS[name](ev_dir, log_suffix, *([argument] if argument else []))
+
+
+# What a key belongs to, by what it contains; the others are losses
+GROUPS = {
+    "speed": ("images_per_sec", "data_wait", "peak_memory"),
+    "schedule": ("lr", "num_scales", "target_ema", "scale"),
+    "weights": ("norm",),
+    "run": ("step", "samples", "skipped"),
+}
+
+
+def grouped(key: str) -> str:
+    """`speed/images_per_sec`: a key under its group, as boards fold them."""
+    for group, parts in GROUPS.items():
+        if any(key.startswith(part) or key.endswith(part) for part in parts):
+            return f"{group}/{key}"
+    return f"loss/{key}"
+
+
+def _identifier(folder: str) -> str:
+    """The same for every start of a run in a folder."""
+    return hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+
+
+def duration(seconds: float) -> str:
+    """4:10, 2:00:10 or 3d 2:00 of a time to come."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def is_number(value: Any) -> bool:

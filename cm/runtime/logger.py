@@ -61,11 +61,24 @@ class Logger:
         """
         row = mpi_weighted_mean(self.comm, _to_numbers(self._values))
         self._values = {}
-        if self.level != DISABLED and distributed.is_main():
-            for writer in self.output_formats:
-                if isinstance(writer, KVWriter):
-                    writer.writekvs(row)
+        for writer in self._row_writers():
+            writer.writekvs(row)
         return row
+
+    def log_flags(self, flags: dict[str, Any]) -> None:
+        """Hand the flags of the run to the writers that keep them."""
+        for writer in self._row_writers():
+            writer.writeflags(flags)
+
+    def log_picture(self, name: str, path: str | os.PathLike, step: int) -> None:
+        """Hand a PNG file to the writers that show pictures."""
+        for writer in self._row_writers():
+            writer.writepicture(name, path, step)
+
+    def _row_writers(self) -> list[KVWriter]:
+        """Those that write rows; none on other ranks than 0."""
+        here = self.level != DISABLED and distributed.is_main()
+        return [writer for writer in self.output_formats if isinstance(writer, KVWriter)] if here else []
 
     def log(self, *args: Any, level: int = INFO) -> None:
         """Write a message when its level reaches the logger's."""
@@ -232,6 +245,16 @@ def getkvs() -> dict[str, Any]:
 def log(*args: Any, level: int = INFO) -> None:
     """Write a message: its parts, separated by spaces."""
     get_current().log(*args, level=level)
+
+
+def log_flags(flags: dict[str, Any]) -> None:
+    """Hand the flags of the run to the writers that keep them."""
+    get_current().log_flags(flags)
+
+
+def log_picture(name: str, path: str | os.PathLike, step: int) -> None:
+    """Hand a PNG file to the writers that show pictures."""
+    get_current().log_picture(name, path, step)
 
 
 def warn(*args: Any) -> None:

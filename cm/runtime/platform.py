@@ -16,9 +16,12 @@ from typing import IO, Any
 
 LINUX, MAC, WINDOWS = (sys.platform.startswith(name) for name in ("linux", "darwin", "win"))
 
-# What asks a run to stop: batch systems send SIGTERM and SIGUSR1, a Windows console SIGBREAK.
+# What asks a run to stop: batch systems send SIGTERM and SIGUSR1, Ctrl-C SIGINT, a terminal that is closed SIGHUP, a
+# Windows console SIGBREAK.
 STOP_SIGNALS = tuple(
-    signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
+    signal.Signals[name]
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
 )
 # Whether the system says at once that a process has ended, by a descriptor that becomes readable
 SEES_ENDS = hasattr(os, "pidfd_open")

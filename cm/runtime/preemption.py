@@ -1,4 +1,4 @@
-"""Preemption: an orderly end at SIGTERM, SIGUSR1 or a time limit; all ranks stop after the same step.
+"""Preemption: an orderly end at a signal (Ctrl-C too) or a time limit; all ranks stop after the same step.
 
 The first signal lets the step finish and a checkpoint be written; the second ends the process at once.
 """
@@ -6,6 +6,7 @@ The first signal lets the step finish and a checkpoint be written; the second en
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ REASONS = ("", TIME, PREEMPTED, SAVE_FAILED)
 
 
 class StopSignals:
-    """Listens to SIGTERM and SIGUSR1 in a with block; `received` is the name of the first.
+    """Listens to STOP_SIGNALS in a with block; `received` is the name of the first. What is ignored (nohup) stays so.
 
     A thread reads what the interpreter notes of signals, so that the second one works even while the main thread
     waits within a collective, where Python's own handlers do not run. Outside the main thread it does nothing.
@@ -44,7 +45,8 @@ class StopSignals:
         self._pid = os.getpid()
         self._old_pipe = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # A handler of Python's makes the interpreter note the signal; there is nothing else to do.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         return self
 
@@ -60,6 +62,8 @@ class StopSignals:
         while number := reader.recv(1)[0]:
             if number in STOP_SIGNALS and not self.received:
                 first, self.received = time.monotonic(), signal.Signals(number).name
+                if number == signal.SIGINT and distributed.is_main():
+                    sys.stderr.write("interrupted: saving after this step; once more ends at once\n")
             elif number in STOP_SIGNALS and time.monotonic() - first > ECHO:
                 self._on_second(number)
         reader.close()

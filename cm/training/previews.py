@@ -44,6 +44,7 @@ class Preview:
                     try:
                         save_grid(path, to_uint8(images))
                         logger.log(f"preview: {path}")
+                        logger.log_picture(name, path, trainer.state.step)
                     except UserError as error:  # not finite: what becomes of the run is the trainer's to say
                         logger.log(f"warning: no preview {path.name}: {error}")
         distributed.barrier()

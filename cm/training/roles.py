@@ -5,7 +5,6 @@ from torch import nn
 
 from cm.config import plugins
 from cm.config.derived import augmentation_labels, channels_last, init_source, learns_from
-from cm.config.inherit import adopt_teacher
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.data import ImageData
@@ -38,9 +37,7 @@ def load_teacher(model_path: str, wanted: str = "denoiser") -> ModelFile | None:
 
 
 def resolve_config(config: TrainConfig, dataset: ImageData, teacher: ModelFile | None) -> TrainConfig:
-    """The configuration with the channels, classes and preconditioning that the data and the teacher decide."""
-    if teacher is not None:
-        config = adopt_teacher(config, teacher.config, teacher.path)
+    """The configuration with the channels and classes that the data and the teacher decide."""
     classes = config.num_classes
     if config.class_cond:
         known = (teacher.config or {}).get("num_classes") if teacher else None
@@ -52,7 +49,9 @@ def resolve_config(config: TrainConfig, dataset: ImageData, teacher: ModelFile |
                 f"{config.data_dir} has {dataset.num_classes} classes, the model {classes} (--data_dir)"
             )
     augment_dim = augmentation_labels(config)
-    return changed(config, in_channels=dataset.channels, num_classes=classes, augment_dim=augment_dim)
+    names = tuple(dataset.classes) if config.class_cond and dataset.num_classes == classes else ()
+    found = {"in_channels": dataset.channels, "num_classes": classes, "class_names": names}
+    return changed(config, **found, augment_dim=augment_dim)
 
 
 def create_roles(

@@ -107,7 +107,7 @@ def test_infinity_survives_the_config_file(tmp_path):
         (["--lr"], "--lr"),
         (["data"], "unknown argument data"),
         (["--image"], "unknown argument --image"),  # no abbreviations
-        (["--image_size", "0"], "--image_size"),
+        (["--image_size", "-1"], "--image_size"),
         (["--preset", "imagenet46_edm"], "imagenet64_edm"),
         (["--preset", "imagenet64_ct"], "cm_train"),
         (["--preset", "digits_edm", "--variant", "draft"], "--variant"),

@@ -142,8 +142,8 @@ def test_a_teacher_that_does_not_fit(teachers, data_dir, tmp_path):
     refuses(
         "--precond edm contradicts --teacher_model_path .* trained with vp", distill("vp", "--precond", "edm")
     )
-    refuses("leave the noise levels that the teacher .* 0.02 to 100.0", distill("ve", "--sigma_max", "80"))
-    refuses("leave the noise levels of --precond iddpm", distill("iddpm"))
+    refuses("leave the noise levels that the teacher .* 0.02 to 100.0", distill("ve", "--sigma_min", "0.002"))
+    refuses("leave the noise levels of --precond iddpm", distill("iddpm", "--sigma_min", "0.002"))
     # What is known of the teacher decides; a bare state dict leaves it to the flags.
     config = configure(CmTrainConfig, precond="vp", explicit=frozenset({"precond"}))
     assert adopt_teacher(config, None, "x.pt") is config

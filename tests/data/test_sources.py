@@ -347,7 +347,7 @@ def test_bad_npz(tmp_path, monkeypatch):
     saved("arr_1 is object", arr_0=good, arr_1=np.array([RunsCode()] * 4, dtype=object))
     assert not (tmp_path / "executed").exists()
     saved("arr_0 is float32", arr_0=good.astype(np.float32))
-    saved("no array arr_0", images=good)
+    saved("no array of images", "pixels", "arr_0, images", pixels=good)
     saved("shape (4, 8, 8, 2)", arr_0=good[..., :2])
     saved("shape (8, 8)", arr_0=good[0, :, :, 0])
     saved("shape (0, 8, 8, 3)", arr_0=good[:0])

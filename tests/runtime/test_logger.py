@@ -8,6 +8,7 @@ import torch
 
 from cm import logger
 from cm.errors import UserError
+from cm.runtime.log_writers import duration
 from tests.helpers import mp
 
 FILES = ["csv", "json", "log"]
@@ -194,3 +195,70 @@ def test_an_mpi_communicator_may_average_instead():
 
     logger.set_comm(Comm())
     assert dump(a=1.0) == {"a": 4.0}
+
+
+def test_one_line_per_row_on_the_screen(tmp_path, capsys):
+    logger.configure(tmp_path, ["line:800", "log"])
+    row = {
+        "step": 500,
+        "samples": 32000,
+        "loss": 0.35193,
+        "loss_q0": 1.0,
+        "lr": 1e-3,
+        "images_per_sec": 312.4,
+    }
+    dump(**row, num_scales=18, peak_memory_mib=2150.4, skipped=0)
+    logger.log("saved")
+    assert capsys.readouterr().out == (
+        "step 500/800  loss 0.3519  lr 0.001  N 18  312 img/s  ETA 1:01  mem 2.1 GB\nsaved\n"
+    )
+    assert "loss_q0" in (tmp_path / "log.txt").read_text()
+    logger.configure(tmp_path, ["line"])
+    dump(step=3, loss=math.nan, skipped=2)
+    assert capsys.readouterr().out == "step 3  loss nan  skipped 2\n"
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0:00"), (250.4, "4:10"), (7210, "2:00:10"), (3 * 86400 + 7200, "3d 2:00")]
+)
+def test_times_to_come(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_tensorboard_gets_groups_pictures_and_flags(tmp_path):
+    pytest.importorskip("tensorboard")
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("L", (4, 4)).save(tmp_path / "p.png")
+    logger.configure(tmp_path, ["tensorboard"])
+    logger.get_current().log_flags({"lr": 1.0, "class_names": ["a"]})
+    dump(step=2, loss=0.5, lr=0.1, images_per_sec=3.0, grad_norm=1.0)
+    logger.get_current().log_picture("heun18", tmp_path / "p.png", 2)
+    logger.reset()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert {"loss/loss", "schedule/lr", "speed/images_per_sec", "weights/grad_norm"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert events.Tags()["images"] == ["previews/heun18"]
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from PIL import Image
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Image.new("L", (4, 4)).save(tmp_path / "p.png")
+    logger.configure(tmp_path, ["wandb:test"])
+    logger.get_current().log_flags({"lr": 1.0})
+    dump(step=2, loss=0.5)
+    logger.get_current().log_picture("heun18", tmp_path / "p.png", 2)
+    logger.reset()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"--wandb test .*\.\[wandb\]"):
+        logger.configure(tmp_path, ["wandb:test"])

@@ -26,7 +26,7 @@ def decide(stopper, **known):
     return stopper.answer()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_after_the_step(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -71,6 +71,16 @@ def test_the_second_signal_works_while_the_main_thread_is_held_up():
             with lock:
                 lock.acquire()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_what_is_ignored_stays_ignored():
+    """nohup: closing the terminal must not end the run."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.05)
+        assert not signals.received
+    signal.signal(signal.SIGHUP, old)
 
 
 def test_other_signals_are_none_of_its_business():

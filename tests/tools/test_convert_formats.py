@@ -14,6 +14,7 @@ from cm.models.pretrained import load_pretrained
 from cm.networks.attention import qkv_new_to_legacy
 from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import load_weights, save_weights
+from cm.tools.convert import command as program
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
 from tests.helpers.convert_models import adm, assert_same, network
@@ -246,13 +247,10 @@ def test_a_preset_tells_model_objective_and_grid():
     assert known_flags("") == {}
 
 
-def test_the_script_converts(tmp_path, original, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import convert_checkpoint as script
-
+def test_the_program_converts(tmp_path, original, capsys):
     target = str(tmp_path / "new.pt")
-    script.main(
-        script.parser().parse_args([original, target, "--training_mode", "edm", "--image_size", "16"])
+    program.main(
+        program.parser().parse_args([original, target, "--training_mode", "edm", "--image_size", "16"])
     )
     printed = capsys.readouterr().out
     assert printed.startswith(f"{original} (torch): adm,") and printed.endswith(f"-> {target} (cm)\n")

@@ -1,4 +1,4 @@
-"""Benchmarks by name; `eval` stands in the script, because the package does not import the evaluations."""
+"""Benchmarks by name; `eval` is not among them, because the package does not import the evaluations."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,97 @@
+"""npz files of other programs: images and labels under usual names, such as `x_train` and `y_train`."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cm.data import labels as label_modes
+from cm.data.decode import readable
+from cm.data.labels import Labels
+from cm.data.sources import stored_labels
+from cm.errors import UserError
+from cm.storage import filesystem
+
+# In order of preference; upper or lower case
+IMAGES = ("images", "x_train", "train_images", "image", "imgs", "x", "data", "samples")
+LABELS = ("labels", "y_train", "train_labels", "label", "y", "targets", "classes")
+MAX_BYTES = 64 << 30
+
+
+class NamedNpzSource:
+    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) under one of IMAGES, integer labels (N,) under LABELS."""
+
+    def __init__(self, path: str):
+        self.path = path
+        with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as arrays:
+            there = {name: arrays.zip.getinfo(f"{name}.npy").file_size for name in arrays.files}
+            image_name, label_name = _first(IMAGES, there), _first(LABELS, there)
+            if not image_name:
+                raise UserError(
+                    f"has no array of images: it holds {', '.join(sorted(there)) or 'nothing'}; images are looked for "
+                    f"under arr_0, {', '.join(IMAGES)}"
+                )
+            if there[image_name] > MAX_BYTES:
+                raise UserError(f"{image_name} unpacks to {there[image_name]} bytes (decompression bomb?)")
+            self.images = _channels_last(arrays[image_name], image_name)
+            labels = arrays[label_name] if label_name else None
+        self.shape = self.images.shape[1:]
+        self._stored = label_modes.UNLABELLED
+        if labels is not None:
+            flat = labels.reshape(-1) if labels.size == len(labels) else labels
+            self._stored = label_modes.from_integers(flat, f"{path}: {label_name}")
+            if len(flat) != len(self.images):
+                raise UserError(f"{path}: {len(flat)} {label_name} for {len(self.images)} {image_name}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """For messages: which image this is."""
+        return f"{self.path}: image {index}"
+
+    def read(self, index: int) -> np.ndarray:
+        """(H, W, C) uint8."""
+        return self.images[index]
+
+    def gather(self, indices: Sequence[int]) -> np.ndarray:
+        """(len(indices), H, W, C) uint8."""
+        return self.images[np.asarray(indices, dtype=np.int64)]
+
+    def labels(self, mode: str) -> Labels:
+        """The stored labels; only auto and none make sense."""
+        return stored_labels(self._stored, mode, self.path)
+
+    def identity(self) -> Iterator[str]:
+        """Hash of all pixels."""
+        pixels = np.ascontiguousarray(self.images).data
+        yield f"{self.images.shape}:{hashlib.sha256(pixels).hexdigest()}"
+
+
+def is_named_npz(path: str) -> bool:
+    """Whether a path is an npz file without arr_0, the name that this framework writes."""
+    if not path.lower().endswith(".npz") or not filesystem.exists(path):
+        return False
+    try:
+        with zipfile.ZipFile(filesystem.cache_locally(path)) as archive:
+            return "arr_0.npy" not in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _first(wanted: Sequence[str], there: Sequence[str]) -> str:
+    by_lower = {name.lower(): name for name in there}
+    return next((by_lower[name] for name in wanted if name in by_lower), "")
+
+
+def _channels_last(images: np.ndarray, name: str) -> np.ndarray:
+    if images.dtype != np.uint8:
+        raise UserError(f"{name} is {images.dtype} {images.shape}; expected uint8 images")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise UserError(f"{name} has shape {images.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
+    return images

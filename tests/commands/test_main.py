@@ -1,0 +1,133 @@
+"""The command `cm`: its sub-commands, what words without a flag mean, and a wheel that has all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cm.commands.cli import parse_config
+from cm.commands.main import COMMANDS, overview
+from cm.config.registry import resolve
+from cm.config.scripts import SCRIPTS, script_of
+from cm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def cm(*argv, cwd=ROOT, **environment):
+    command = [sys.executable, "-m", "cm", *map(str, argv)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, timeout=100, env={**os.environ, **environment}
+    )
+
+
+def parsed(command, line):
+    script, argv = resolve(COMMANDS[command].words)(line.split())
+    return parse_config(SCRIPTS[script], argv)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_listed(name):
+    command = COMMANDS[name]
+    assert callable(resolve(command.run)) and (not command.words or callable(resolve(command.words)))
+    assert f"  {name} " in overview() and command.help in overview()
+
+
+@pytest.mark.parametrize(
+    "command, line, script, flags",
+    [
+        ("train", "d --lr 0.5", "edm_train", "--data_dir d --lr 0.5"),
+        ("train", "d --objective edm", "edm_train", "--data_dir d"),
+        ("train", "d --objective classifier", "classifier_train", "--data_dir d"),
+        ("train", "d --objective consistency_training", "cm_train",
+         "--data_dir d --training_mode consistency_training"),
+        ("train", "d --training_mode=continuous_training --loss_norm l2", "cm_train",
+         "--data_dir d --training_mode continuous_training --loss_norm l2"),
+        ("train", "d --preset digits_ct", "cm_train",
+         "--data_dir d --preset digits_ct --training_mode consistency_training"),
+        ("train", "d --preset digits_edm", "edm_train", "--data_dir d --preset digits_edm"),
+        ("distill", "t d --loss_norm l2", "cm_train",
+         "--teacher_model_path t --data_dir d --loss_norm l2 --training_mode consistency_distillation"),
+        ("distill", "t d --preset digits_pd", "cm_train",
+         "--teacher_model_path t --data_dir d --preset digits_pd --training_mode progdist"),
+        ("sample", "r --num_samples 4", "image_sample", "--model_path r --num_samples 4"),
+        ("edit", "superres r p --factor 4", "image_edit", "--task superres --model_path r --input p --factor 4"),
+        ("search", "r ref.npz", "ternary_search", "--model_path r --ref_batch ref.npz"),
+        ("likelihood", "r d", "likelihood", "--model_path r --data_dir d"),
+    ],
+)  # fmt: skip
+def test_both_ways_parse_to_the_same_configuration(command, line, script, flags):
+    config = parsed(command, line)
+    assert script_of(config) == script
+    if command in ("train", "distill") and "--preset" not in flags:
+        flags += " --preset auto"
+    assert config == parse_config(SCRIPTS[script], flags.split())
+
+
+def test_a_student_takes_the_data_of_its_teacher(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"data_dir": "my/data"}))
+    assert parsed("distill", str(tmp_path)).data_dir == "my/data"
+    assert parsed("distill", f"{tmp_path} other").data_dir == "other"
+
+
+@pytest.mark.parametrize(
+    "command, line, message",
+    [
+        ("train", "d --objective consistency_distillation", "cm distill"),
+        ("distill", "t d --objective consistency_training", "cm train"),
+        ("train", "d --objective consistency_trainin", "did you mean consistency_training"),
+        ("train", "d e", "unknown argument e"),
+        ("distill", "t", "which data"),
+    ],
+)
+def test_mistakes_are_one_line(command, line, message):
+    with pytest.raises(UserError, match=message):
+        parsed(command, line)
+
+
+def test_the_program(tmp_path):
+    assert cm().stdout == cm("--help").stdout == overview() + "\n"
+    wrong = cm("trian")
+    assert (wrong.returncode, wrong.stderr) == (
+        2, "error: cm trian: no such command; did you mean train? (cm --help lists all)\n"
+    )  # fmt: skip
+    assert cm("train").stderr == "error: --data_dir is missing\n"
+    assert (
+        "usage: cm distill RUN [DATA] [--objective NAME] [--FLAG VALUE ...]" in cm("distill", "--help").stdout
+    )
+    made = cm(
+        "prepare", "digits", "d", "--image_size", 8, "--num_workers", 0, cwd=tmp_path, PYTHONPATH=str(ROOT)
+    )
+    assert made.returncode == 0 and "num_classes" in made.stdout, made.stderr
+
+
+def test_help_needs_no_torch():
+    for name, command in COMMANDS.items():
+        if command.words or (command.ends_job and name != "completion"):
+            code = "import sys\nfrom cm.commands.main import main\n"
+            code += f"try: main(['{name}', '--help'])\n"
+            code += "finally: assert 'torch' not in sys.modules"
+            shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            assert shown.returncode == 0, (name, shown.stderr)
+
+
+@pytest.mark.slow
+def test_a_wheel_has_everything(tmp_path):
+    """Installed somewhere else, without the checkout: the command, the types, the tables."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=tmp_path, capture_output=True)
+    site = tmp_path / "site"
+    wheel = next(tmp_path.glob("*.whl"))
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, cwd=tmp_path
+    )
+    for file in ("cm/py.typed", "evaluations/py.typed", "evaluations/reports/paper_tables.json", "bin/cm"):
+        assert (site / file).is_file(), file
+    for name in COMMANDS:
+        if name != "completion":
+            shown = cm(name, "--help", cwd=tmp_path, PYTHONPATH=str(site))
+            assert shown.returncode == 0 and shown.stdout, (name, shown.stderr)

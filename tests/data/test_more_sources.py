@@ -1,0 +1,90 @@
+"""npz under usual names, WebDataset tars, data sets of other libraries."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm.data.archives import open_items
+from cm.data.facts import describe
+from cm.data.sources import open_source
+from cm.errors import UserError
+
+
+def png(value, size=6):
+    out = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(out, format="PNG")
+    return out.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("X", "y")])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 3), (5, 3, 4, 4)])
+def test_npz_under_usual_names(names, shape, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.savez(
+        tmp_path / "d.npz", **{names[0]: pixels, names[1]: np.arange(5)[:, None] % 2, "other": np.zeros(3)}
+    )
+    source = open_source(str(tmp_path / "d.npz"))
+    assert source.shape == (4, 4, 3 if len(shape) == 4 else 1)
+    expected = pixels[2].transpose(1, 2, 0) if shape[1] == 3 else pixels[2].reshape(source.shape)
+    assert (source.read(2) == expected).all() and (source.gather([2])[0] == expected).all()
+    assert source.labels("auto").indices.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_npz_without_images_says_what_is_there(tmp_path):
+    np.savez(tmp_path / "d.npz", weights=np.zeros(3), bias=np.zeros(1))
+    with pytest.raises(UserError, match="bias, weights; images are looked for under arr_0, images, x_train"):
+        open_source(str(tmp_path / "d.npz"))
+    np.savez(tmp_path / "d.npz", x_train=np.zeros((2, 4, 4)))
+    with pytest.raises(UserError, match="x_train is float64"):
+        open_source(str(tmp_path / "d.npz"))
+
+
+@pytest.mark.parametrize("labels", ["cls", "json", "names"])
+def test_webdataset(labels, tmp_path):
+    for shard in range(2):
+        files = {}
+        for i in range(3):
+            files[f"{i:04d}.png"] = png(10 * (3 * shard + i))
+            label = {"cls": ("cls", b"%d" % (i % 2)), "json": ("json", json.dumps({"label": i % 2}).encode())}
+            ending, content = label.get(labels, ("cls", b"cat" if i % 2 else b"bird"))
+            files[f"{i:04d}.{ending}"] = content
+        write_tar(tmp_path / f"s-{shard:02d}.tar", files)
+    for path in (f"{tmp_path}/s-{{00..01}}.tar", str(tmp_path)):
+        source = open_source(path)
+        assert len(source) == 6 and source.read(4) == png(40)
+        table = source.labels("auto")
+        assert table.indices.tolist() == [0, 1, 0] * 2
+        assert table.classes == (("bird", "cat") if labels == "names" else ("0", "1"))
+    items = open_items(f"{tmp_path}/s-00.tar")
+    assert [name for name, _ in items.images][2].endswith("0002.png") and items.total == 3
+
+
+def test_a_tar_without_labels_is_no_webdataset(tmp_path):
+    write_tar(tmp_path / "x.tar", {"cat/1.png": png(1), "dog/1.png": png(2)})
+    assert open_items(f"{tmp_path}/x.tar").description.startswith("tar")
+
+
+def test_torchvision_by_name():
+    pytest.importorskip("torchvision")
+    facts = describe("torchvision:FakeData")
+    assert (facts.count, facts.side, facts.channels) == (1000, 224, 3) and len(facts.classes) == 10
+    with pytest.raises(UserError, match="did you mean FashionMNIST"):
+        open_source("torchvision:FashonMNIST")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match=r"consistency-models\[datasets\]"):
+        open_source("hf:cifar10")

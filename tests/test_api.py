@@ -1,0 +1,144 @@
+"""The library from Python: train, load, sample, denoise, edit, convert, evaluate; and the tutorial."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cm
+from cm.commands.cli import parse_config
+from cm.commands.sample import run_image_sample
+from cm.config.scripts import SampleConfig
+from cm.data.images import to_uint8
+from cm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+    for name in ("bag", "shoe"):
+        (folder / "data" / name).mkdir(parents=True)
+    from PIL import Image
+
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(folder / "data" / ("bag", "shoe")[i % 2] / f"{i}.png")
+    common = {"total_training_steps": 2, "num_workers": 0, "preview_count": 0, "num_channels": 32}
+    teacher = cm.train(str(folder / "data"), out_dir=str(folder / "teacher"), **common)
+    student = cm.train(
+        str(folder / "data"), teacher=str(folder / "teacher"), out_dir=str(folder / "cd"), **common
+    )
+    return folder, teacher, student
+
+
+def test_models_know_what_they_are(runs):
+    _, teacher, student = runs
+    assert teacher.class_names == student.class_names == ("bag", "shoe")
+    assert not teacher.is_consistency and student.is_consistency
+    assert student.image_shape == (1, 8, 8) and student.config.num_channels == 32
+    assert isinstance(student.network, torch.nn.Module)
+    assert "consistency_distillation, 1 x 8 x 8, 2 classes" in repr(student)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_samples_are_those_of_the_command(runs, steps, tmp_path):
+    folder, _, student = runs
+    images = student.sample(5, classes=["shoe", 0], steps=steps, seed=3)
+    assert images.shape == (5, 1, 8, 8) and images.abs().max() <= 1
+    flags = {0: ["--sampler", "onestep"], 1: ["--sampler", "onestep"], 2: ["--sampler", "multistep"]}
+    extra = flags.get(steps, ["--sampler", "multistep", "--ts", "0,4,8,13,17"])
+    argv = ["--model_path", str(folder / "cd"), "--num_samples", "5", "--classes", "shoe,bag", "--seed", "3"]
+    run_image_sample(parse_config(SampleConfig, [*argv, *extra, "--out_dir", str(tmp_path)]))
+    drawn = np.load(tmp_path / "samples_5x8x8x1.npz")
+    assert (drawn["arr_0"] == to_uint8(images).numpy()).all() and drawn["arr_1"].tolist() == [1, 0, 1, 0, 1]
+
+
+def test_samples_do_not_depend_on_the_batch(runs):
+    _, teacher, _ = runs
+    whole = teacher.sample(3, classes="bag", steps=3, sampler="heun")
+    torch.testing.assert_close(whole, teacher.sample(3, classes=0, steps=3, batch_size=2), atol=1e-5, rtol=0)
+    pictures = teacher.sample(2, steps=2, output="pil")
+    assert [p.size for p in pictures] == [(8, 8)] * 2
+
+
+def test_denoise(runs):
+    _, _, student = runs
+    x = torch.randn(2, 1, 8, 8)
+    together = student.denoise(x, 1.0, ["bag", "shoe"])
+    apart = student.denoise(x[1:], torch.tensor([1.0]), 1)
+    torch.testing.assert_close(together[1:], apart, atol=1e-5, rtol=0)
+    # The boundary condition: the identity at sigma_min
+    torch.testing.assert_close(student.denoise(x, 0.002, 0, clip=False), x)
+
+
+def test_editing(runs):
+    _, teacher, student = runs
+    image, mask = torch.rand(1, 8, 8) * 2 - 1, torch.zeros(8, 8)
+    mask[:, 4:] = 1
+    result = student.edit.inpaint(image, mask, classes="bag")
+    torch.testing.assert_close(result[0, :, :, :4], image[:, :, :4])
+    assert (result[0, :, :, 4:] != image[:, :, 4:]).any()
+    small = torch.rand(2, 1, 4, 4) * 2 - 1
+    large = student.edit.superres(small, 2, classes=[0, 1])
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 2), small, atol=0.3, rtol=0)
+    frames = student.edit.interpolate(1, 2, frames=3, classes=0)
+    ends = [student.sample(1, classes=0, seed=seed) for seed in (1, 2)]
+    torch.testing.assert_close(frames[[0, 2]], torch.cat(ends), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="needs a consistency model"):
+        teacher.edit.inpaint(image, mask, classes=0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda m: m.denoise(torch.zeros(1, 3, 8, 8), 1.0, 0),
+            r"\(1, 3, 8, 8\), the model takes \(n, 1, 8, 8\)",
+        ),
+        (
+            lambda m: m.denoise(torch.zeros(2, 1, 8, 8), torch.ones(3), 0),
+            r"\(3,\), the images \(2, 1, 8, 8\)",
+        ),
+        (lambda m: m.denoise(torch.zeros(3, 1, 8, 8), 1.0, [0, 1]), "2 classes for 3 images"),
+        (lambda m: m.denoise(torch.zeros(3, 1, 8, 8), 1.0), "give classes"),
+        (lambda m: m.edit.inpaint(torch.zeros(1, 8, 8), torch.zeros(4, 4)), r"\(4, 4\) for images of 8 x 8"),
+        (lambda m: m.edit.inpaint(torch.zeros(1, 9, 9), torch.zeros(8, 8)), r"\(1, 1, 9, 9\)"),
+        (lambda m: m.edit.superres(torch.zeros(1, 8, 8), 3), "factor of 3"),
+        (lambda m: m.sample(1, classes="shoes"), "did you mean"),
+        (lambda m: m.sample(1, output="png"), "'tensor' or 'pil'"),
+        (lambda m: m.sample(1, steps=40), "18 points"),
+        (lambda m: m.push("x", to="onnx"), "diffusers"),
+    ],
+)
+def test_what_does_not_fit_is_a_value_error_with_both_sides(runs, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(runs[2])
+
+
+@pytest.mark.parametrize("to", ["cm", "safetensors"])
+def test_a_pushed_model_is_the_same_model(runs, to, tmp_path):
+    if to == "safetensors":
+        pytest.importorskip("safetensors")
+    _, _, student = runs
+    again = cm.load(student.push(str(tmp_path / f"m.{to}"), to=to))
+    assert again.class_names == student.class_names
+    assert torch.equal(again.sample(2, classes=1, seed=5), student.sample(2, classes=1, seed=5))
+
+
+def test_import_costs_nothing():
+    code = "import cm, sys; assert 'torch' not in sys.modules and 'load' in dir(cm) and 'cm.api' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        cm.laod  # noqa: B018
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tutorial.py", str(tmp_path), "2"])
+    runpy.run_path(str(ROOT / "docs" / "tutorial.py"), run_name="__main__")
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "completed.png").exists()
