@@ -32,15 +32,23 @@ from cm.training.trainer import Trainer
 TrainConfig = EdmTrainConfig | CmTrainConfig
 
 CONTINUOUS = ("--loss_norm", "l2", "--stop_grad", "True")
+CT = ("--training_mode", "consistency_training")
+HUBER = ("--loss_norm", "pseudo-huber", "--weight_schedule", "inverse-gap")
+ZERO = ("--boundary", "zero")
 # Objectives of the preset "tiny": case -> (configuration, its flags)
 TINY_CASES: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {
     "edm": (EdmTrainConfig, ()),
     "cd": (CmTrainConfig, ()),
-    "ct": (CmTrainConfig, ("--training_mode", "consistency_training")),
+    "ct": (CmTrainConfig, CT),
     "pd": (CmTrainConfig, ("--training_mode", "progdist", "--scale_mode", "progdist")),
     "cd_euler": (CmTrainConfig, ("--ode_solver", "euler")),
     "cont_cd": (CmTrainConfig, ("--training_mode", "continuous_distillation", *CONTINUOUS)),
     "cont_ct": (CmTrainConfig, ("--training_mode", "continuous_training", *CONTINUOUS)),
+    "ict": (CmTrainConfig, (*CT, *HUBER, "--pairs", "lognormal-grid", "--scale_mode", "doubling")),
+    "ect": (CmTrainConfig, (*CT, *HUBER, *ZERO, "--pairs", "ratio")),
+    "tcm": (CmTrainConfig, ("--training_mode", "tcm", *HUBER, *ZERO)),
+    "sct": (CmTrainConfig, ("--training_mode", "sct", *ZERO)),
+    "scd": (CmTrainConfig, ("--training_mode", "scd", *ZERO)),
     "cd_lpips": (CmTrainConfig, ("--loss_norm", "lpips", "--lpips_size", "32")),
 }
 # A benchmark neither saves nor draws, and logs when it is asked to.

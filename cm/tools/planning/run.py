@@ -183,7 +183,7 @@ def _ways(config: TrainConfig, cluster: Cluster, slowdown: float) -> list[Way]:
 
 def needs_whole_graph(config: TrainConfig) -> bool:
     """Whether checkpointing is refused: continuous time without --stop_grad."""
-    return OBJECTIVES[training_mode(config)].continuous and not config.stop_grad
+    return OBJECTIVES[training_mode(config)].continuous and not getattr(config, "stop_grad", True)
 
 
 def first_way(plan: Plan) -> Way | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config.derived import is_consistency, precision
-from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of
+from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
 from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
 from cm.networks.precision import torso_dtype
@@ -25,7 +25,7 @@ SIZES = (4, 16)
 # Flags that a trace depends on, beside the model's
 TRACED = (
     *("precision", "training_mode", "loss_norm", "stop_grad", "ode_solver", "lpips_size", "lpips_precision"),
-    *("scale_mode", "schedule_sampler", "teacher_dropout"),
+    *("scale_mode", "schedule_sampler", "teacher_dropout", "pairs"),
 )
 
 
@@ -100,7 +100,9 @@ def step_trace(config: TrainConfig, images: int, *, keep_gradients: bool) -> Ste
 
 def _relevant(config: Config) -> Config:
     """The configuration with nothing set that a trace does not depend on, so that traces are made once."""
+    of_rows = flags_of(type(config)).keys() - flags_of(plain_class(type(config))).keys()
     names = [name for name in (*flags_of(ModelFlags), *TRACED) if hasattr(config, name)]
+    names += [name for name in sorted(of_rows) if name not in names]
     kept = type(config)(**{name: getattr(config, name) for name in names})
     # One stage costs as much as another, and the default number of scales does not halve evenly.
     return replace(kept, start_scales=2) if getattr(kept, "scale_mode", "") == "progdist" else kept

@@ -109,10 +109,11 @@ class StepCost:
 
 # Evaluations of the teacher in a step, by --training_mode; consistency distillation: by --ode_solver
 def _teacher_calls(row: Objective, config: Config) -> int:
-    """Evaluations of the teacher in a step: two Euler steps of a stage, one slope, or those of --ode_solver."""
+    """Evaluations of the teacher in a step: two Euler steps of a stage, one slope or target, or --ode_solver's."""
     if not row.teacher:
         return 0
-    return 2 if row.stages or (not row.continuous and config.ode_solver == "heun") else 1
+    solves = not row.continuous and row.learns_from == "denoiser"
+    return 2 if row.stages or (solves and config.ode_solver == "heun") else 1
 
 
 def step_cost(config: Config, network: NetworkCost) -> StepCost:
@@ -124,7 +125,7 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     passes, backwards = 1, 1
     if row.continuous:
         # Forward mode is two passes, f and its tangent; then a plain one, or the way back through both.
-        passes, backwards = (3, 1) if config.stop_grad else (2, 2)
+        passes, backwards = (3, 1) if getattr(config, "stop_grad", True) else (2, 2)
     return StepCost(
         student=passes * network.forward,
         backward=backwards * network.backward,
