@@ -113,7 +113,7 @@ def _average(checkpoint: str, kind: str) -> tuple[Path, float, int]:
 def _read(path: str, kind: str) -> ModelFile:
     if _is_posthoc(kind):
         state, meta, _ = posthoc.reconstruct(*_average(path, kind))
-        return ModelFile(path, kind, state, (meta or {}).get("config"))
+        return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
     state, meta = load_weights(path)
     return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
 

@@ -93,7 +93,8 @@ def _cifar(train: Flags, **more: Any) -> Flags:
 
 def _cifar_ict(depth: int, results: tuple[Result, ...]) -> Preset:
     """Their runs mirror images: the text does not say otherwise."""
-    model = {**NCSNPP, "num_res_blocks": depth, "dropout": 0.3, "weight_schedule": "inverse-gap"}
+    model = {**NCSNPP, "num_res_blocks": depth, "fourier_scale": 0.02, "dropout": 0.3}
+    model |= {"weight_schedule": "inverse-gap"}
     train = _cifar(
         ICT, random_flip=True, global_batch_size=1024, ema_rate="0.99993", total_training_steps=400000
     )
@@ -122,7 +123,7 @@ def _cifar_tcm() -> dict[str, Preset]:
 
 def _cifar_scm(mode: str, dropout: float, results: tuple[Result, ...]) -> Preset:
     """From a TrigFlow teacher's average: cifar10_trigflow. Half-life of half a million images."""
-    model = {**DDPMPP, "precond": "trigflow", "boundary": "zero", "dropout": dropout}
+    model = {**DDPMPP, "network": "ddpmpp_scm", "precond": "trigflow", "boundary": "zero", "dropout": dropout}
     train = _cifar(
         TRIGFLOW,
         training_mode=mode,
@@ -146,7 +147,7 @@ CIFAR10: dict[str, Preset] = {
     ),
     **_cifar_tcm(),
     "cifar10_trigflow": Preset(
-        model={**DDPMPP, "precond": "trigflow", "dropout": 0.13, "weight_schedule": "karras"},
+        model={**DDPMPP, "network": "ddpmpp_scm", "precond": "trigflow", "dropout": 0.13},
         scripts={
             "edm_train": {
                 "seed": 42,
@@ -165,6 +166,148 @@ CIFAR10: dict[str, Preset] = {
     ),
     "cifar10_sct": _cifar_scm("sct", 0.2, published(SCM_PAPER, 2.85, 2.06)),
     "cifar10_scd": _cifar_scm("scd", 0.0, published(SCM_PAPER, 3.66, 2.52)),
+}
+
+
+# --- ImageNet 64x64 with EDM2's networks ---
+
+ECM_CODE = "locuslab/ect, branch imgnet"
+SCM_TABLES = "Lu & Song 2025, Table 2"
+EDM2: Flags = {
+    "network": "edm2",
+    "image_size": 64,
+    "channel_mult": "1,2,3,4",
+    "num_res_blocks": 3,
+    "attention_resolutions": "16,8",
+    "num_head_channels": 64,
+    "class_cond": True,
+    "num_classes": 1000,
+}
+EDM2_TRAIN: Flags = {"optimizer": "adam", "beta2": 0.99, "lr_schedule": "inverse_sqrt"}
+WIDTHS = {"s": 192, "m": 256, "l": 320, "xl": 384}
+LOW_DROPOUT: Flags = {"dropout_resolutions": "16,8"}
+
+
+def _ecm(size: str, lr: float, dropout: float, batch: int, results: tuple[Result, ...] = ()) -> Preset:
+    """From EDM2's post-hoc averages."""
+    model = {**EDM2, **LOW_DROPOUT, "num_channels": WIDTHS[size], "dropout": dropout, "boundary": "zero"}
+    train = {
+        **ECT,
+        **EDM2_TRAIN,
+        "p_mean": -0.8,
+        "p_std": 1.6,
+        "ratio_q": 4.0,
+        "huber_c": 0.06,
+        "lr": lr,
+        "lr_anneal_steps": 2000,
+        "random_flip": False,
+        "global_batch_size": batch,
+        "total_training_steps": 100000,
+        "ema_rate": "0.9999",
+        "ema_profiles": "0.01,0.05,0.1",
+    }
+    return consistency({**model, "weight_schedule": "karras"}, train, 1.526, results)
+
+
+def _imagenet_tcm(size: str, dropout: float, rates: tuple[float, float], two: tuple[Result, ...]) -> dict:
+    """Both stages; the authors stop them by FID, so the lengths are upper bounds of their scripts."""
+    model = {**EDM2, **LOW_DROPOUT, "num_channels": WIDTHS[size], "dropout": dropout, "boundary": "zero"}
+    model |= {"weight_schedule": "karras"}
+    both = {**EDM2_TRAIN, "huber_c": 0.06, "ema_profiles": "0.05", "total_training_steps": 800000}
+    first = {**ECT, **both, "p_mean": -0.8, "p_std": 1.6, "truncate": True, "ratio_q": 4.0}
+    first |= {"ratio_max": 0.9961, "ratio_steps": 10000, "lr": rates[0], "lr_anneal_steps": 2000}
+    second = {**TCM, **both, "ratio_q": 256.0, "ratio_max": 0.9961, "teacher_dropout": dropout}
+    second |= {"lr": rates[1], "lr_anneal_steps": 8000}
+    return {
+        f"imagenet64_tcm1_{size}": consistency(model, {**first, "global_batch_size": 2048}, 1.526),
+        f"imagenet64_tcm2_{size}": consistency(model, {**second, "global_batch_size": 1024}, 1.526, two),
+    }
+
+
+def _trigflow_teacher(size: str, steps: int, lr: float, dropout: float, fid: float) -> Preset:
+    """63 evaluations with the second-order solver, which is Heun's here."""
+    model = {
+        **EDM2,
+        **LOW_DROPOUT,
+        "network": "edm2_scm",
+        "precond": "trigflow",
+        "num_channels": WIDTHS[size],
+    }
+    train = {
+        **EDM2_TRAIN,
+        "schedule_sampler": "lognormal",
+        "p_mean": -0.8,
+        "p_std": 1.6,
+        "uncertainty": True,
+        "lr": lr,
+        "lr_anneal_steps": 35000,
+        "lr_warmup_steps": 4883,  # ten million images
+        "global_batch_size": 2048,
+        "total_training_steps": steps,
+        "ema_profiles": "0.05,0.1",
+    }
+    sample = {"training_mode": "edm", "sampler": "heun", "steps": 32, **DRAWS}
+    return Preset(
+        model={**model, "dropout": dropout, "weight_schedule": "karras"},
+        scripts={"edm_train": train, "image_sample": sample},
+        results=(Result(63, fid, SCM_TABLES),),
+    )
+
+
+def _imagenet_scm(mode: str, size: str, lr: float, results: tuple[Result, ...]) -> Preset:
+    """From the TrigFlow teacher of its size."""
+    model = {**EDM2, **LOW_DROPOUT, "network": "edm2_scm", "precond": "trigflow", "boundary": "zero"}
+    train = {
+        **TRIGFLOW,
+        **EDM2_TRAIN,
+        "training_mode": mode,
+        "init": "teacher",
+        "p_std": 1.6,
+        "adam_eps": 1e-11,
+        "lr": lr,
+        "lr_anneal_steps": 35000,
+        "global_batch_size": 2048,
+        "total_training_steps": 400000,
+        "ema_profiles": "0.05",
+    }
+    dropout = 0.45 if mode == "sct" else 0.0
+    return consistency({**model, "num_channels": WIDTHS[size], "dropout": dropout}, train, 0.98238, results)
+
+
+# size: FID of the teacher; sCT with one and two steps; sCD with one and two
+SCM_FIDS = {
+    "s": (1.70, (3.23, 2.93), (2.97, 2.07)),
+    "m": (1.55, (2.25, 1.81), (2.79, 1.89)),
+    "l": (1.44, (2.08, 1.57), (2.43, 1.70)),
+    "xl": (1.38, (2.04, 1.48), (2.44, 1.66)),
+}
+# size: steps, rate and dropout of the teacher; rate of the students
+SCM_TRAINING = {
+    "s": (1048000, 1e-2, 0.0, 1e-4),
+    "m": (1486000, 9e-3, 0.1, 9e-5),
+    "l": (761000, 8e-3, 0.1, 8e-5),
+    "xl": (540000, 7e-3, 0.1, 7e-5),
+}
+
+
+def _imagenet_scms() -> dict[str, Preset]:
+    found = {}
+    for size, (teacher, sct, scd) in SCM_FIDS.items():
+        *own, rate = SCM_TRAINING[size]
+        found[f"imagenet64_trigflow_{size}"] = _trigflow_teacher(size, *own, teacher)
+        found[f"imagenet64_sct_{size}"] = _imagenet_scm("sct", size, rate, published(SCM_TABLES, *sct))
+        found[f"imagenet64_scd_{size}"] = _imagenet_scm("scd", size, rate, published(SCM_TABLES, *scd))
+    return found
+
+
+IMAGENET64: dict[str, Preset] = {
+    "imagenet64_ecm_s": _ecm("s", 1e-3, 0.4, 128),
+    "imagenet64_ecm_m": _ecm("m", 9e-4, 0.5, 128),
+    "imagenet64_ecm_l": _ecm("l", 8e-4, 0.5, 128),
+    "imagenet64_ecm_xl": _ecm("xl", 7e-4, 0.5, 1024, published(ECM_CODE, 2.49, 1.67)),
+    **_imagenet_tcm("s", 0.4, (1e-3, 5e-4), published(TCM_PAPER, 2.88, 2.31)),
+    **_imagenet_tcm("xl", 0.5, (7e-4, 1e-4), published(TCM_PAPER, 2.20, 1.62)),
+    **_imagenet_scms(),
 }
 
 
@@ -221,4 +364,4 @@ DIGITS: dict[str, Preset] = {
     ),
 }
 
-PRESETS: dict[str, Preset] = {**CIFAR10, **DIGITS}
+PRESETS: dict[str, Preset] = {**CIFAR10, **IMAGENET64, **DIGITS}
