@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from cm.config.parsing import parse_weights
+from cm.config.stored import checked
 from cm.errors import UserError
+from cm.models.wrappers import require_flat
 from cm.runtime import distributed
 from cm.storage import filesystem, mirror, posthoc
 from cm.storage.checkpoint import newest_checkpoint
@@ -115,7 +117,9 @@ def _read(path: str, kind: str) -> ModelFile:
         state, meta, _ = posthoc.reconstruct(*_average(path, kind))
         return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
     state, meta = load_weights(path)
-    return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
+    stored = (meta or {}).get("config")
+    config = None if stored is None else checked(stored, path)
+    return ModelFile(path, kind, require_flat(without_loss(state), path, described=config is not None), config)
 
 
 def _kind_of(name: str) -> str:

@@ -18,6 +18,7 @@ from cm.errors import UserError
 from cm.models.identify import HEAD_CHANNELS, RELEASED_HEADS, Heads, count_blocks, ratio, uses_scale_shift
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.attention import qkv_legacy_to_new
+from cm.storage.unpickle import one_line
 from cm.storage.weights import check_matching
 
 # --classifier_noise_schedule: iDDPM's cosine, DDPM's linear
@@ -94,8 +95,8 @@ def released_classifier(
     state: dict[str, Tensor], flags: GuidanceFlags, *, image_size: int, source: str
 ) -> tuple[NoisyClassifier, int]:
     """(classifier on the CPU, number of classes) of a bare state dict; UserError names what does not fit the flags."""
-    num_classes = len(state["out.2.c_proj.weight"])
-    with torch.device("meta"):
+    with one_line(f"--classifier_path {source} is no classifier of guided-diffusion"), torch.device("meta"):
+        num_classes = len(state["out.2.c_proj.weight"])
         network = build_network(
             Architecture(
                 **encoder_flags(state, source, image_size),
@@ -104,7 +105,7 @@ def released_classifier(
             ),
             classifier=True,
         )
-    state = guided_to_ours(state, "legacy")
+        state = guided_to_ours(state, "legacy")
     check_matching(network, state, f"--classifier_path {source}")
     network = network.to_empty(device="cpu").float()
     network.load_state_dict(state)

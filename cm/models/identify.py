@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cm.config.parsing import CHANNEL_MULT
 from cm.errors import UserError
+from cm.storage.unpickle import one_line
 
 HEAD_CHANNELS = 64
 # Image size of the networks that were released, by their default widths
@@ -66,7 +67,16 @@ def identify(
     image_size: where the list of widths does not tell it; heads: where they are not those of the released networks.
     UserError names what shapes cannot tell and which flags do.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    # Tensors of unlikely shapes make this fail in any way.
+    with one_line(f"{source} is not the state dict of an ADM U-Net"):
+        return _flags_of(
+            {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, source, image_size, heads
+        )
+
+
+def _flags_of(
+    shapes: Mapping[str, tuple[int, ...]], source: str, image_size: int, heads: Heads
+) -> dict[str, Any]:
     required = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight", "middle_block.1.qkv.weight")
     if not all(name in shapes for name in required):
         raise UserError(f"{source} is not the state dict of an ADM U-Net")

@@ -118,8 +118,9 @@ def _own_classifier(file: ModelFile, flags: GuidanceFlags) -> tuple[NoisyClassif
             )
     known = flags_of(ClassifierConfig)
     config = configure(ClassifierConfig, **{name: value for name, value in stored.items() if name in known})
+    with torch.device("meta"):
+        check_matching(create_network(config), file.state, f"--classifier_path {file.path}")
     network = create_network(config)
-    check_matching(network, file.state, f"--classifier_path {file.path}")
     network.load_state_dict(file.state)
     return NoisyClassifier(network, create_precond(config, consistency=False)), stored
 
@@ -147,8 +148,9 @@ def pretrained_from(config: ConfigType, file: ModelFile) -> Pretrained[ConfigTyp
         logger.log(note)
     config = inherit(config, stored, config.model_path)
     device = choose_device(config.device)
+    with torch.device("meta"):  # compared before memory is taken
+        check_matching(create_network(config), file.state, f"--model_path {file.path}")
     network = create_network(config)
-    check_matching(network, file.state, f"--model_path {file.path}")
     network.load_state_dict(file.state)
     return prepare_for_sampling(config, file, network, device)
 

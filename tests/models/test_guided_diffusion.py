@@ -195,3 +195,21 @@ def test_it_guides_a_model(released, tmp_path):
     steered, labels, meta = sample("steered", *guide, "--classifier_scale", "30", "--classes", "0,1,2,3")
     assert labels.tolist() == [0, 1, 2, 3] and not np.array_equal(free, steered)
     assert meta["classifier_path"] == str(released) and len(meta["classifier_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"out.2.positional_embedding": torch.zeros(())},
+        {"out.2.positional_embedding": torch.zeros(64, 1)},
+        {"out.2.c_proj.weight": torch.zeros(())},
+        {"time_embed.0.weight": torch.zeros(5)},
+        {"middle_block.1.qkv.weight": torch.zeros(7, 1, 1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tensors_of_unlikely_shapes_are_no_classifier(tmp_path, change):
+    save_weights(tmp_path / "c.pt", {**as_released(network()), **change})
+    with pytest.raises(UserError, match=r"c\.pt") as caught:
+        load_classifier(flags(tmp_path / "c.pt"), **PLACE)
+    assert "\n" not in str(caught.value)

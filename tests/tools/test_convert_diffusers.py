@@ -203,3 +203,45 @@ def test_diffusers_draws_the_same_images(tmp_path, shape):
     found, flags = converter.read_folder(str(tmp_path / "b"))
     assert_same(dict(sorted(found.items())), dict(sorted(net.state_dict().items())))
     assert flags["steps"] == 40 and flags["num_head_channels"] == 32
+
+
+FIELDS = {
+    "unet/config.json": {
+        "block_out_channels": [None, [], ["32"], 32, [0, 32], [1.5]],
+        "sample_size": ["16", 0, None, True],
+        "layers_per_block": ["2", 10**9],
+        "in_channels": [None, "3"],
+        "num_class_embeds": ["10"],
+        "down_block_types": [5, [5]],
+    },
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": ["40", 0, 10**12],
+        "sigma_max": [float("nan"), "80", None],
+        "_class_name": [5],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [(file, name, v) for file, fields in FIELDS.items() for name, values in fields.items() for v in values],
+)
+def test_types_in_the_configuration_of_a_folder(tmp_path, file, field, value):
+    pytest.importorskip("safetensors")
+    config = adm("imagenet")
+    converter.write_folder(str(tmp_path / "f"), network(config).state_dict(), config)
+    content = json.loads((tmp_path / "f" / file).read_text())
+    (tmp_path / "f" / file).write_text(json.dumps({**content, field: value}))
+    with pytest.raises(UserError) as caught:
+        converter.read_folder(str(tmp_path / "f"))
+    assert str(tmp_path / "f") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", "5"])
+def test_json_that_is_no_configuration(tmp_path, text):
+    pytest.importorskip("safetensors")
+    config = adm("imagenet")
+    converter.write_folder(str(tmp_path / "f"), network(config).state_dict(), config)
+    (tmp_path / "f" / "unet" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"unet/config\.json"):
+        converter.read_folder(str(tmp_path / "f"))

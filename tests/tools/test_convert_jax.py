@@ -164,3 +164,31 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
         detect(str(path))
     with pytest.raises(UserError, match="no such checkpoint"):
         detect(str(tmp_path / "nothing"))
+
+
+ODD = {
+    "text in place of an array": lambda tree: tree["Conv_0"].update(kernel="text"),
+    "a list in place of an array": lambda tree: tree["Conv_0"].update(kernel=[[1, 2], [3]]),
+    "chunks that do not fit": lambda tree: tree["Conv_0"].update(
+        kernel={
+            "__msgpack_chunked_array__": True,
+            "shape": {"0": 7},
+            "chunks": {"0": np.zeros(3, np.float32)},
+        }
+    ),
+    "chunks that are missing": lambda tree: tree["Conv_0"].update(kernel={"__msgpack_chunked_array__": True}),
+    "an array of another shape": lambda tree: tree["Conv_0"].update(kernel=np.zeros((), np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_in_a_tree_are_refused_in_one_line(tmp_path, name):
+    flax = Flax()
+    flax(np.zeros((1, 32, 32, 3)), np.zeros(1))
+    tree = flax.tree()
+    ODD[name](tree)
+    path = tmp_path / "c"
+    path.write_bytes(msgpack.packb({"params_ema": tree}, default=pack, strict_types=True))
+    with pytest.raises(UserError, match=str(path)) as caught:
+        convert(Source(str(path)), str(tmp_path / "x.pt"), "cm", {"training_mode": "edm"})
+    assert "\n" not in str(caught.value)

@@ -5,13 +5,16 @@ are those of ours, ({q, k, v}, head, channel), cut in three.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cm.config.derived import is_consistency
+from cm.config.stored import checked
 from cm.errors import UserError
+from cm.runtime.inputs import read_json
 from cm.tools.convert.layout import (
     AdmShape,
     Config,
@@ -68,6 +71,26 @@ FIXED = {
 }
 # What diffusers takes for those of them that a file leaves out
 DEFAULTS = {"attn_norm_num_groups": None, "downsample_type": "conv", "upsample_type": "conv"}
+
+
+# Fields that are read, and the types that they may have; a list holds items of the other types
+UNET_FIELDS: dict[str, Any] = {
+    "block_out_channels": (list, int),
+    "down_block_types": (list, str),
+    "up_block_types": (list, str),
+    "sample_size": (int,),
+    "in_channels": (int,),
+    "out_channels": (int,),
+    "layers_per_block": (int,),
+    "attention_head_dim": (int, type(None)),
+    "num_class_embeds": (int, type(None)),
+    "resnet_time_scale_shift": (str, type(None)),
+}
+SCHEDULER_FIELDS: dict[str, Any] = {
+    "_class_name": (str,),
+    "num_train_timesteps": (int,),
+    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "rho"), (float, int)),
+}
 
 
 def is_folder(path: Path) -> bool:
@@ -187,6 +210,8 @@ def model_flags(unet: dict[str, Any], source: str) -> Config:
         if given != value:
             raise UserError(f"{source}: {name} is {given!r}; only {value!r} is an ADM U-Net of ours")
     widths, size = unet["block_out_channels"], unet["sample_size"]
+    if min(size, *widths) < 1:
+        raise UserError(f"{source}: sizes and widths must be positive")
     attention = [i for i, kind in enumerate(unet["down_block_types"]) if kind == "AttnDownBlock2D"]
     base = widths[0]
     config = {
@@ -216,12 +241,10 @@ def model_flags(unet: dict[str, Any], source: str) -> Config:
 def read_folder(path: str) -> tuple[State, Config]:
     """(state dict, flags of model, objective and grid) of a pipeline's folder."""
     folder = Path(path)
-    unet = _read_json(folder / "unet" / "config.json")
-    try:
-        config = model_flags(unet, f"{path}/unet/config.json")
-        config |= _scheduler_flags(_read_json(folder / "scheduler" / "scheduler_config.json"), path)
-    except KeyError as error:
-        raise UserError(f"{path} has no field {error.args[0]} in its configuration") from None
+    unet = _read_json(folder / "unet" / "config.json", UNET_FIELDS)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FIELDS)
+    config = model_flags(unet, f"{path}/unet/config.json") | _scheduler_flags(scheduler, path)
+    checked(config, path)
     return from_diffusers(_read_weights(folder / "unet"), config, path), config
 
 
@@ -239,13 +262,20 @@ def _scheduler_flags(scheduler: dict[str, Any], path: str) -> Config:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose fields have the types of `kinds`; UserError names the first that has not."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a configuration")
+        content = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    for name, kind in kinds.items():
+        value = content.get(name, None if type(None) in kind else kind)
+        if value is kind:
+            raise UserError(f"{path} has no field {name}")
+        items = value if isinstance(value, list) else [value]
+        fits = (items is value) == (list in kind) and items and all(type(item) in kind for item in items)
+        if not fits or any(isinstance(item, float) and not math.isfinite(item) for item in items):
+            raise UserError(f"{path}: {name} is {str(value)[:40]!r}, which no such network has")
     return content
 
 

@@ -197,5 +197,5 @@ def _number(content: Record, name: str, default: float, path: str) -> float:
 
 def is_pickle(path: str | Path) -> bool:
     """Whether a file starts like a binary pickle."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(1) == b"\x80"

@@ -16,11 +16,15 @@ from cm.config.derived import is_consistency
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
 from cm.config.rows import OBJECTIVES, PRECONDS
+from cm.config.stored import checked
 from cm.errors import UserError
 from cm.models.files import load_model_file
 from cm.models.guided_diffusion import guessed_precond, guided_to_ours, is_guided
 from cm.models.identify import RELEASED_HEADS, Heads, identify
+from cm.models.wrappers import require_flat, unwrapped
+from cm.runtime.inputs import open_regular
 from cm.storage.torch_format import LEGACY
+from cm.storage.unpickle import one_line
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import diffusers, edm2_layout, edm_layout, edm_pickle, jax_cifar
 from cm.tools.convert.layout import Config, State, check_fits
@@ -54,7 +58,7 @@ def detect(path: str) -> str:
         return "safetensors"
     if zipfile.is_zipfile(path):
         return "edm" if _mentions_edm(path) else "torch"
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(len(LEGACY))
     if head == LEGACY:
         return "torch"
@@ -96,10 +100,10 @@ def _read_safetensors(source: Source) -> tuple[State, Config]:
 
 def _identified(state: State, config: Config | None, source: Source) -> tuple[State, Config]:
     if config is not None:
-        return state, config
-    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    if edm_layout.is_edm(bare):
-        return edm_layout.from_edm(bare, source.path)
+        return require_flat(state, source.path, described=True), checked(config, source.path)
+    state = unwrapped(state, source.path, source.weights)
+    if edm_layout.is_edm(state):
+        return edm_layout.from_edm(state, source.path)
     if edm2_layout.is_edm2(state):
         return edm2_layout.from_edm2(state, source.path)
     guided = is_guided(state)
@@ -179,7 +183,8 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
     """
     kind, heads = detect(source.path), _heads(known)
     source = replace(source, precond=known.get("precond", ""), heads=heads or source.heads)
-    state, told = READERS[kind](source)
+    with one_line(f"{source.path} does not hold a network known here"):
+        state, told = READERS[kind](source)
     for name in ("network", "training_mode", "precond"):
         contradicted = name in told and name in known and told[name] != known[name]
         if contradicted and not _interchangeable(name, told, known):

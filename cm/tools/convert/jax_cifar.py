@@ -14,12 +14,16 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.networks.architecture import build_network
 from cm.networks.layers import fir_kernel
+from cm.runtime.inputs import open_regular, read_regular
+from cm.storage.unpickle import one_line
 from cm.tools.convert.edm_layout import identify
 from cm.tools.convert.layout import Config, State, architecture, check_fits
 
 # What the file cannot say: there are no image sides in it, and attention layers are numbered, not placed.
 IMAGE_SIZE = 32
 ATTENTION_SIDE = 16
+
+MAX_BYTES = 8 << 30  # the authors' files have 0.7 GB
 
 NDARRAY, COMPLEX, NUMPY_SCALAR = 1, 2, 3  # msgpack extension types of flax
 WEIGHTS = {"ema": "params_ema", "raw": "params", "target": "target_params"}
@@ -37,7 +41,7 @@ RESIDUAL = {
 
 def is_flax(path: str) -> bool:
     """Whether a file starts like a msgpack map with a text key, as flax's checkpoints do."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(6)
     if not head:
         return False
@@ -52,15 +56,12 @@ def read_flax(path: str) -> dict[str, Any]:
         import msgpack
     except ImportError:
         raise UserError(f"{path} is a msgpack file: install the extra `jax` (pip install msgpack)") from None
-    with open(path, "rb") as file:
-        data = file.read()
-    try:
+    with one_line(f"{path} is not a readable flax checkpoint"):
+        data = read_regular(path, MAX_BYTES)
         tree = msgpack.unpackb(data, ext_hook=_extension, raw=False, strict_map_key=False)
-    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
-        raise UserError(f"{path} is not a readable flax checkpoint ({type(error).__name__})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is not a flax checkpoint: it holds a {type(tree).__name__}")
-    return _join_chunks(tree)
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} is not a flax checkpoint: it holds a {type(tree).__name__}")
+        return _join_chunks(tree)
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -120,8 +121,9 @@ def from_flax(path: str, weights: str = "ema") -> tuple[State, Config]:
     tree = read_flax(path)
     if not isinstance(tree.get(WEIGHTS[weights]), dict):
         raise UserError(f"{path} has no {WEIGHTS[weights]}; it has {', '.join(map(str, tree))}")
-    arrays = dict(flatten(tree[WEIGHTS[weights]]))
-    return convert_params(arrays, path)
+    with one_line(f"{path} does not hold a CIFAR-10 network of the JAX code"):
+        arrays = dict(flatten(tree[WEIGHTS[weights]]))
+        return convert_params(arrays, path)
 
 
 def convert_params(arrays: dict[str, np.ndarray], source: str) -> tuple[State, Config]:

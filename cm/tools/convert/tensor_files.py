@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.runtime.inputs import check_regular, open_regular, parse_json
 
 META = "cm"
 
@@ -21,10 +22,14 @@ def _library():
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
     """(tensors, meta or None) of a safetensors file; UserError when it is damaged."""
     library = _library()
+    check_regular(path)
     try:
         with library.safe_open(str(path), framework="pt") as file:
             meta = (file.metadata() or {}).get(META)
-            return {name: file.get_tensor(name) for name in file.keys()}, meta and json.loads(meta)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tensors, meta and parse_json(meta, f"{path}: {META} in its header")
+    except UserError:
+        raise
     except (OSError, ValueError, library.SafetensorError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} is not a readable safetensors file ({first[:120]})") from None
@@ -45,6 +50,6 @@ def write_safetensors(path: str | Path, state: dict[str, Tensor], meta: dict | N
 
 def is_safetensors(path: str | Path) -> bool:
     """Whether a file starts like one: the length of a JSON header, then the header."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
