@@ -119,7 +119,9 @@ def _read(path: str, kind: str) -> ModelFile:
     state, meta = load_weights(path)
     stored = (meta or {}).get("config")
     config = None if stored is None else checked(stored, path)
-    return ModelFile(path, kind, require_flat(without_loss(state), path, described=config is not None), config)
+    return ModelFile(
+        path, kind, require_flat(without_loss(state), path, described=config is not None), config
+    )
 
 
 def _kind_of(name: str) -> str:

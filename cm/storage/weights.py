@@ -135,7 +135,7 @@ LOSS_MODULE = "loss_weight"
 
 def without_loss(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state dict that make images."""
-    return {name: t for name, t in state.items() if not name.startswith(f"{LOSS_MODULE}.")}
+    return {name: t for name, t in state.items() if not str(name).startswith(f"{LOSS_MODULE}.")}
 
 
 def check_matching(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
