@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "quickstart": ["scikit-learn"],
     "plots": ["matplotlib", "jinja2"],
+    "demo": ["gradio>=6"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "lsun": ["lmdb"],

@@ -74,6 +74,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command("FID and other metrics of samples", "evaluations.evaluator:main"),
     "reference": Command("statistics that samples are compared with", "evaluations.reference:main"),
+    "report": Command(
+        "one page of a run, or of several compared: curves, images, metrics",
+        "evaluations.reports.run_report.command:main",
+    ),
+    "runs": Command("training runs below a folder: state, loss, speed", "cm.tools.runs:program", ends_job=True),
+    "demo": Command("a page to try a model in the browser", "cm.tools.demo:main"),
     "convert": Command(
         "checkpoints from and to other frameworks", "cm.tools.convert.command:program", ends_job=True
     ),
