@@ -83,6 +83,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "checkpoints from and to other frameworks", "cm.tools.convert.command:program", ends_job=True
     ),
+    "average": Command("an average of the weights of any length, after training", "cm.tools.posthoc_ema:main"),
     "plan": Command(
         "memory and time of a run beforehand", "cm.tools.planning.command:program", ends_job=True
     ),
