@@ -78,12 +78,16 @@ COMMANDS: dict[str, Command] = {
         "one page of a run, or of several compared: curves, images, metrics",
         "evaluations.reports.run_report.command:main",
     ),
-    "runs": Command("training runs below a folder: state, loss, speed", "cm.tools.runs:program", ends_job=True),
+    "runs": Command(
+        "training runs below a folder: state, loss, speed", "cm.tools.runs:program", ends_job=True
+    ),
     "demo": Command("a page to try a model in the browser", "cm.tools.demo:main"),
     "convert": Command(
         "checkpoints from and to other frameworks", "cm.tools.convert.command:program", ends_job=True
     ),
-    "average": Command("an average of the weights of any length, after training", "cm.tools.posthoc_ema:main"),
+    "average": Command(
+        "an average of the weights of any length, after training", "cm.tools.posthoc_ema:main"
+    ),
     "plan": Command(
         "memory and time of a run beforehand", "cm.tools.planning.command:program", ends_job=True
     ),

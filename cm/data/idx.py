@@ -5,17 +5,15 @@ begin with `train` are taken. A text file classes.txt beside them names the clas
 """
 
 import gzip
-import hashlib
 import math
 import struct
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from cm.data import labels as label_modes
 from cm.data.decode import readable
 from cm.data.labels import Labels
-from cm.data.sources import stored_labels
+from cm.data.sources import ArraySource
 from cm.errors import UserError
 from cm.storage import filesystem
 
@@ -24,17 +22,16 @@ CLASSES = "classes.txt"
 MAX_BYTES = 8 << 30
 
 
-class IdxSource:
+class IdxSource(ArraySource):
     """uint8 images (N, H, W) of an IDX file, with the integer labels of the file that belongs to it."""
 
     def __init__(self, path: str):
-        self.path = images_of(path)
-        with readable(self.path):
-            self.images = read_idx(self.path)
-        if self.images.ndim != 3 or 0 in self.images.shape:
-            raise UserError(f"{self.path}: has shape {self.images.shape}; images are (N, H, W)")
-        self.images = self.images[..., None]
-        self.shape = self.images.shape[1:]
+        file = images_of(path)
+        with readable(file):
+            images = read_idx(file)
+        if images.ndim != 3 or 0 in images.shape:
+            raise UserError(f"{file}: has shape {images.shape}; images are (N, H, W)")
+        super().__init__(file, images[..., None])
         self._stored = self._read_labels()
 
     def _read_labels(self) -> Labels:
@@ -54,29 +51,6 @@ class IdxSource:
         if len(names) < found.num_classes:
             raise UserError(f"{file}: names {len(names)} classes, the labels {found.num_classes}")
         return Labels(found.indices, tuple(names), CLASSES)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """For messages: which image this is."""
-        return f"{self.path}: image {index}"
-
-    def read(self, index: int) -> np.ndarray:
-        """(H, W, 1) uint8."""
-        return self.images[index]
-
-    def gather(self, indices: Sequence[int]) -> np.ndarray:
-        """(len(indices), H, W, 1) uint8."""
-        return self.images[np.asarray(indices, dtype=np.int64)]
-
-    def labels(self, mode: str) -> Labels:
-        """The stored labels; only auto and none make sense."""
-        return stored_labels(self._stored, mode, self.path)
-
-    def identity(self) -> Iterator[str]:
-        """Hash of all pixels."""
-        yield f"{self.images.shape}:{hashlib.sha256(self.images.data).hexdigest()}"
 
 
 def is_idx(path: str) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cm.config.registry import resolve
 from cm.data import labels as label_modes
 from cm.data.labels import Labels
 from cm.data.sources import stored_labels
@@ -27,7 +26,7 @@ EXTRA = "pip install 'consistency-models[datasets]'"
 class LibrarySource:
     """What both kinds share: items that are (Pillow image, label or None)."""
 
-    shape = None
+    shape, passed_over = None, 0
 
     def __init__(self, path: str):
         self.path = path
@@ -66,7 +65,9 @@ class TorchvisionSource(LibrarySource):
     def __init__(self, path: str):
         super().__init__(path)
         name, _, split = path.partition(":")[2].partition("/")
-        resolve("cm.objectives.lpips:declare_missing_operators")()
+        from cm.objectives.lpips import declare_missing_operators
+
+        declare_missing_operators()
         try:
             from torchvision import datasets
         except (ImportError, RuntimeError) as error:

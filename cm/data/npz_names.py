@@ -1,15 +1,13 @@
 """npz files of other programs: images and labels under usual names, such as `x_train` and `y_train`."""
 
-import hashlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from cm.data import labels as label_modes
 from cm.data.decode import readable
-from cm.data.labels import Labels
-from cm.data.sources import stored_labels
+from cm.data.sources import ArraySource
 from cm.errors import UserError
 from cm.storage import filesystem
 
@@ -19,11 +17,10 @@ LABELS = ("labels", "y_train", "train_labels", "label", "y", "targets", "classes
 MAX_BYTES = 64 << 30
 
 
-class NamedNpzSource:
+class NamedNpzSource(ArraySource):
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) under one of IMAGES, integer labels (N,) under LABELS."""
 
     def __init__(self, path: str):
-        self.path = path
         with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as arrays:
             there = {name: arrays.zip.getinfo(f"{name}.npy").file_size for name in arrays.files}
             image_name, label_name = _first(IMAGES, there), _first(LABELS, there)
@@ -34,39 +31,14 @@ class NamedNpzSource:
                 )
             if there[image_name] > MAX_BYTES:
                 raise UserError(f"{image_name} unpacks to {there[image_name]} bytes (decompression bomb?)")
-            self.images = _channels_last(arrays[image_name], image_name)
+            images = _channels_last(arrays[image_name], image_name)
             labels = arrays[label_name] if label_name else None
-        self.shape = self.images.shape[1:]
-        self._stored = label_modes.UNLABELLED
+        super().__init__(path, images)
         if labels is not None:
             flat = labels.reshape(-1) if labels.size == len(labels) else labels
             self._stored = label_modes.from_integers(flat, f"{path}: {label_name}")
             if len(flat) != len(self.images):
                 raise UserError(f"{path}: {len(flat)} {label_name} for {len(self.images)} {image_name}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """For messages: which image this is."""
-        return f"{self.path}: image {index}"
-
-    def read(self, index: int) -> np.ndarray:
-        """(H, W, C) uint8."""
-        return self.images[index]
-
-    def gather(self, indices: Sequence[int]) -> np.ndarray:
-        """(len(indices), H, W, C) uint8."""
-        return self.images[np.asarray(indices, dtype=np.int64)]
-
-    def labels(self, mode: str) -> Labels:
-        """The stored labels; only auto and none make sense."""
-        return stored_labels(self._stored, mode, self.path)
-
-    def identity(self) -> Iterator[str]:
-        """Hash of all pixels."""
-        pixels = np.ascontiguousarray(self.images).data
-        yield f"{self.images.shape}:{hashlib.sha256(pixels).hexdigest()}"
 
 
 def is_named_npz(path: str) -> bool:

@@ -140,27 +140,14 @@ class ZipSource:
         return {**self.__dict__, "_opened": None}
 
 
-class NpzSource:
-    """The layout of sample files: `arr_0` uint8 (N, H, W, C) or (N, H, W), optional integer labels `arr_1` (N,)."""
+class ArraySource:
+    """uint8 images (N, H, W, C) in memory, with their labels."""
 
     passed_over = 0
 
-    def __init__(self, path: str):
-        self.path = path
-        with readable(path):
-            arrays = _read_npz(filesystem.cache_locally(path))
-        images = arrays["arr_0"]
-        self.images = images[..., None] if images.ndim == 3 else images
-        if self.images.ndim != 4 or self.images.shape[3] not in (1, 3) or 0 in self.images.shape:
-            raise UserError(
-                f"{path}: arr_0 has shape {images.shape}; expected (N, H, W, 1 or 3) or (N, H, W)"
-            )
-        self.shape = self.images.shape[1:]
-        self._stored = label_modes.UNLABELLED
-        if "arr_1" in arrays:
-            self._stored = label_modes.from_integers(arrays["arr_1"], f"{path}: arr_1")
-            if len(self._stored.indices) != len(self.images):
-                raise UserError(f"{path}: {len(self._stored.indices)} labels for {len(self.images)} images")
+    def __init__(self, path: str, images: np.ndarray, labels: Labels = label_modes.UNLABELLED):
+        self.path, self.images, self._stored = path, images, labels
+        self.shape = images.shape[1:]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,10 +163,33 @@ class NpzSource:
         return self.images[np.asarray(indices, dtype=np.int64)]
 
     def labels(self, mode: str) -> Labels:
+        """The stored labels; only auto and none make sense."""
         return stored_labels(self._stored, mode, self.path)
 
     def identity(self) -> Iterator[str]:
-        yield f"{self.images.shape}:{hashlib.sha256(self.images.data).hexdigest()}"
+        """Hash of all pixels."""
+        pixels = np.ascontiguousarray(self.images).data
+        yield f"{self.images.shape}:{hashlib.sha256(pixels).hexdigest()}"
+
+
+class NpzSource(ArraySource):
+    """The layout of sample files: `arr_0` uint8 (N, H, W, C) or (N, H, W), optional integer labels `arr_1` (N,)."""
+
+    def __init__(self, path: str):
+        with readable(path):
+            arrays = _read_npz(filesystem.cache_locally(path))
+        stored = arrays["arr_0"]
+        images = stored[..., None] if stored.ndim == 3 else stored
+        if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+            raise UserError(
+                f"{path}: arr_0 has shape {stored.shape}; expected (N, H, W, 1 or 3) or (N, H, W)"
+            )
+        labels = label_modes.UNLABELLED
+        if "arr_1" in arrays:
+            labels = label_modes.from_integers(arrays["arr_1"], f"{path}: arr_1")
+            if len(labels.indices) != len(images):
+                raise UserError(f"{path}: {len(labels.indices)} labels for {len(images)} images")
+        super().__init__(path, images, labels)
 
 
 class StoreSource:

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 class WebDatasetSource:
     """The images of WebDataset shards, with their labels."""
 
-    shape = None
+    shape, passed_over = None, 0
 
     def __init__(self, path: str):
         self.path = path

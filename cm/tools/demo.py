@@ -172,8 +172,7 @@ def page(tried: Tried) -> Any:
             button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Row():
                 shown = [
-                    gr.Image(label=name, **SHOWN, elem_id=f"drawn{i}")
-                    for i, name in enumerate(tried.columns)
+                    gr.Image(label=name, **SHOWN, elem_id=f"drawn{i}") for i, name in enumerate(tried.columns)
                 ]
             drawing = {"fn": tried.draw, "inputs": [seed, label, count], "outputs": shown}
             button.click(**drawing, api_name="draw")

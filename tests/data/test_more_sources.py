@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tarfile
 
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 
 from cm.data.archives import open_items
 from cm.data.facts import describe
+from cm.data.prepare import prepare
 from cm.data.sources import open_source
 from cm.errors import UserError
+from cm.objectives.lpips import declare_missing_operators
 
 
 def png(value, size=6):
@@ -77,6 +80,7 @@ def test_a_tar_without_labels_is_no_webdataset(tmp_path):
 
 
 def test_torchvision_by_name():
+    declare_missing_operators()  # a torchvision that does not fit torch is imported all the same
     pytest.importorskip("torchvision")
     facts = describe("torchvision:FakeData")
     assert (facts.count, facts.side, facts.channels) == (1000, 224, 3) and len(facts.classes) == 10
@@ -88,3 +92,16 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"consistency-models\[datasets\]"):
         open_source("hf:cifar10")
+
+
+def test_sources_of_every_kind_can_be_prepared(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "named.npz", images=pixels)
+    write_tar(
+        tmp_path / "w-0.tar", {f"{i}.png": png(i) for i in range(4)} | {f"{i}.cls": b"1" for i in range(4)}
+    )
+    header = struct.pack(">BBBB3I", 0, 0, 8, 3, 4, 8, 8)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + pixels[..., 0].tobytes())
+    for name in ("named.npz", "w-0.tar", "train-images-idx3-ubyte"):
+        manifest = prepare(str(tmp_path / name), str(tmp_path / f"out-{name}"), image_size=8)
+        assert (manifest["count"], manifest["passed_over"]) == (4, 0), name
