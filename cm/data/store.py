@@ -4,7 +4,6 @@ Why plain arrays: no decoding, one page-cache copy for all ranks and workers thr
 without an index, readable by numpy alone. They cost about twice the disk space of PNG at 64 px.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from cm.errors import UserError
+from cm.runtime import platform
 from cm.runtime.inputs import JSON_LIMIT, open_regular, parse_json
 from cm.storage import filesystem
 
@@ -97,8 +97,7 @@ class StoreWriter:
         try:
             os.makedirs(self._partial)
             # Held to the end of this process, however it comes: what nobody holds is a leftover.
-            self._claim = os.open(self._partial, os.O_RDONLY | os.O_CLOEXEC)
-            _lock(self._claim)
+            self._claim = platform.hold(self._partial)
         except OSError as error:
             raise UserError(f"{path}: cannot create it ({error.strerror})") from error
         image_bytes = resolution * resolution * channels
@@ -174,14 +173,14 @@ class StoreWriter:
         if not os.path.exists(self.path):
             os.rename(self._partial, self.path)
             return
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        held = platform.hold(self.path)
         try:
-            _lock(descriptor)
             os.rename(self.path, old)
             os.rename(self._partial, self.path)
             shutil.rmtree(old, ignore_errors=True)
         finally:
-            os.close(descriptor)
+            if held is not None:
+                os.close(held)
 
 
 def _remove_leftovers(path: str) -> None:
@@ -194,25 +193,15 @@ def _remove_leftovers(path: str) -> None:
         return
     left = [n for n in os.listdir(folder) if re.fullmatch(re.escape(name) + r"\.(partial|old)-\d+", n)]
     for leftover in (os.path.join(folder, n) for n in sorted(left)):
-        descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC)
+        if (held := platform.hold(leftover)) is None:
+            continue
         try:
-            if not _lock(descriptor):
-                continue
             if ".old-" in leftover and not os.path.exists(path):
                 os.rename(leftover, path)
             else:
                 shutil.rmtree(leftover, ignore_errors=True)
         finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether this process now holds the folder; False also where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            os.close(held)
 
 
 _FIELDS: dict[str, Any] = {

@@ -6,6 +6,7 @@ import stat
 from typing import Any, BinaryIO
 
 from cm.errors import UserError
+from cm.runtime.platform import READ
 
 JSON_LIMIT = 256 << 20  # bytes; a dataset.json of ten million labels has about as many
 
@@ -22,8 +23,7 @@ def open_regular(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
 
     A pipe would wait for ever and a device has no end. OSError as open() raises it.
     """
-    # Without O_NONBLOCK, opening a pipe waits for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, READ)
     try:
         status = os.fstat(descriptor)
         if kind := KINDS.get(stat.S_IFMT(status.st_mode)):

@@ -26,6 +26,11 @@ STOP_SIGNALS = tuple(
 # Whether the system says at once that a process has ended, by a descriptor that becomes readable
 SEES_ENDS = hasattr(os, "pidfd_open")
 
+# How a file is opened to be read: bytes as they are, no wait for the writer of a pipe, nothing handed to children
+READ = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    READ |= getattr(os, _name, 0)
+
 _LOCK_POLL = 0.1  # seconds
 _ASK = 0x1000  # PROCESS_QUERY_LIMITED_INFORMATION
 _STILL_ACTIVE = 259
@@ -39,6 +44,24 @@ def lock(file: IO) -> None:
     import fcntl
 
     fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def hold(folder: str | os.PathLike) -> int | None:
+    """A descriptor that holds the folder for this process until it is closed.
+
+    None where another process holds it, and where folders cannot be held. OSError where it is missing or not readable.
+    """
+    if WINDOWS:
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, READ)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _lock_on_windows(file: IO) -> None:
