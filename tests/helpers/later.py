@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cm.config.rows import NETWORKS
-from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.precond import Precond
+from cm.networks.edm2 import EDM2UNet
 from cm.networks.song_unet import SongUNet
 from tests.helpers.golden_data import GoldenFile
 
@@ -19,26 +17,25 @@ FAMILIES = {
 def network(g: GoldenFile, name: str, dtype: torch.dtype = torch.float64, described: str = "") -> nn.Module:
     """A stored network in eval mode. described: the entry of the file's `networks`, where it has another name."""
     about = g.config["networks"][described or name]
-    state = {key: value for key, value in g.state_dict(f"net/{name}/sd/").items()}
-    channels = state[f"enc.{about['image_size']}x{about['image_size']}_conv.weight"].shape[1]
-    net = SongUNet(
-        image_size=about["image_size"],
-        in_channels=channels,
-        out_channels=channels,
-        model_channels=about["model_channels"],
-        channel_mult=tuple(about["channel_mult"]),
-        num_res_blocks=about["num_res_blocks"],
-        attention_resolutions=tuple(about["attention_resolutions"]),
-        num_classes=about["num_classes"] or None,
-        **FAMILIES[about["family"]],
-    )
+    state, edm2 = g.state_dict(f"net/{name}/sd/"), about["family"].startswith("edm2")
+    side = about["image_size"]
+    channels = state[f"enc.{side}x{side}_conv.weight"].shape[1] - edm2  # EDM2 adds one of ones
+    same = {
+        "image_size": side,
+        "in_channels": channels,
+        "out_channels": channels,
+        "model_channels": about["model_channels"],
+        "channel_mult": tuple(about["channel_mult"]),
+        "attention_resolutions": tuple(about["attn_resolutions" if edm2 else "attention_resolutions"]),
+        "num_classes": about["num_classes"] or None,
+    }
+    if edm2:
+        heads = about["channels_per_head"]
+        net = EDM2UNet(**same, num_res_blocks=about["num_blocks"], num_head_channels=heads, logvar_channels=0)
+    else:
+        net = SongUNet(**same, num_res_blocks=about["num_res_blocks"], **FAMILIES[about["family"]])
     net.load_state_dict(state)
     return net.to(dtype).eval()
-
-
-def denoiser(net: nn.Module, precond: Precond) -> Denoiser:
-    """A denoiser of a stored network."""
-    return Denoiser(net, precond)
 
 
 def labels(g: GoldenFile, prefix: str, net: nn.Module) -> dict[str, Tensor]:
@@ -59,8 +56,3 @@ def check_gradients(g: GoldenFile, prefix: str, net: nn.Module, tolerance: float
     case = prefix.split("/", 1)[1].rsplit("/", 2)[0]
     for name, norm in g.config.get("grad_norms", {}).get(case, {}).items():
         torch.testing.assert_close(parameters[name].grad.norm().item(), norm, rtol=10 * tolerance, atol=1e-9)
-
-
-def known(name: str) -> bool:
-    """Whether this library has a network."""
-    return name in NETWORKS

@@ -296,7 +296,7 @@ def test_the_difference_tends_to_the_derivative():
 
 def gaussian(which):
     """A denoiser of the stored Gaussian: that of its diffusion model or its consistency function, in x."""
-    mu, s = SCM.tensor("gauss/mu").reshape(1, 3, 1, 1), SCM.tensor("gauss/s")
+    mu, s = SCM.tensor("gauss/mu").reshape(1, -1, 1, 1), SCM.tensor("gauss/s")
 
     def denoise(x, sigma):
         v = append_dims(sigma, x.ndim) ** 2
@@ -347,7 +347,7 @@ def test_tangents_of_a_student_by_hand():
 
     def network(u, t):
         t = append_dims(t, 4)
-        return a * torch.sin(w * t) * u + b.reshape(1, 3, 1, 1) * t
+        return a * torch.sin(w * t) * u + b.reshape(1, -1, 1, 1) * t
 
     t, x_t, slope = (SCM.tensor(f"gauss/{name}") for name in ("t", "x_t", "velocity"))
     student = Denoiser(Function(network), NATIVE)
