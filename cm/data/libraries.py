@@ -18,6 +18,7 @@ from cm.data import labels as label_modes
 from cm.data.labels import Labels
 from cm.data.sources import stored_labels
 from cm.errors import UserError, nearest
+from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.storage.filesystem import cache_folder
 
 EXTRA = "pip install 'consistency-models[datasets]'"
@@ -65,8 +66,6 @@ class TorchvisionSource(LibrarySource):
     def __init__(self, path: str):
         super().__init__(path)
         name, _, split = path.partition(":")[2].partition("/")
-        from cm.objectives.lpips import declare_missing_operators
-
         declare_missing_operators()
         try:
             from torchvision import datasets

@@ -3,10 +3,6 @@
 The files are torchvision's VGG16 and piq's linear layers, under their usual names, in one folder.
 """
 
-import contextlib
-import functools
-import importlib.machinery
-import importlib.util
 import os
 import types
 from dataclasses import dataclass
@@ -20,6 +16,7 @@ from torch import Tensor
 from cm.config.choices import PRECISIONS
 from cm.errors import UserError
 from cm.objectives.distances import Distance, at_least_fp32, resize
+from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.storage.torch_format import read_torch
 
 # Smaller images are enlarged before they are compared.
@@ -259,23 +256,3 @@ def import_piq() -> types.ModuleType:
     except ImportError as error:
         raise UserError(f"LPIPS needs the package piq and torchvision: {error}") from None
     return piq
-
-
-@functools.cache  # the declarations end with the library object
-def declare_missing_operators() -> torch.library.Library | None:
-    """Where torchvision's operators do not load, declare those that its import asks for, without their code.
-
-    piq needs torchvision's Python code only, whose import fails without them: "operator torchvision::nms does not
-    exist". Loading is tried as torchvision itself does it, before its first import.
-    """
-    package = importlib.util.find_spec("torchvision")
-    folders = package.submodule_search_locations if package else []
-    compiled = importlib.machinery.PathFinder.find_spec("_C", folders)
-    with contextlib.suppress(OSError):
-        if compiled:
-            torch.ops.load_library(compiled.origin)
-            return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

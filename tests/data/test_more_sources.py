@@ -14,7 +14,7 @@ from cm.data.facts import describe
 from cm.data.prepare import prepare
 from cm.data.sources import open_source
 from cm.errors import UserError
-from cm.objectives.lpips import declare_missing_operators
+from cm.runtime.torchvision_operators import declare_missing_operators
 
 
 def png(value, size=6):

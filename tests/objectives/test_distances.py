@@ -19,6 +19,7 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import lpips
 from cm.objectives.distances import make_distance
+from cm.runtime.torchvision_operators import declare_missing_operators
 from tests.helpers import golden_data
 from tests.helpers.lpips_files import write_golden_files, write_small_files
 from tests.helpers.models import golden_model
@@ -129,7 +130,7 @@ def test_operators_are_declared_only_where_torchvisions_do_not_load(monkeypatch)
     tried = []
     monkeypatch.setattr(torch.ops, "load_library", tried.append)
     monkeypatch.setattr(torch.library, "Library", None)
-    assert lpips.declare_missing_operators.__wrapped__() is None
+    assert declare_missing_operators.__wrapped__() is None
     assert [Path(path).parent.name for path in tried] == ["torchvision"]
     assert Path(tried[0]).name.startswith("_C.")
 
@@ -138,7 +139,8 @@ def test_piq_is_imported_whether_or_not_torchvisions_operators_load():
     """In a new process. Operators that are only declared have no code that could give wrong results."""
     code = """if True:
         import torch
-        from cm.objectives.lpips import declare_missing_operators, import_piq
+        from cm.objectives.lpips import import_piq
+        from cm.runtime.torchvision_operators import declare_missing_operators
         import_piq()
         import torchvision
         assert torchvision.extension._has_ops() == (declare_missing_operators() is None)
