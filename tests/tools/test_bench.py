@@ -192,4 +192,4 @@ def test_optimizers_are_compared_on_the_same_weights(monkeypatch):
     for row in (update, step):
         assert row.figures.keys() >= TIMES and row.figures["peers"].keys() == optimizer.MAKERS.keys() - {"cm"}
     assert step.figures["update"]["median_ms"] < step.figures["median_ms"]
-    assert step.figures["gain_over"].keys() == {"radam", "radam_foreach"}
+    assert -1 < step.figures["fused_would_save"] < 1

@@ -50,7 +50,7 @@ def test_score_sde_networks_are_convolutions(case):
 @pytest.mark.parametrize("case", ["edm", "cd", "ct"])
 def test_what_the_trainer_adds_at_64_pixels(case):
     rows = figures(bench_train(Options(cases=(case,), device="cpu", repeats=5, flags=SIZE_64)))
-    assert rows[case]["overhead_share"] < 0.05
+    assert rows[case]["overhead_share"] < 0.07
 
 
 @pytest.mark.parametrize("network", NETWORKS_32)
