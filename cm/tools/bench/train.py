@@ -1,6 +1,7 @@
 """Training steps of the real loop: time, time by phase, peak memory, share of the arithmetic ceiling."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,7 @@ def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, 
         if hasattr(owner, attribute):
             original = getattr(owner, attribute)
             undo.append((owner, attribute, original))
-            setattr(owner, attribute, clock.wrap(phase, original))
+            setattr(owner, attribute, TimedCall(original, phase, clock))
     rows = []
     try:
         for _ in range(steps):
@@ -114,6 +115,19 @@ class TimedNetwork(nn.Module):
 
     def forward(self, *inputs: Tensor, **cond: Tensor) -> Tensor:
         return self.timed(*inputs, **cond)
+
+
+class TimedCall:
+    """A function, or an object that is called and has more to it, whose calls are timed as a phase."""
+
+    def __init__(self, original: Callable, phase: str, clock: PhaseClock):
+        self.original, self.timed = original, clock.wrap(phase, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.timed(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
 
 
 def timed_roles(roles: Roles, clock: PhaseClock) -> Roles:
