@@ -126,6 +126,9 @@ def plugin_files(tmp_path, monkeypatch):
     for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", text, flags=re.DOTALL):
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
+    teacher = tmp_path / "runs" / "teacher"  # `cm distill` asks it for its data
+    teacher.mkdir(parents=True)
+    (teacher / "config.json").write_text('{"data_dir": "data/photos"}')
     yield
     for plugin in list(plugins._loaded):
         plugins.forget(plugin)
@@ -306,8 +309,9 @@ def test_only_a_target_of_its_own_is_saved(start_ema):
 
 
 @pytest.mark.parametrize("name", ["README.md", "library.md"])
-def test_python_of_the_documents_runs(name, tmp_path):
+def test_python_of_the_documents_runs(name, tmp_path, monkeypatch):
     """On untrained models of the size that the document assumes."""
+    monkeypatch.chdir(tmp_path)  # it may write pictures
     size, channels, classes = (16, 3, 0) if name == "README.md" else (8, 1, 10)
     model = tmp_path / "model.pt"
     labels = {"class_cond": True, "num_classes": classes} if classes else {}

@@ -139,6 +139,16 @@ def peak_memory() -> int:
     return peak if MAC else 1024 * peak
 
 
+def available_memory() -> int:
+    """Memory that processes may still take [bytes]; as good as endless where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next(found, 1 << 62)
+
+
 def children_seconds() -> float:
     """Processor time of all children that have ended [s]; 0 where the system does not tell."""
     if WINDOWS:

@@ -12,6 +12,7 @@ from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rat
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.scripts import CmTrainConfig, TrainConfig
 from cm.models.factory import DEFAULT_CHANNELS, create_network
+from cm.runtime.platform import available_memory
 
 # Tensors of the level's width that a block keeps: residual blocks on the way down and up (where the skip connection
 # doubles the input), attention.
@@ -61,10 +62,7 @@ def available(device: torch.device, processes: int = 1) -> int:
 
 
 def _free_host_memory() -> int:
-    free = 1 << 62
-    for line in _text("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = 1024 * int(line.split()[1])
+    free = available_memory()
     for limit, usage in CGROUP:
         top, used = (_text(f"/sys/fs/cgroup/{name}").strip() for name in (limit, usage))
         if top.isdecimal() and used.isdecimal():

@@ -125,7 +125,13 @@ def test_a_wheel_has_everything(tmp_path):
     subprocess.run(
         [*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, cwd=tmp_path
     )
-    for file in ("cm/py.typed", "evaluations/py.typed", "evaluations/reports/paper_tables.json", "bin/cm"):
+    for file in (
+        "cm/py.typed",
+        "evaluations/py.typed",
+        "evaluations/reports/paper_tables.json",
+        "evaluations/reports/run_report/page.html",
+        "bin/cm",
+    ):
         assert (site / file).is_file(), file
     for name in COMMANDS:
         if name != "completion":

@@ -36,7 +36,7 @@ def test_nothing_else_asks_for_what_systems_do_differently():
 
 
 def test_stop_signals_are_those_of_the_system():
-    assert [s.name for s in platform.STOP_SIGNALS] == ["SIGTERM", "SIGUSR1"]
+    assert [s.name for s in platform.STOP_SIGNALS] == ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
 
 
 def test_one_process_at_a_time_has_the_lock(tmp_path):
@@ -138,6 +138,12 @@ def test_memory_and_time(monkeypatch):
     assert platform.peak_memory() < peak / 500
     monkeypatch.setattr(platform, "WINDOWS", True)
     assert platform.peak_memory() == platform.children_seconds() == 0
+
+
+def test_memory_that_is_left(monkeypatch):
+    assert 2**20 < platform.available_memory() < 2**50
+    monkeypatch.setattr(platform.Path, "read_text", lambda self: "MemFree: 9 kB\nMemAvailable:   3 kB\n")
+    assert platform.available_memory() == 3072
 
 
 def test_the_processor_has_a_name(monkeypatch):
