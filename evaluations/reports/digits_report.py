@@ -39,6 +39,11 @@ TITLES = {
     "cont_cd_twostep": "continuous CD, two steps",
     "cont_ct_onestep": "continuous CT, one step",
     "cont_ct_twostep": "continuous CT, two steps",
+    **{
+        f"{name.lower()}_{way}step": f"{name}, {way} step{'s' * (way == 'two')}"
+        for name in ("iCT", "ECT", "TCM", "sCT", "sCD")
+        for way in ("one", "two")
+    },
 }
 PICTURE_ROWS, PICTURE_COLUMNS = 2, 20
 METRICS = ("accuracy", "fid")
