@@ -209,7 +209,8 @@ def test_stage_one_must_be_a_consistency_model_with_the_same_boundary(tmp_path):
     ect = {"training_mode": "consistency_training", "pairs": "ratio", "loss_norm": "pseudo-huber"}
     save_consistency_model(stage1, boundary="zero", **ect)
     c = config("--teacher_model_path", str(stage1))
-    assert adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(stage1)) == c
+    adopted = adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(stage1))
+    assert (adopted.training_mode, adopted.boundary, adopted.loss_norm) == ("tcm", "zero", "pseudo-huber")
     save_consistency_model(skip, training_mode="consistency_training", loss_norm="l2")
     c = config("--teacher_model_path", str(skip))
     with pytest.raises(UserError, match=r"identity at another noise level.*--boundary skip, not zero"):
