@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config.derived import is_consistency, precision
+from cm.config.fields import is_fixed
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
 from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
@@ -57,7 +58,7 @@ class MetaLpips(Lpips):
     """LPIPS without weights and without autocast, which the meta device does not know."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        dtype = PRECISIONS[self.options.precision]
+        dtype = PRECISIONS.load(self.options.precision)
         prepared = (self._prepare(x).to(dtype) for x in (a, b))
         return _compare(self._network, *prepared)
 
@@ -65,7 +66,7 @@ class MetaLpips(Lpips):
         with META:
             linear = [torch.empty(1, width, 1, 1) for width in FEATURES.values()]
             self._network = assemble(meta_vgg(), linear, self.average_pool)
-        self._network.to(PRECISIONS[self.options.precision])
+        self._network.to(PRECISIONS.load(self.options.precision))
         self._network.mean, self._network.std = (torch.empty(1, 3, 1, 1, device=META) for _ in range(2))
         self._device = META
 
@@ -103,7 +104,7 @@ def _relevant(config: Config) -> Config:
     of_rows = flags_of(type(config)).keys() - flags_of(plain_class(type(config))).keys()
     names = [name for name in (*flags_of(ModelFlags), *TRACED) if hasattr(config, name)]
     names += [name for name in sorted(of_rows) if name not in names]
-    kept = type(config)(**{name: getattr(config, name) for name in names})
+    kept = type(config)(**{name: getattr(config, name) for name in names if not is_fixed(type(config), name)})
     # One stage costs as much as another, and the default number of scales does not halve evenly.
     return replace(kept, start_scales=2) if getattr(kept, "scale_mode", "") == "progdist" else kept
 
