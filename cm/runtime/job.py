@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from cm.errors import UserError
 from cm.runtime import distributed, launch
+from cm.runtime.streams import lasting_streams, screen
 
 # How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.
 JOIN_TIMEOUT = 600.0
@@ -25,7 +26,14 @@ def run_main(main: Callable[[], object]) -> None:
     - UserError: the line `error: ...`, once for the job, and exit code 2;
     - SystemExit: its code is kept;
     - any other exception on any rank: one traceback, exit code 1, and all ranks end even when they wait for each other.
+
+    A terminal or pipe that goes away ends nothing: what is printed from then on is lost.
     """
+    with lasting_streams():
+        _run_main(main)
+
+
+def _run_main(main: Callable[[], object]) -> None:
     try:
         # Before anything can fail: an error must be able to reach the other ranks.
         distributed.join(JOIN_TIMEOUT)
@@ -84,7 +92,7 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
         distributed.cleanup()
     if _all_ended(grace):
         raise SystemExit(code) from None
-    sys.stdout.flush()
+    screen(sys.stdout).flush()
     if distributed.current_launch().kind == "mpi":
         launch.abort_mpi(code)
     # Not sys.exit: the interpreter would wait for threads that wait for the other ranks. The launcher ends those.
@@ -126,6 +134,7 @@ def _keeps_store() -> bool:
 
 
 def _write_error(text: str) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    screen(sys.stdout).flush()
+    stream = screen(sys.stderr)
+    stream.write(text)
+    stream.flush()

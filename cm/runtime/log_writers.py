@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from cm.errors import UserError
 from cm.runtime.files import whole_file
+from cm.runtime.streams import screen
 
 
 class KVWriter:
@@ -259,8 +260,8 @@ class WandbOutputFormat(KVWriter):
 
 
 FORMATS: dict[str, Callable[..., KVWriter]] = {
-    "line": lambda folder, suffix, total="0": LineOutputFormat(sys.stdout, int(total)),
-    "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
+    "line": lambda folder, suffix, total="0": LineOutputFormat(screen(sys.stdout), int(total)),
+    "stdout": lambda folder, suffix: HumanOutputFormat(screen(sys.stdout)),
     "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
     "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
     "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),

@@ -23,6 +23,7 @@ from cm.runtime.log_writers import (
     is_number,
     make_output_format,
 )
+from cm.runtime.streams import screen
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -156,7 +157,7 @@ def get_current() -> Logger:
     """The configured logger, or a plain one that prints on rank 0."""
     global _current
     if _current is None:
-        _current = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.is_main() else [])
+        _current = Logger(None, [HumanOutputFormat(screen(sys.stdout))] if distributed.is_main() else [])
     return _current
 
 

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from cm.runtime import distributed
+from cm.runtime.streams import screen
 
 # Seconds between two lines where the output is no terminal: a file, or under mpiexec.
 LINE_INTERVAL = 30.0
@@ -27,10 +28,11 @@ def progress(
     """
     from tqdm import tqdm
 
-    options = {"dynamic_ncols": True}
-    if not sys.stderr.isatty():
+    stream = screen(sys.stderr)
+    options = {"dynamic_ncols": True, "file": stream}
+    if not stream.isatty():
         options = {
-            "file": _Lines(),
+            "file": _Lines(stream),
             "mininterval": LINE_INTERVAL,
             "maxinterval": LINE_INTERVAL,
             "miniters": 1,
@@ -51,10 +53,13 @@ def progress(
 class _Lines:
     """Standard error for a tqdm that redraws its bar: each redraw becomes a line."""
 
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
     def write(self, text: str) -> None:
         text = text.strip()
         if text:
-            sys.stderr.write(text + "\n")
+            self._stream.write(text + "\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        self._stream.flush()
