@@ -43,7 +43,7 @@ def _run_main(main: Callable[[], object]) -> None:
         code, text = _verdict(error)
         if distributed.store() is None:
             # One process; or no way to reach the others, for a reason that all ranks of a node share.
-            if launch.detect().local_rank == 0:
+            if launch.reports():
                 _write_error(text)
             raise SystemExit(code) from None
         if code != 0:

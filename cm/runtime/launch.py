@@ -8,17 +8,31 @@
 All three end in the same kind of key-value store; `torch.distributed` does the rest.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import socket
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from cm.errors import UserError
+
+# A process that waits longer for others says so (seconds).
+PATIENCE = 10.0
+POLL_INTERVAL = 0.05
+# By which variables a launcher is told
+TOLD_BY = {
+    "torchrun": "RANK, WORLD_SIZE are set; unset them to run alone",
+    "slurm": "SLURM_STEP_NUM_TASKS is set; unset it to run alone",
+    "mpi": "started by mpiexec",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +96,17 @@ def connect(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
             raise UserError(
                 "RANK, WORLD_SIZE and MASTER_ADDR are set but MASTER_PORT is not: start with torchrun"
             )
-        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-        return launch, store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has counted the ranks
+            with _waiting(launch, lambda: "torchrun's store"):
+                store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+            return launch, store
+        host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT")
+        return launch, _meet(host, port, launch, timeout)
     if launch.kind == "mpi":
         return _connect_mpi(launch, timeout)
     if launch.kind == "slurm":
         host, port = slurm_address(os.environ)
-        return launch, _tcp_store(host, port, launch, timeout)
+        return launch, _meet(host, port, launch, timeout)
     raise ValueError("a single process has nobody to connect to")
 
 
@@ -141,11 +159,73 @@ def _srun_hint() -> str:
     return "; under srun, --mpi=none needs no MPI" if "SLURM_STEP_ID" in os.environ else ""
 
 
+def _meet(host: str, port: int, launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store at host:port, once rank 0 is there; on rank 0, once all are. UserError after the time-out."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    store = _tcp_store(host, port, launch, timeout)
+    here = store.add("cm/here", 1)
+    if launch.rank > 0:
+        return store
+    with _waiting(launch, lambda: f"{launch.world_size - here} more"):
+        while (here := store.add("cm/here", 0)) < launch.world_size:
+            if time.monotonic() > deadline:
+                raise _alone(launch, f"{launch.world_size - here} more", timeout)
+            time.sleep(POLL_INTERVAL)
+    return store
+
+
 def _tcp_store(host: str, port: int, launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    _check_name(host)
     is_host = launch.rank == 0
-    return dist.TCPStore(
-        host, port, launch.world_size, is_master=is_host, timeout=timeout, wait_for_workers=False
+    missing = f"rank 0 at {host}:{port}"
+    try:
+        with _waiting(launch, lambda: missing):
+            return dist.TCPStore(
+                host, port, launch.world_size, is_master=is_host, timeout=timeout, wait_for_workers=False
+            )
+    except dist.DistError as error:
+        if not is_host:
+            raise _alone(launch, missing, timeout) from None
+        cause = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"rank 0 cannot listen at port {port} (MASTER_PORT): {cause}") from None
+
+
+def _check_name(host: str) -> None:
+    """UserError where rank 0's host has no address: c10d would ask again and again."""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"MASTER_ADDR: host {host} cannot be found ({error})") from None
+
+
+def _alone(launch: Launch, missing: str, timeout: timedelta) -> UserError:
+    told, seconds = TOLD_BY[launch.kind], timeout.total_seconds()
+    return UserError(
+        f"rank {launch.rank} of {launch.world_size} has waited {seconds:g} s for {missing} ({told})"
     )
+
+
+@contextlib.contextmanager
+def _waiting(launch: Launch, missing: Callable[[], str]) -> Iterator[None]:
+    """Say what this rank waits for when the body takes more than PATIENCE seconds."""
+    done = threading.Event()
+
+    def tell() -> None:
+        if not done.wait(PATIENCE):
+            who = f"rank {launch.rank} of {launch.world_size}"
+            sys.stderr.write(f"{who} waits for {missing()} ({TOLD_BY[launch.kind]})\n")
+            sys.stderr.flush()
+
+    threading.Thread(target=tell, daemon=True, name="waiting").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def reports(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints the errors of its node before the ranks have met."""
+    return detect(env).local_rank == 0 or ("LOCAL_RANK" not in env and "RANK" in env)
 
 
 def slurm_address(env: Mapping[str, str]) -> tuple[str, int]:
