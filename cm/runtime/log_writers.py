@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,7 +73,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def _write(self, text: str) -> None:
         if isinstance(self.target, (str, os.PathLike)):
-            with open(self.target, "a") as file:
+            with open(self.target, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         elif "tqdm" in sys.modules:
             # A running progress bar is redrawn below the text instead of being torn by it.
@@ -124,12 +124,13 @@ class JSONOutputFormat(KVWriter):
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
         row = {key: None if is_number(v) and not math.isfinite(v) else v for key, v in kvs.items()}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
 
     def truncate_after(self, step: int) -> None:
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            with _readable(self.path):
+                lines = self.path.read_text("utf-8").splitlines(keepends=True)
             kept = _until(lines, [_json_step(line) for line in lines], step)
             with whole_file(self.path) as file:
                 file.write("".join(kept).encode())
@@ -149,7 +150,7 @@ class CSVOutputFormat(KVWriter):
             rows = self._read()[1]
             self.keys = self.keys + new
             self._rewrite(rows)
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([kvs.get(key, "") for key in self.keys])
 
     def truncate_after(self, step: int) -> None:
@@ -160,7 +161,7 @@ class CSVOutputFormat(KVWriter):
     def _read(self) -> tuple[list[str], list[list[str]]]:
         if not self.path.exists():
             return [], []
-        with open(self.path, newline="") as file:
+        with _readable(self.path), open(self.path, newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         return header, rows
 
@@ -332,6 +333,15 @@ def _json_step(line: str) -> Any:
         return json.loads(line).get("step")
     except json.JSONDecodeError:
         return None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """UserError when the body finds another kind of file than this program writes."""
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no log of a run ({error}): move it away") from None
 
 
 def _drop_torn_line(path: Path) -> None:

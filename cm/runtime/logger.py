@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,19 +62,16 @@ class Logger:
         """
         row = mpi_weighted_mean(self.comm, _to_numbers(self._values))
         self._values = {}
-        for writer in self._row_writers():
-            writer.writekvs(row)
+        self._to(self._row_writers(), lambda writer: writer.writekvs(row))
         return row
 
     def log_flags(self, flags: dict[str, Any]) -> None:
         """Hand the flags of the run to the writers that keep them."""
-        for writer in self._row_writers():
-            writer.writeflags(flags)
+        self._to(self._row_writers(), lambda writer: writer.writeflags(flags))
 
     def log_picture(self, name: str, path: str | os.PathLike, step: int) -> None:
         """Hand a PNG file to the writers that show pictures."""
-        for writer in self._row_writers():
-            writer.writepicture(name, path, step)
+        self._to(self._row_writers(), lambda writer: writer.writepicture(name, path, step))
 
     def _row_writers(self) -> list[KVWriter]:
         """Those that write rows; none on other ranks than 0."""
@@ -104,9 +101,16 @@ class Logger:
             writer.close()
 
     def _do_log(self, args: tuple) -> None:
-        for writer in self.output_formats:
-            if isinstance(writer, SeqWriter):
-                writer.writeseq([str(arg) for arg in args])
+        writers = [writer for writer in self.output_formats if isinstance(writer, SeqWriter)]
+        self._to(writers, lambda writer: writer.writeseq([str(arg) for arg in args]))
+
+    def _to(self, writers: list, write: Callable[[Any], None]) -> None:
+        """Call a function with each writer; UserError when the storage fails."""
+        for writer in writers:
+            try:
+                write(writer)
+            except OSError as error:
+                raise _unwritable(self.dir, error) from error
 
 
 def mpi_weighted_mean(comm: Any, local_name2valcount: dict[str, tuple[Any, int]]) -> dict[str, Any]:
@@ -147,6 +151,10 @@ def _to_numbers(values: dict[str, tuple[Any, int]]) -> dict[str, tuple[Any, int]
 def _plain(value: Any) -> Any:
     """NumPy scalars as Python numbers."""
     return value.item() if hasattr(value, "item") else value
+
+
+def _unwritable(folder: str | None, error: OSError) -> UserError:
+    return UserError(f"cannot write logs to {error.filename or folder}: {error.strerror or error}")
 
 
 # The logger in use: the configured one, or one that only prints.
@@ -190,7 +198,7 @@ def configure(
             for writer in writers:
                 writer.truncate_after(resume_step)
     except OSError as error:
-        raise UserError(f"cannot write logs to {dir}: {error.strerror or error}") from error
+        raise _unwritable(dir, error) from error
     _current = Logger(dir, writers, comm)
 
 

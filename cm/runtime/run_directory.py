@@ -11,6 +11,9 @@ from cm.runtime import distributed, logger
 from cm.runtime.claims import Claim
 from cm.runtime.files import whole_file
 
+# Characters of a path in a message
+LONGEST_SHOWN = 300
+
 
 class RunDirectory:
     """A run directory for the length of a with block, which all ranks enter; its path is the block's variable.
@@ -50,16 +53,17 @@ class RunDirectory:
     def _prepare(self) -> None:
         """Make the directory; UserError when it cannot be written."""
         path = Path(self.path).absolute()
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
             os.makedirs(path, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null byte
             raise self._unwritable(error) from None
         self._claim.enter_context(Claim(path, folder=path))
         self._made = missing
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path} cannot be written: {error.strerror or error} (--out_dir)")
+    def _unwritable(self, error: OSError | ValueError) -> UserError:
+        shown = self.path if len(self.path) <= LONGEST_SHOWN else f"{self.path[:LONGEST_SHOWN]}..."
+        return UserError(f"{shown} cannot be written: {getattr(error, 'strerror', '') or error} (--out_dir)")
 
     def _remove(self) -> None:
         if not self._made or any(Path(self._made[0], "checkpoints").glob("*")):

@@ -49,13 +49,10 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         rank, host, pid = distributed.get_rank(), socket.gethostname(), os.getpid()
         self._self = liveness.Beat(rank, distributed.get_world_size(), host, pid, liveness.process_birth(pid))
-        folder = liveness.folder(self.run_dir)
-        if distributed.is_main():
-            folder.mkdir(exist_ok=True)
-            for old in folder.glob("rank_*.json"):
-                old.unlink()
-        peers = distributed.all_gather_object(self._self)  # after it, the folder is there for all
-        self._file = open(folder / f"rank_{rank:04d}.json", "wb", buffering=0)
+        distributed.on_main(self._prepare)  # after it, the folder is there for all
+        peers = distributed.all_gather_object(self._self)
+        with self._writable():
+            self._file = open(liveness.folder(self.run_dir) / f"rank_{rank:04d}.json", "wb", buffering=0)
         self._write(self._beat())
         distributed.barrier()  # the watch reads all files
         self._peers = liveness.watch_ends(peer for peer in peers if peer.rank != rank)
@@ -77,6 +74,21 @@ class Heartbeat:
             opened.close()
         for descriptor in self._peers:
             os.close(descriptor)
+
+    def _prepare(self) -> None:
+        folder = liveness.folder(self.run_dir)
+        with self._writable():
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("rank_*.json"):
+                old.unlink()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = error.filename or self.run_dir
+            raise UserError(f"cannot write heartbeats to {path}: {error.strerror or error}") from None
 
     def _beat(self) -> liveness.Beat:
         phase, step, since, began = self._now
@@ -165,7 +177,10 @@ def supervised(run_dir: str, limits: dict[str, float]) -> Iterator[Heartbeat]:
     if distributed.is_main():
         if last := describe_last_run(run_dir):
             logger.log(f"the latest start of this run: {last}")
-        liveness.clear_status(run_dir)
+        try:
+            liveness.clear_status(run_dir)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be removed: {error.strerror}") from None
     heartbeat = Heartbeat(run_dir, limits)
     try:
         with heartbeat:

@@ -1,5 +1,6 @@
 """A refused start leaves nothing that was not there; what was there stays as it is."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 
 from cm.commands.cli import parse
 from cm.commands.train import run_train
-from cm.config.scripts import CmTrainConfig
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.errors import UserError
-from cm.runtime import logger
+from cm.runtime import distributed, logger
 from cm.runtime.run_directory import RunDirectory
 from cm.storage.weights import save_weights
+from tests.helpers import mp
 
 FLAGS = (
     "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
@@ -121,3 +123,57 @@ def test_a_relative_path_and_one_in_the_way(tmp_path, monkeypatch):
     ):
         pass
     assert Path("run").is_dir()
+
+
+def directory(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("log.txt", directory),
+        ("progress.csv", directory),
+        ("progress.jsonl", directory),
+        ("status.json", directory),
+        ("progress.csv", lambda path: path.write_bytes(b"caf\xe9,step\n1,2\n")),
+        ("progress.jsonl", lambda path: path.write_bytes(b"caf\xe9\n")),
+        ("heartbeats", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_an_odd_file_in_the_run_directory_is_one_line_that_names_it(inputs, tmp_path, name, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    with pytest.raises(UserError) as error:
+        edm_train(tmp_path / "run", inputs / "images.npz")
+    assert str(tmp_path / "run" / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "y/" * 4000, "a\0b"])
+def test_a_path_that_cannot_be_is_one_short_line(inputs, tmp_path, path):
+    with pytest.raises(UserError, match=r"cannot be written.*--out_dir") as error:
+        edm_train(tmp_path / path, inputs / "images.npz")
+    assert len(str(error.value)) < 600
+
+
+def edm_train(out: Path, images: Path) -> None:
+    flags = [*FLAGS.partition("--ema_rate")[0].split(), "--total_training_steps", "1"]
+    run_train(parse(EdmTrainConfig, [*flags, "--data_dir", str(images), "--out_dir", str(out)]))
+
+
+def lose_directory(folder: str) -> str:
+    logger.configure(folder, ["log", "csv"])
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(folder)
+    distributed.barrier()
+    try:
+        logger.log("message")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_directory_that_is_deleted_meanwhile_is_one_line_on_every_rank(tmp_path):
+    said = mp.run_ranks("tests.runtime.test_run_directory:lose_directory", 2, str(tmp_path / "run"))
+    assert all("cannot write logs to" in text and "log" in text for text in said)
