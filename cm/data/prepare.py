@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from cm.data.labels import printable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError
+from cm.runtime.preemption import follow_parent
 from cm.runtime.progress import progress as progress_bar
 
 _CHUNK = 16
@@ -147,7 +149,8 @@ def _convert_all(
             yield name, conversion(name, content)
         return
     images = iter(images)
-    with ProcessPoolExecutor(num_workers) as pool:
+    pool = ProcessPoolExecutor(num_workers, initializer=follow_parent)
+    try:
         pending = deque()
         while chunk := list(islice(images, _CHUNK)):
             pending.append(pool.submit(_convert_chunk, conversion, chunk))
@@ -155,6 +158,12 @@ def _convert_all(
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for memory: give --num_workers fewer, or 0"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _convert_chunk(

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from cm.errors import UserError
@@ -27,10 +29,40 @@ def run_main(main: Callable[[], object]) -> None:
     - SystemExit: its code is kept;
     - any other exception on any rank: one traceback, exit code 1, and all ranks end even when they wait for each other.
 
+    SIGTERM and SIGHUP end a program as Ctrl-C does, with exit code 128 + their number: it cleans up behind itself.
     A terminal or pipe that goes away ends nothing: what is printed from then on is lost.
     """
-    with lasting_streams():
+    with lasting_streams(), _signals_as_exceptions():
         _run_main(main)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asks the program to end; its argument is the number."""
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """In the body, SIGTERM and SIGHUP raise Terminated, if nobody else listens to them or ignores them (nohup)."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    process = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() != process:  # a child that was forked: it has nothing to clean up
+            os._exit(128 + number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # launchers repeat it, which must not break off the cleaning
+        raise Terminated(number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run_main(main: Callable[[], object]) -> None:
@@ -64,6 +96,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0, ""
         return 1, f"{error.code}\n"
+    if isinstance(error, Terminated):
+        return 128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}\n"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted\n"
     place = distributed.current_launch()

@@ -4,6 +4,7 @@ The first signal lets the step finish and a checkpoint be written; the second en
 """
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from cm.runtime import distributed
 from cm.runtime.liveness import PREEMPTED, TIME
-from cm.runtime.platform import STOP_SIGNALS
+from cm.runtime.platform import STOP_SIGNALS, watch_end
 
 # A launcher and its cluster may both pass on one signal: what comes within this time is not a second one (seconds).
 ECHO = 1.0
@@ -78,6 +79,21 @@ def shield_worker(_worker_id: int = 0) -> None:
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def follow_parent() -> None:
+    """For the start of a worker process: leave signals to the parent, and end when it is gone, whatever ended it."""
+    shield_worker()
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="parent").start()
+
+
+def _end_with(parent: int) -> None:
+    if (descriptor := watch_end(parent)) is not None and os.getppid() == parent:
+        select.select([descriptor], [], [])
+    while os.getppid() == parent:  # systems that do not tell
+        time.sleep(ECHO)
+    os._exit(1)
 
 
 class Stopper:
