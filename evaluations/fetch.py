@@ -59,8 +59,8 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
 
 def _download(url: str, target: Path, sha256: str, flag: str) -> None:
     """Fetch a file whose hash begins with `sha256`, or as its name says; it has its name when it is whole."""
+    filesystem.make_cache_folder(target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         expected = sha256.lower() or _hash_in_name(target.name) or None
         torch.hub.download_url_to_file(url, str(target), expected, progress=False)
     except (OSError, RuntimeError) as error:  # no connection, no space; another hash

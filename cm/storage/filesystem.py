@@ -6,6 +6,7 @@ A storage that has never answered is given up within about 15 seconds, since its
 has answered is waited for through an outage of minutes.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -130,7 +131,22 @@ def size(path: str | os.PathLike) -> int:
 
 def cache_folder() -> str:
     """Where copies of remote files lie: $CM_CACHE_DIR, by default ~/.cache/consistency-models. It need not exist."""
-    return os.path.expanduser(os.environ.get("CM_CACHE_DIR") or "~/.cache/consistency-models")
+    folder = os.path.expanduser(os.environ.get("CM_CACHE_DIR") or "~/.cache/consistency-models")
+    if folder.startswith("~"):
+        raise UserError("no home folder for downloads (HOME is not set): set CM_CACHE_DIR to a folder")
+    return folder
+
+
+def make_cache_folder(folder: str | os.PathLike) -> None:
+    """Make a folder of the cache; UserError where nothing can be written to it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write downloads to {os.fspath(folder)} ({error.strerror}): set CM_CACHE_DIR"
+        ) from None
 
 
 def cache_locally(path: str | os.PathLike) -> str:
@@ -163,7 +179,7 @@ def locked(target: str | os.PathLike) -> Iterator[None]:
 
     The ranks of a node come to the cache together: one of them fetches. The target's folder is made.
     """
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    make_cache_folder(os.path.dirname(target) or ".")
     with open(f"{os.fspath(target)}.lock", "w") as file:
         with suppress(OSError):  # some network file systems have no locks: then each process works for itself
             platform.lock(file)
@@ -224,6 +240,10 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or is_remote(path)):
             raise
+        if isinstance(error, KeyError) and error.args == ("HOME",):
+            raise UserError(
+                f"{os.fspath(path)}: its library looks for keys in the home folder; set HOME"
+            ) from None
         lines = str(error).strip().splitlines() or [""]
         cause = (
             lines[0].removeprefix("message=").partition(", request=<")[0]

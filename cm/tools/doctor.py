@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from cm.errors import UserError
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
 from cm.runtime import distributed, job, launch, liveness
 from cm.runtime.cpu import usable_cores
@@ -221,7 +222,10 @@ def check_weights() -> list[Check]:
         checks.append(
             Check(f"lpips {name}", "ok" if there else "note", str(hub) if there else f"not in {hub}")
         )
-    cache = Path(cache_folder())
+    try:
+        cache = Path(cache_folder())
+    except UserError as error:
+        return [*checks, Check("inception", "failed", str(error))]
     found = sorted(path.name for path in cache.glob("inception/*.pt*"))
     there = "ok" if found else "note"
     return [*checks, Check("inception", there, ", ".join(found) or f"none in {cache / 'inception'}")]

@@ -186,6 +186,14 @@ def test_a_download_with_the_wrong_hash_is_not_kept(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
+def test_a_cache_folder_that_is_a_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_bytes(b"")
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
+    serve(monkeypatch, b"content")
+    with pytest.raises(UserError, match=r"cannot write downloads to .*set CM_CACHE_DIR"):
+        fetch.local_copy("https://host/file.pt", flag="--flag")
+
+
 def test_a_name_with_a_hash_is_checked(tmp_path):
     path = tmp_path / "weights-0123abcd.pth"
     path.write_bytes(b"content")

@@ -244,3 +244,25 @@ def test_failed_remote_write_leaves_nothing(remote):
     with pytest.raises(RuntimeError):
         filesystem.write_atomic("gs://b/x", fail)
     assert not filesystem.exists("gs://b/x")
+
+
+def test_a_cache_folder_that_cannot_be_is_named(remote, tmp_path, monkeypatch):
+    remote.files["gs://b/x"] = b"12345"
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write downloads to .*file.*set CM_CACHE_DIR"):
+        filesystem.cache_locally("gs://b/x")
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *args: False)  # as for another user
+    with pytest.raises(UserError, match=r"Permission denied.*set CM_CACHE_DIR"):
+        filesystem.cache_locally("gs://b/x")
+
+
+def test_without_a_home_folder_the_setting_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CM_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, no entry for the user
+    with pytest.raises(UserError, match=r"HOME is not set.*CM_CACHE_DIR"):
+        filesystem.cache_folder()
+    with pytest.raises(UserError, match="set HOME"), filesystem.reaching("gs://b/x"):
+        raise KeyError("HOME")
