@@ -27,6 +27,7 @@ from cm.config.flags import (
 )
 from cm.config.rows import NOISE_LEVELS, OBJECTIVES, TASKS, TIME_STEPS
 from cm.errors import choose
+from cm.runtime.secrets import masked
 
 
 def _drawing() -> list[str]:
@@ -277,8 +278,9 @@ def script_of(config: Config | type[Config]) -> str:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """All flags with their values; infinities as text, so that the dict is plain JSON."""
+    """All flags with their values, for printing and storing: plain JSON (infinities are texts), secrets masked."""
     values = {name: getattr(config, name) for name in flags_of(type(config))}
+    values = {k: masked(v) if isinstance(v, str) else v for k, v in values.items()}
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 

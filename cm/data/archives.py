@@ -22,6 +22,7 @@ from cm.data.labels import Labels
 from cm.data.sources import Source, check_member, is_hidden, open_source, stored_labels
 from cm.errors import UserError
 from cm.runtime.inputs import open_regular
+from cm.runtime.secrets import masked
 from cm.seeding import derive_seed
 from cm.storage import filesystem
 
@@ -91,7 +92,7 @@ def _source(source: Source, labels: str, limit: int) -> Items:
         return _subset(table, [positions[number] for number in numbers])
 
     channels = sampled_channels(source, skip_unreadable=True)
-    description = f"{type(source).__name__} {_basename(source.path)}"
+    description = f"{type(source).__name__} {_basename(masked(source.path))}"
     return Items(description, images(), count, channels, kept_labels, lambda: source.passed_over)
 
 

@@ -20,6 +20,7 @@ from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.identify import identify
 from cm.networks.precision import torso_dtype
 from cm.runtime import logger
+from cm.runtime.secrets import masked
 from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)
@@ -64,7 +65,11 @@ class Pretrained(Model[ConfigType]):
 
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for metadata of results."""
-        return {"model_path": self.file.path, "weights": self.file.kind, "model_sha256": self.file.sha256}
+        return {
+            "model_path": masked(self.file.path),
+            "weights": self.file.kind,
+            "model_sha256": self.file.sha256,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class TrainedClassifier:
     def provenance(self) -> dict[str, str]:
         """Where the weights came from, for metadata of results."""
         return {
-            "classifier_path": self.file.path,
+            "classifier_path": masked(self.file.path),
             "classifier_weights": self.file.kind,
             "classifier_sha256": self.file.sha256,
         }

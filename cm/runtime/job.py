@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from cm.errors import UserError
 from cm.runtime import distributed, launch
+from cm.runtime.secrets import masked
 from cm.runtime.streams import lasting_streams, screen
 
 # How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.
@@ -170,5 +171,5 @@ def _keeps_store() -> bool:
 def _write_error(text: str) -> None:
     screen(sys.stdout).flush()
     stream = screen(sys.stderr)
-    stream.write(text)
+    stream.write(masked(text))
     stream.flush()

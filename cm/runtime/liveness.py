@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cm.runtime.platform import STOP_SIGNALS, process_birth, watch_end
+from cm.runtime.secrets import masked
 
 # Exit code of a run that ended in good order before its last step: the same command goes on.
 EXIT_UNFINISHED = 75
@@ -44,7 +45,7 @@ def write_status(
     """Say why the run ended, if no rank has said so yet: what comes second mostly follows from the first."""
     content = {
         "ended": ended,
-        "message": message,
+        "message": masked(message),
         "exit_code": exit_code,
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **more,

@@ -23,6 +23,7 @@ from cm.runtime.log_writers import (
     is_number,
     make_output_format,
 )
+from cm.runtime.secrets import masked
 from cm.runtime.streams import screen
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
@@ -102,7 +103,7 @@ class Logger:
 
     def _do_log(self, args: tuple) -> None:
         writers = [writer for writer in self.output_formats if isinstance(writer, SeqWriter)]
-        self._to(writers, lambda writer: writer.writeseq([str(arg) for arg in args]))
+        self._to(writers, lambda writer: writer.writeseq([masked(str(arg)) for arg in args]))
 
     def _to(self, writers: list, write: Callable[[Any], None]) -> None:
         """Call a function with each writer; UserError when the storage fails."""

@@ -24,6 +24,7 @@ from cm.errors import BadNumbers, UserError
 from cm.runtime import distributed, job, liveness, logger
 from cm.runtime.liveness import describe_last_run, furthest_behind, read_beats
 from cm.runtime.platform import SEES_ENDS
+from cm.runtime.secrets import masked
 
 INTERVAL = 0.2
 RECORD_BYTES = 1024
@@ -65,7 +66,7 @@ class Heartbeat:
     def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
         self._stop.send(b".")
         self._thread.join()
-        ended = "finished" if error is None else f"{kind.__name__}: {error}".splitlines()[0][:300]
+        ended = "finished" if error is None else masked(f"{kind.__name__}: {error}").splitlines()[0][:300]
         self._write(dataclasses.replace(self._beat(), ended=ended))
         if self._node_watch is not None:
             self._node_watch.kill()

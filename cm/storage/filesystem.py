@@ -164,7 +164,7 @@ def cache_locally(path: str | os.PathLike) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such remote file") from None
     key = hashlib.sha256(f"{path}\n{stat.size}\n{stat.mtime}".encode()).hexdigest()[:16]
-    target = os.path.join(cache_folder(), f"{key}-{path.rstrip('/').rsplit('/', 1)[-1]}")
+    target = os.path.join(cache_folder(), f"{key}-{path.partition('?')[0].rstrip('/').rsplit('/', 1)[-1]}")
     if not os.path.exists(target):
         with locked(target):
             if not os.path.exists(target):
