@@ -4,17 +4,25 @@ It does not depend on the number of workers or ranks, nor on where the run was r
 """
 
 import itertools
-from collections.abc import Iterator
+import multiprocessing.queues
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from cm.data.dataset import Batch, ImageData
 from cm.errors import UserError
-from cm.runtime import logger
+from cm.runtime import distributed, job, logger, platform
 from cm.runtime.distributed import local_rows
 from cm.runtime.preemption import shield_worker
 from cm.seeding import derive_seed
+
+T = TypeVar("T")
+
+AHEAD = 2  # batches that the loader asks of each worker in advance
+CANNOT_DELIVER = 3
 
 
 class StepBatches(torch.utils.data.Dataset):
@@ -27,18 +35,18 @@ class StepBatches(torch.utils.data.Dataset):
     def __init__(self, dataset: ImageData, *, global_batch_size: int, rows: range, seed: int, shuffle: bool):
         self.dataset = dataset
         self._global_batch_size = global_batch_size
-        self._rows = rows
+        self.rows = rows
         self._seed = seed
         self._shuffle = shuffle
         self._epoch_orders: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> list[int]:
         """Which images this rank sees in a step."""
-        return [self._index(step * self._global_batch_size + row) for row in self._rows]
+        return [self._index(step * self._global_batch_size + row) for row in self.rows]
 
     def __getitem__(self, step: int) -> Batch | str:
         """The batch, or the text of a UserError: as an exception it would reach the main process with a traceback."""
-        seeds = [derive_seed(self._seed, "augment", step, row) for row in self._rows]
+        seeds = [derive_seed(self._seed, "augment", step, row) for row in self.rows]
         try:
             return self.dataset.batch(self.indices(step), seeds)
         except UserError as error:
@@ -105,17 +113,18 @@ class TrainStream:
         self._pin_memory = pin_memory and torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        workers = affordable_workers(self._num_workers, self._batch_bytes())
         loader = torch.utils.data.DataLoader(
             self.batches,
             batch_size=None,  # an item is a batch already
             sampler=_Count(self._start_step),
-            num_workers=self._num_workers,
+            num_workers=workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=shield_worker,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else starting the loader would advance torch's global generator
         )
         reported: set[str] = set()
-        for outcome in loader:
+        for outcome in _delivered(loader):
             if isinstance(outcome, str):
                 raise UserError(outcome)
             images, labels, skipped = outcome
@@ -124,6 +133,40 @@ class TrainStream:
                 logger.warn(f"skipped an unreadable image: {name}")
             reported.update(skipped)
             yield images, {} if labels is None else {"y": labels}
+
+    def _batch_bytes(self) -> int:
+        """What a batch of this rank takes on its way from a worker [bytes]."""
+        data = self.batches.dataset
+        return 4 * len(self.batches.rows) * data.channels * data.image_size**2
+
+
+def affordable_workers(wanted: int, batch_bytes: int) -> int:
+    """As many of the wanted workers as shared memory has room for: each has up to AHEAD batches in it.
+
+    All ranks of a node start at about the same time and share what is free now.
+    """
+    free = platform.shared_memory()[0] // distributed.current_launch().local_world_size
+    workers = wanted if free < 0 else min(wanted, free // (AHEAD * max(batch_bytes, 1)))
+    if workers < wanted:
+        logger.warn(
+            f"{platform.describe_shared_memory()}: --num_workers {wanted} would need "
+            f"{wanted * AHEAD * batch_bytes / 2**20:.1f} MiB, {workers} read (docker run --shm-size gives more)"
+        )
+    return workers
+
+
+def _start_worker(worker: int) -> None:
+    """A worker leaves signals to the training process, and ends when it cannot deliver: nobody would miss its batch."""
+    shield_worker(worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(CANNOT_DELIVER))
+
+
+def _delivered(loader: Iterable[T]) -> Iterator[T]:
+    """The loader's batches; UserError when a worker has ended."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise job.lost_worker(error) or error from None
 
 
 class _Count(torch.utils.data.Sampler):

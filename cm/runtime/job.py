@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from cm.errors import UserError
-from cm.runtime import distributed, launch
+from cm.runtime import distributed, launch, platform
 from cm.runtime.secrets import masked
 from cm.runtime.streams import lasting_streams, screen
 
@@ -91,6 +91,7 @@ def _run_main(main: Callable[[], object]) -> None:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code of the job, and what is to be printed once."""
+    error = lost_worker(error) or error
     if isinstance(error, UserError):
         return 2, "error: " + " ".join(str(error).splitlines()) + "\n"
     if isinstance(error, SystemExit):
@@ -104,6 +105,16 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     place = distributed.current_launch()
     where = f"rank {place.rank} of {place.world_size} failed:\n" if place.world_size > 1 else ""
     return 1, where + "".join(traceback.format_exception(error))
+
+
+def lost_worker(error: BaseException) -> UserError | None:
+    """What to say when a data worker has ended, which torch reports wherever the main thread is; None otherwise."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    return UserError(
+        f"a data worker has ended: killed, or no room for its batch ({platform.describe_shared_memory()}); "
+        f"--num_workers 0 needs none ({str(error).splitlines()[0]})"
+    )
 
 
 def _end_job(code: int, text: str, patient: bool) -> NoReturn:

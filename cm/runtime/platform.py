@@ -159,6 +159,24 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+SHARED = "/dev/shm"
+
+
+def shared_memory() -> tuple[int, int]:
+    """(free, whole) bytes of the memory that processes share by name; negative where the system sets no limit."""
+    try:
+        found = os.statvfs(SHARED)
+    except (AttributeError, OSError):
+        return -1, -1
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
+def describe_shared_memory() -> str:
+    """`/dev/shm has 64.0 MiB, 12.5 free`."""
+    free, whole = (size / 2**20 for size in shared_memory())
+    return f"{SHARED} has {whole:.1f} MiB, {free:.1f} free" if whole >= 0 else f"no {SHARED}"
+
+
 def processor() -> str:
     """Name of the processor."""
     try:

@@ -216,7 +216,12 @@ def record_end(run_dir: str, ended: str, *, step: int, signal: str = "") -> int:
 
 
 def _explain(error: RuntimeError, run_dir: str) -> None:
-    """Turn an error of communication into a UserError that names the rank that the others waited for."""
+    """Turn an error of communication into a UserError that names the rank that the others waited for.
+
+    Likewise the end of a data worker, which torch reports from a signal, wherever the main thread is.
+    """
+    if lost := job.lost_worker(error):
+        raise lost from None
     if distributed.get_world_size() == 1 or not _BROKEN_CONNECTION.search(f"{type(error).__name__} {error}"):
         return
     # On the node of a dead rank the heartbeat knows more, and ends the job within this time.

@@ -1,5 +1,8 @@
 """The batch of a step is a function of (data, seed, step): not of workers, ranks or the point of resumption."""
 
+import re
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -8,9 +11,10 @@ import torch
 from PIL import Image
 
 from cm.data import open_dataset
+from cm.data import stream as data_stream
 from cm.data.stream import TrainStream
 from cm.errors import UserError
-from cm.runtime import logger
+from cm.runtime import logger, platform
 from cm.seeding import derive_seed
 
 N = 10
@@ -170,3 +174,67 @@ def test_nothing_readable_ends(partly_damaged, tmp_path):
     dataset = open_dataset(partly_damaged, image_size=8, skip_unreadable=True)
     with pytest.raises(UserError, match="4 unreadable images in a row"):
         next(iter(TrainStream(dataset, global_batch_size=2)))
+
+
+def test_little_shared_memory_is_told_and_read_by_fewer_workers(numbered, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "warn", said.append)
+    whole = take(stream(numbered), 3)
+    batch = whole[0][0].nbytes
+    for free, workers in ((0, 0), (2 * batch, 1), (5 * batch, 2), (100 * batch, 3)):
+        monkeypatch.setattr(platform, "shared_memory", lambda free=free: (free, 64 << 20))
+        assert data_stream.affordable_workers(3, batch) == workers
+    assert len(said) == 3 and "/dev/shm has 64.0 MiB, 0.0 free: --num_workers 3" in said[0]
+    monkeypatch.setattr(platform, "shared_memory", lambda: (0, 64 << 20))
+    torch.testing.assert_close(take(stream(numbered, num_workers=2), 3), whole, rtol=0, atol=0)
+
+
+KILLED = """
+import os, signal, sys, time
+import torch
+from cm.data import open_dataset, stream
+from cm.runtime import job
+
+def main():
+    batches = iter(stream.TrainStream(open_dataset(sys.argv[1], image_size=4), global_batch_size=2, num_workers=1))
+    next(batches)
+    (worker,) = torch.multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    if sys.argv[2] == "outside":
+        time.sleep(10)
+    for batch in batches:
+        pass
+
+job.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_worker_that_is_killed_is_one_line(tmp_path, where):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 4, 4, 3), np.uint8))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "x.npz"), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(r"error: a data worker has ended.*/dev/shm has .* MiB.*--num_workers 0", done.stderr)
+
+
+FULL = """
+import sys
+from cm.data import open_dataset, stream
+from cm.runtime import job
+stream.affordable_workers = lambda wanted, size: wanted  # others have filled it since
+job.run_main(lambda: next(iter(stream.TrainStream(
+    open_dataset(sys.argv[1], image_size=256), global_batch_size=2, num_workers=1))))
+"""
+
+
+def test_a_worker_without_shared_memory_ends_instead_of_hanging(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 256, 256, 3), np.uint8))
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    command = ["unshare", "-m", "sh", "-c", f'{small}; exec "$0" -c "$1" "$2"', sys.executable, FULL]
+    done = subprocess.run([*command, str(tmp_path / "x.npz")], capture_output=True, text=True, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: a data worker has ended")
+    assert "/dev/shm has 0.1 MiB" in last and "--num_workers 0" in last
