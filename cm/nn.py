@@ -15,6 +15,7 @@ from torch.nn import SiLU
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 __all__ = [
+    "Dropout",
     "GroupNorm32",
     "SiLU",
     "append_dims",
@@ -27,6 +28,7 @@ __all__ = [
     "modulated_norm",
     "normalization",
     "scale_module",
+    "set_dropout_rows",
     "timestep_embedding",
     "update_ema",
     "zero_module",
@@ -45,6 +47,35 @@ AVERAGE_POOLS = {
     2: nn.AvgPool2d,
     3: nn.AvgPool3d,
 }
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose masks belong to the rows of a batch, once `rows` is set; before, as torch's.
+
+    rows (B,) int32: a random number of each row. Element e of a row is dropped where a_e row + b_e (mod 2^32), which
+    is uniform, is below 2^32 p. The torch generator gives a and b only, whose number does not depend on B: the same
+    state gives a row the same mask in any batch. Masks of two rows or two elements are independent.
+    """
+
+    rows: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None or not self.training or self.p == 0:
+            return super().forward(x)
+        low, high = -(2**31), 2**31
+        draws = torch.randint(low, high, (2, *x.shape[1:]), dtype=torch.int32, device=x.device)
+        # In the memory order of x, which may be channels-last.
+        a, b = (torch.empty_like(x[:1], dtype=torch.int32).copy_(draw) for draw in draws)
+        uniform = (a * append_dims(self.rows[: len(x)], x.ndim)).add_(b)  # int32 wraps around
+        kept = uniform >= low + round(self.p * 2**32)
+        return torch.where(kept, x / (1 - self.p), 0)
+
+
+def set_dropout_rows(net: nn.Module, rows: Tensor) -> None:
+    """Which rows the next batches of a network are, for its dropout (`Dropout.rows`)."""
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.rows = rows
 
 
 class GroupNorm32(nn.GroupNorm):

@@ -51,6 +51,12 @@ class StepRandom:
         """(stop - start,) int64: the rows of the global batch that are drawn here."""
         return torch.arange(self.start, self.stop, device=self.device)
 
+    def row_numbers(self, kind: str) -> torch.Tensor:
+        """(stop - start,) int32, uniform: one number of each row for one kind of use."""
+        seeds = (derive_seed(self.seed, kind, self.step, row) for row in range(self.start, self.stop))
+        numbers = torch.tensor([seed % 2**32 - 2**31 for seed in seeds], dtype=torch.int32)
+        return numbers.to(self.device, non_blocking=True)
+
     def uniform(self) -> torch.Tensor:
         """(stop - start,) float32 in [0, 1)."""
         return self._scalars("uniform", lambda g: torch.rand(self.global_batch, generator=g))

@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch.testing import assert_close
 
 from cm import nn as cm_nn
+from cm.seeding import StepRandom
 from tests.helpers import golden_data
 
 
@@ -138,3 +139,45 @@ def test_checkpoint_of_a_frozen_module_passes_the_inputs_gradient():
     x = torch.randn(2, 3, requires_grad=True)
     cm_nn.checkpoint(layer, (x,), layer.parameters(), True).sum().backward()
     assert_close(x.grad, layer.weight.sum(0).expand(2, 3))
+
+
+def row_masks(rows, shape, p=0.3, seed=3):
+    drop = cm_nn.Dropout(p)
+    cm_nn.set_dropout_rows(drop, rows)
+    torch.manual_seed(seed)
+    return drop(torch.ones(len(rows), *shape)) > 0
+
+
+def test_a_rows_dropout_mask_is_its_own_in_any_batch_and_memory_order():
+    rows = StepRandom(0, 5, 0, 6, 6).row_numbers("dropout")
+    whole = row_masks(rows, (8, 4, 4))
+    assert torch.equal(row_masks(rows[2:5], (8, 4, 4)), whole[2:5])
+    later = StepRandom(0, 5, 3, 6, 6).row_numbers("dropout")
+    assert torch.equal(row_masks(later, (8, 4, 4)), whole[3:])
+    drop = cm_nn.Dropout(0.3)
+    drop.rows = rows
+    torch.manual_seed(3)
+    x = torch.randn(6, 8, 4, 4).to(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    out = drop(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, torch.where(whole, x / 0.7, 0))
+    assert drop.eval()(x) is x
+
+
+def test_dropout_masks_of_rows_and_elements_are_independent():
+    """Frequencies of single elements, of pairs and of triples of rows or elements, within five standard errors."""
+    p, rows = 0.3, StepRandom(0, 0, 0, 64, 64).row_numbers("dropout")
+    kept = torch.stack([row_masks(rows, (32, 16), p, seed) for seed in range(100)]).double()  # (N, B, C, L)
+    dropped = 1 - kept
+    many = dropped.numel()
+    for product, factors in (
+        (dropped, 1),
+        (dropped * dropped.roll(1, 1), 2),
+        (dropped * dropped.roll(1, 2), 2),
+        (dropped * dropped.roll(1, 0), 2),
+        (dropped * dropped.roll(1, 1) * dropped.roll(2, 1), 3),
+        (dropped * dropped.roll(1, 1) * dropped.roll((1, 1), (1, 2)), 3),
+    ):
+        q = p**factors
+        assert abs(product.mean().item() - q) < 5 * (2 * factors * q * (1 - q) / many) ** 0.5

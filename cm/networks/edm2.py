@@ -27,7 +27,7 @@ from cm.networks.magnitude import (
     normalize_weights,
     resample,
 )
-from cm.nn import append_dims, checkpoint
+from cm.nn import Dropout, append_dims, checkpoint
 
 LOGVAR_CHANNELS = 128
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
             self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels * (2 if double_norm else 1))
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
         if attention:

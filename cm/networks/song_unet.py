@@ -26,7 +26,7 @@ from cm.networks.layers import (
     pixel_norm,
     xavier_,
 )
-from cm.nn import checkpoint
+from cm.nn import Dropout, checkpoint
 
 # Sums of two branches are divided by sqrt(2), so that depth does not change the variance.
 SKIP_SCALE = math.sqrt(0.5)
@@ -68,7 +68,7 @@ class SongBlock(nn.Module):
         self.conv0 = xavier_(_conv(in_channels, out_channels, 3, resample, taps))
         self.affine = xavier_(nn.Linear(emb_channels, out_channels * (2 if double_norm else 1)))
         self.norm1 = group_norm(out_channels)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.conv1 = xavier_(_conv(out_channels, out_channels, 3), NEARLY_ZERO)
         if resample != "none" or in_channels != out_channels:
             self.skip = xavier_(_conv(in_channels, out_channels, 1, resample, taps))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cm.networks.attention import AttentionBlock
 from cm.nn import (
+    Dropout,
     SiLU,
     append_dims,
     avg_pool_nd,
@@ -141,7 +142,7 @@ class ResBlock(TimestepBlock):
         self.out_layers = nn.Sequential(
             normalization(out_channels),
             SiLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         if out_channels == channels:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm.errors import UserError
+from cm.nn import Dropout, set_dropout_rows
 from cm.objectives.base import Draw, Objective, Roles
 from cm.runtime import distributed, logger
 from cm.runtime.liveness import FINISHED
@@ -79,7 +79,7 @@ class Trainer:
         self.guard = NanGuard(optimization.max_bad_steps)
         self.meter = LossMeter(*sigma_range)
         self.clock = RunClock(step=0, saved_step=-1)
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        self._dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
 
     @property
     def finished(self) -> bool:
@@ -165,6 +165,7 @@ class Trainer:
         for start in range(0, len(x0), size):
             part = slice(start, min(start + size, len(x0)))
             last = part.stop == len(x0)
+            self._choose_masks(random, part)
             with contextlib.nullcontext() if last else self._no_sync():
                 terms = self.compute_losses(x0[part], draw[part], {k: v[part] for k, v in cond.items()})
                 # The process group averages gradients over ranks; this makes it the mean over the global batch.
@@ -190,9 +191,19 @@ class Trainer:
                 f"rank {rank} got a batch of {local_batch}, but its rows of {global_batch} are {len(rows)}"
             )
         step = self.state.step
-        if self._has_dropout:
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, rank))
         return StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device)
+
+    def _choose_masks(self, random: StepRandom, part: slice) -> None:
+        """Dropout masks of the next micro-batch: functions of the row, whatever the ranks and micro-batches."""
+        if not self._dropouts:
+            return
+        seed = derive_seed(self.seed, "dropout", random.step)
+        if not all(isinstance(m, Dropout) for m in self._dropouts):  # torch's own know no rows
+            seed = derive_seed(seed, random.start + part.start)
+        torch.manual_seed(seed)
+        rows = random.row_numbers("dropout")[part]
+        for role in filter(None, (self.roles.student, self.roles.target)):
+            set_dropout_rows(role.net, rows)
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.ddp_model is self.model else self.ddp_model.no_sync()

@@ -63,27 +63,31 @@ def batches(start=0):
         step += 1
 
 
-def make_trainer(name, run_dir, microbatch=-1):
+def make_trainer(name, run_dir, microbatch=-1, dropout=0.0):
     objective = OBJECTIVES[name]()
     consistency = name in ("ct", "cd")
     if distributed.get_rank() > 0:
         torch.nn.init.normal_(torch.empty(1000))  # initial weights must come from rank 0 only
     return Trainer(
-        roles=roles_of(objective, tiny_unet, ConsistencyPrecond() if consistency else EDMPrecond()),
+        roles=roles_of(
+            objective,
+            lambda: tiny_unet(dropout=dropout),
+            ConsistencyPrecond() if consistency else EDMPrecond(),
+        ),
         objective=objective,
         data=batches(),
         batch=BatchSize(GLOBAL_BATCH, microbatch),
-        optimization=Optimization(LearningRate(1e-3), ema_rate="0.9"),
+        optimization=Optimization(LearningRate(0.1 if dropout else 1e-3), ema_rate="0.9"),
         saver=Saver(run_dir),
         reports=Reports(log_interval=2, save_interval=-1),
         total_steps=5,
     )
 
 
-def train(name, run_dir, microbatch=-1, resume=False, stop=5):
+def train(name, run_dir, microbatch=-1, resume=False, stop=5, dropout=0.0):
     """Weights, averages and the last logged loss after `stop` steps."""
     logger.configure(run_dir, ["json"])
-    trainer = make_trainer(name, run_dir, microbatch)
+    trainer = make_trainer(name, run_dir, microbatch, dropout)
     if resume:
         trainer.load(complete_checkpoints(run_dir)[-1])
         trainer.data = batches(trainer.state.step)
@@ -112,6 +116,19 @@ def test_ranks_and_microbatches_do_not_change_the_weights(name, tmp_path):
         for result in results:
             torch.testing.assert_close(torch.from_numpy(result), one, rtol=0, atol=2e-5)
         assert all((r == results[0]).all() for r in results)
+
+
+@pytest.mark.parametrize("name", ["edm", "ct", "cd"])
+def test_dropout_masks_belong_to_rows(name, tmp_path):
+    """Ranks and micro-batches meet the masks of one process."""
+    one = torch.from_numpy(train(name, str(tmp_path / "1"), dropout=0.1))
+    other = torch.from_numpy(train(name, str(tmp_path / "other"), dropout=0.11))
+    assert (one - other).abs().max() > 2e-4  # masks matter
+    parts = torch.from_numpy(train(name, str(tmp_path / "parts"), 4, dropout=0.1))
+    torch.testing.assert_close(parts, one, rtol=0, atol=2e-5)
+    arguments = (name, str(tmp_path / "2"), 2, False, 5, 0.1)
+    for result in run_ranks("tests.training.test_train_ranks:train", 2, *arguments, timeout=90):
+        torch.testing.assert_close(torch.from_numpy(result), one, rtol=0, atol=2e-5)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
