@@ -89,6 +89,7 @@ def _train(config: TrainConfig, directory: RunDirectory, stopper: Stopper, signa
             resume_from(trainer, config.resume_checkpoint)
         trainer.data = iter(open_stream(config, dataset, trainer.state.step, device.type))
         log_summary(config, trainer, dataset)
+        saver.catch_up()
         directory.started()
         ended = trainer.run_loop()
         heartbeat.phase("end", trainer.state.step)

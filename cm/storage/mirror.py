@@ -123,6 +123,15 @@ class Mirror:
                 copy(checkpoint / name, f"{there}/{name}")
         self.push_logs()
 
+    def catch_up(self) -> None:
+        """Copy the run's newest complete checkpoint unless it is there: its copy may have been cut off."""
+        if own := complete_checkpoints(self.run_dir)[-1:]:
+            there = f"{self.path}/checkpoints/{own[0].name}"
+            with filesystem.reaching(self.path):
+                known = _complete_manifest(there)
+            if known != _read_manifest(str(own[0])):
+                self.push(own[0])
+
     def push_logs(self) -> None:
         """Copy the small files of the run directory."""
         with filesystem.reaching(self.path):

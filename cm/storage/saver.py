@@ -72,6 +72,19 @@ class Saver:
         if not self.background:
             self.check()
 
+    def catch_up(self) -> None:
+        """Give the mirror the newest complete checkpoint if it lacks it; a failure is one of a save."""
+        if self.mirror is None:
+            return
+        self.wait()
+        if distributed.is_main():
+            try:
+                self._problem = None
+                self.mirror.catch_up()
+            except (OSError, UserError) as error:
+                self._fail(f"could not copy the newest checkpoint to the mirror: {error}")
+        self.check()
+
     def wait(self) -> None:
         """Wait for the write that is under way, if any."""
         self.join()
@@ -87,6 +100,7 @@ class Saver:
         """End of the run: as `wait`, but a failed last write is an error whatever on_error says."""
         self.on_error = "stop"
         self.wait()
+        self.catch_up()
 
     def join(self) -> None:
         """Let the write under way end, without a word to other ranks: for a run that ends by an error."""
@@ -104,11 +118,7 @@ class Saver:
             if self.mirror is not None:
                 self.mirror.push(path)
         except (OSError, UserError) as error:
-            self._problem = UserError(
-                f"could not save step {step} under {self.run_dir}: {error}{self._remaining()}"
-            )
-            if self.on_error == "warn":
-                logger.warn(f"warning: {self._problem}; training goes on to the next save")
+            self._fail(f"could not save step {step} under {self.run_dir}: {error}{self._remaining()}")
             return
         except Exception:
             self._problem = RuntimeError(f"could not save step {step}:\n{traceback.format_exc()}")
@@ -117,6 +127,11 @@ class Saver:
             prune_checkpoints(self.run_dir, self.keep_last, self.keep_every)
         except (OSError, UserError) as error:
             logger.warn(f"warning: an old checkpoint could not be deleted: {error}")
+
+    def _fail(self, text: str) -> None:
+        self._problem = UserError(text)
+        if self.on_error == "warn":
+            logger.warn(f"warning: {text}; training goes on to the next save")
 
     def _remaining(self) -> str:
         try:

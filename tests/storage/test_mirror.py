@@ -114,6 +114,46 @@ def test_a_run_moves_to_another_machine(tmp_path, bucket):
     assert f"{BUCKET}/checkpoints/step_000004/manifest.json" in bucket.files
 
 
+@pytest.mark.parametrize("loss", ["manifest", "file", "size", "all"])
+def test_what_the_mirror_lacks_of_the_newest_checkpoint_is_copied_once(tmp_path, bucket, loss):
+    run, there = tmp_path / "run", f"{BUCKET}/checkpoints/step_000002"
+    mirror = Mirror(BUCKET, run)
+    for step in (1, 2):
+        mirror.push(write(run, step))
+    whole = dict(bucket.files)
+    if loss == "size":
+        bucket.files[f"{there}/model000002.pt"] = b"half"
+    for name in {"manifest": ["manifest.json"], "file": ["model000002.pt"], "size": []}.get(
+        loss, list(whole)
+    ):
+        bucket.files.pop(name if loss == "all" else f"{there}/{name}")
+    Saver(run, mirror=mirror).catch_up()
+    assert {name: whole[name] for name in whole if there in name} == {
+        name: content for name, content in bucket.files.items() if there in name
+    }
+    bucket.calls.clear()
+    Saver(run, mirror=mirror).finish()
+    assert not [call for call in bucket.calls if call[1] == "wb"]
+
+
+def test_a_finished_run_completes_its_mirror(tmp_path):
+    """The same command again, after a copy of the last checkpoint that was cut off."""
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    flags = (
+        "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
+        "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --preview_count 0 --ema_rate 0.9 "
+        f"--total_training_steps 1 --data_dir {tmp_path}/images.npz --mirror {tmp_path}/disk --out_dir {tmp_path}/run"
+    )
+    manifest = tmp_path / "disk" / "checkpoints" / "step_000001" / "manifest.json"
+    for _ in range(2):
+        run_train(parse(EdmTrainConfig, flags.split()))
+        logger.reset()
+        first = manifest.read_bytes()
+        manifest.unlink()
+    run_train(parse(EdmTrainConfig, flags.split()))
+    assert manifest.read_bytes() == first
+
+
 @pytest.mark.parametrize("action", ["push", "pull", "push_logs"])
 def test_a_second_folder_that_fails_is_one_line_too(tmp_path, monkeypatch, action):
     """A mirror may be a mounted disk: its errors name the place, as those of a bucket do."""
