@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.runtime import job
+from cm.runtime.files import writing
 from cm.storage.weights import load_weights, save_weights
 
 FEATURE_DIM = 64
@@ -112,7 +113,8 @@ def main() -> None:
         raise UserError(f"{args.data}: a classifier needs labels, and these images have none")
     pixels = np.concatenate(list(images.batches(range(images.shape[0]), 4096)))
     net, meta = train_classifier(pixels, images.labels, seed=args.seed, epochs=args.epochs)
-    save_weights(args.out, net.state_dict(), meta)
+    with writing(args.out):
+        save_weights(args.out, net.state_dict(), meta)
     print(
         f"{args.out}: {meta['held_out_accuracy']:.2%} of {meta['held_out_images']} held-out images read right"
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.runtime.files import whole_file
+from cm.runtime.files import whole_file, writing
 from cm.storage.filesystem import write_atomic
 
 SMALLEST_CELL = 64  # pixels: smaller images are enlarged in a grid
@@ -114,16 +114,15 @@ class SampleWriter:
         self._block = self._open()
 
     def __enter__(self) -> "SampleWriter":
-        try:
+        with writing(self.path):
             self._block.__enter__()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._block.__exit__(kind, error, trace)
+        with writing(self.path):
+            self._block.__exit__(kind, error, trace)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -159,5 +158,6 @@ class SampleWriter:
             if values.shape != array.shape[:1]:
                 raise ValueError(f"labels {values.shape} for images {array.shape}")
             self._labels.append(values)
-        self._images.write(memoryview(array).cast("B"))
+        with writing(self.path):
+            self._images.write(memoryview(array).cast("B"))
         self.written += len(array)

@@ -60,6 +60,9 @@ class Claim:
                 file.write(text)
         except FileExistsError:
             return False
+        except OSError:  # a full disk has room for a name
+            self.file.unlink(missing_ok=True)
+            raise
         return True
 
     def _renew(self) -> None:

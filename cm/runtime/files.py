@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from cm.errors import UserError
+
 # What file systems answer that cannot open or flush a folder (network mounts, folders without the right to list them).
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
@@ -30,6 +32,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # where the storage fails, its first error counts
             temporary.unlink()
     sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError of the body becomes a UserError that names the path and the cause, chained to it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 
 from cm.errors import UserError
 from cm.runtime import platform
-from cm.runtime.files import whole_file
+from cm.runtime.files import whole_file, writing
 from cm.runtime.inputs import check_regular, open_regular
 
 T = TypeVar("T")
@@ -199,11 +199,8 @@ def write_atomic(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
         with _remote(path, lambda store: store.BlobFile(path, "wb", **options)) as file:
             writer(file)
         return
-    try:
-        with whole_file(path) as file:
-            writer(file)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path), whole_file(path) as file:
+        writer(file)
 
 
 def _is_loop(parent: str, name: str) -> bool:

@@ -6,6 +6,9 @@ are those of ours, ({q, k, v}, head, channel), cut in three.
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from cm.config.derived import is_consistency
 from cm.config.stored import checked
 from cm.errors import UserError
 from cm.runtime.inputs import read_json
+from cm.storage.filesystem import write_atomic
 from cm.tools.convert.layout import (
     AdmShape,
     Config,
@@ -316,12 +320,33 @@ def write_folder(path: str, state: State, config: Config) -> None:
         "unet": ["diffusers", "UNet2DModel"],
     }
     folder = Path(path)
+    with _folder_or_nothing(folder):
+        _write_files(
+            folder,
+            converted,
+            {
+                "unet/config.json": unet_config(config),
+                "scheduler/scheduler_config.json": scheduler,
+                "model_index.json": index,
+            },
+        )
+
+
+@contextmanager
+def _folder_or_nothing(folder: Path) -> Iterator[None]:
+    """A folder that is new goes again when the body fails."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_files(folder: Path, weights: State, contents: dict[str, dict]) -> None:
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_safetensors(folder / "unet" / f"{WEIGHTS}.safetensors", converted)
-    for name, content in {
-        "unet/config.json": unet_config(config),
-        "scheduler/scheduler_config.json": scheduler,
-        "model_index.json": index,
-    }.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_safetensors(folder / "unet" / f"{WEIGHTS}.safetensors", weights)
+    for name, content in contents.items():
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -22,6 +22,7 @@ from cm.models.files import load_model_file
 from cm.models.guided_diffusion import guessed_precond, guided_to_ours, is_guided
 from cm.models.identify import RELEASED_HEADS, Heads, identify
 from cm.models.wrappers import require_flat, unwrapped
+from cm.runtime.files import writing
 from cm.runtime.inputs import open_regular
 from cm.storage.torch_format import LEGACY
 from cm.storage.unpickle import one_line
@@ -200,7 +201,8 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
     if to != "legacy":
         _require_objective(config, source.path, to)
     check_fits(state, config, source.path)
-    WRITERS[to](target, state, config)
+    with writing(target):
+        WRITERS[to](target, state, config)
     parameters = sum(t.numel() for t in state.values())
     facts = ", ".join([config["network"], f"{parameters:,} values", *_taken(told, known, heads)])
     return f"{source.path} ({kind}): {facts} -> {target} ({to})"

@@ -37,13 +37,14 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
 
 def write_safetensors(path: str | Path, state: dict[str, Tensor], meta: dict | None = None) -> None:
     """Write tensors and JSON meta to one file, by way of a temporary one."""
-    temporary = Path(f"{path}.tmp")
+    library, temporary = _library(), Path(f"{path}.tmp")
     header = {"format": "pt"} | ({META: json.dumps(meta)} if meta else {})
     try:
-        _library().torch.save_file(
-            {n: t.detach().cpu().contiguous() for n, t in state.items()}, temporary, header
-        )
+        tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
+        library.torch.save_file(tensors, temporary, header)
         temporary.replace(path)
+    except library.SafetensorError as error:  # a full disk, too
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
