@@ -21,6 +21,8 @@ JOIN_TIMEOUT = 600.0
 # leaves by sys.exit(code) did so on purpose, so the others may still have something to write.
 ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
 POLL_INTERVAL = 0.02
+# How much longer a failing rank waits for a store that does not answer (seconds).
+UNANSWERED = 5.0
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -124,8 +126,15 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
     rank that reports an error prints it: what other ranks meet later mostly follows from it.
     """
     grace = EXIT_GRACE if patient else ERROR_GRACE
+    told = threading.Event()
+    # The store lives in a rank, which may be the one that is stuck.
+    guard = threading.Timer(grace + UNANSWERED, _leave, (code, text, told))
+    guard.daemon = True
+    guard.start()
     try:
-        if distributed.store().add("cm/failed", 1) == 1:
+        first = distributed.store().add("cm/failed", 1) == 1
+        told.set()
+        if first:
             _write_error(text)
             distributed.store().set("cm/code", str(code))
         else:
@@ -133,11 +142,20 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
             grace += 2.0  # the first rank is the one to end the job
         distributed.store().add("cm/ended", 1)
     except (RuntimeError, OSError):  # rank 0, which keeps the store, is gone
+        told.set()
         _write_error(text)
     if patient:
         distributed.cleanup()
     if _all_ended(grace):
+        guard.cancel()
         raise SystemExit(code) from None
+    _leave(code, text, told)
+
+
+def _leave(code: int, text: str, told: threading.Event) -> NoReturn:
+    """End this process whatever its threads wait for; prints the text unless some rank has."""
+    if not told.is_set():
+        _write_error(text)
     screen(sys.stdout).flush()
     if distributed.current_launch().kind == "mpi":
         launch.abort_mpi(code)

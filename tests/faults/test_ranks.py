@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -163,3 +164,37 @@ def test_a_signal_to_mpiexec_reaches_the_ranks(data, tmp_path):
         assert len(complete_checkpoints(folder)) == 1
     finally:
         mp._end(process)
+
+
+KEEPER = """
+import sys, time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(120)
+"""
+LEAVER = """
+import sys, torch.distributed as dist
+from cm.runtime import distributed, job
+distributed._store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, wait_for_workers=False)
+print("connected", flush=True)
+sys.stdin.readline()
+job.end_job(1, "error: no progress\\n")
+"""
+
+
+def test_a_rank_ends_though_the_process_with_the_store_is_frozen():
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER], **pipes)
+    try:
+        port = keeper.stdout.readline().strip()
+        with subprocess.Popen([sys.executable, "-c", LEAVER, port], cwd=mp.ROOT, **pipes) as leaver:
+            try:
+                assert leaver.stdout.readline() == "connected\n"
+                keeper.send_signal(signal.SIGSTOP)
+                _, printed = leaver.communicate("go\n", timeout=30)
+            finally:
+                leaver.kill()
+    finally:
+        keeper.kill()
+        keeper.communicate()
+    assert leaver.returncode == 1 and printed.endswith("error: no progress\n")
