@@ -13,6 +13,7 @@ from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.errors import UserError
 from cm.runtime import distributed, logger
 from cm.runtime.run_directory import RunDirectory
+from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import save_weights
 from tests.helpers import mp
 
@@ -65,6 +66,35 @@ def test_bad_data_and_bad_teachers_leave_nothing(inputs, tmp_path, images, teach
     with pytest.raises(UserError, match=r"nothing|broken|other"):
         train(tmp_path / out, inputs / images, inputs / teacher)
     assert snapshot(tmp_path) == before
+
+
+def bad_checkpoints(folder: Path) -> dict[str, Path | str]:
+    """What --resume_checkpoint refuses, by name; a run's directory and single files."""
+    good = write_checkpoint(folder / "good", 1, {"model000001.pt": {"w": torch.ones(2)}}, {"step": 1}, {})
+    bad = {"other network": good, "missing": folder / "nothing", "empty folder": folder / "empty"}
+    bad["empty folder"].mkdir()
+    for name in ("no manifest", "short file", "flipped bit", "no state", "deep manifest"):
+        bad[name] = folder / name.replace(" ", "_")
+        shutil.copytree(good, bad[name])
+    (bad["no manifest"] / "manifest.json").unlink()
+    (bad["short file"] / "model000001.pt").write_bytes(b"short")
+    content = bytearray((bad["flipped bit"] / "model000001.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (bad["flipped bit"] / "model000001.pt").write_bytes(content)
+    (bad["no state"] / "state.json").unlink()
+    (bad["deep manifest"] / "manifest.json").write_text("[" * 100_000)
+    return bad | {"weights": folder / "other.pt", "garbage": folder / "broken.pt", "scheme": "file:///x"}
+
+
+def test_bad_checkpoints_to_resume_from_leave_nothing(inputs, tmp_path):
+    bad = bad_checkpoints(inputs)
+    before = snapshot(tmp_path)
+    for name, checkpoint in bad.items():
+        flags = f"{FLAGS} --training_mode consistency_training --init random --data_dir {inputs}/images.npz"
+        paths = ["--resume_checkpoint", str(checkpoint), "--out_dir", f"{tmp_path}/runs/run"]
+        with pytest.raises(UserError):
+            run_train(parse(CmTrainConfig, [*flags.split(), *paths]))
+        assert snapshot(tmp_path).keys() == before.keys(), name
 
 
 @pytest.mark.parametrize(
