@@ -8,6 +8,7 @@ written here also carry `meta`, a JSON text that says where the numbers come fro
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from cm.data.decode import Decoder, readable
 from cm.data.sources import Source, open_source
 from cm.data.transforms import center_crop_arr
 from cm.errors import UserError
+from cm.runtime.inputs import read_json
 from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
 META = "meta"
+MAX_FEATURES = 8192  # the covariance of so many has 512 MiB
+META_LIMIT, LABELS_LIMIT = 16 << 20, 1 << 30  # bytes
 ROUNDING = 1e-5  # relative error of a covariance that is only rounded
 # Which arrays hold the mean and covariance of which features.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -78,7 +82,9 @@ class NpzImages:
             raise UserError(f"{path}: arr_0 is {shape}; expected (N, H, W, 3), (N, H, W, 1) or (N, H, W)")
         self.shape = shape if len(shape) == 4 else (*shape, 1)
         with readable(self.path), np.load(self._local, allow_pickle=False) as arrays:
-            self.labels = _labels(arrays["arr_1"], shape[0]) if "arr_1" in arrays.files else None
+            known = "arr_1" in arrays.files
+            limit = min(16 * shape[0], LABELS_LIMIT)
+            self.labels = _labels(_bounded(arrays, "arr_1", limit), shape[0]) if known else None
             self.meta = _read_meta(arrays) or _read_side_file(self.path)
 
     def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
@@ -160,7 +166,12 @@ def open_reference(path: str) -> Reference:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise UserError("is not an npz archive")
         statistics = {
-            kind: _gaussian(arrays[mu], arrays[sigma], mu, sigma)
+            kind: _gaussian(
+                _bounded(arrays, mu, 8 * MAX_FEATURES),
+                _bounded(arrays, sigma, 8 * MAX_FEATURES**2),
+                mu,
+                sigma,
+            )
             for kind, (mu, sigma) in STATISTICS.items()
             if mu in arrays.files and sigma in arrays.files
         }
@@ -192,13 +203,32 @@ def default_json(samples: str, reference: str) -> Path:
 
 
 def _npy_header(member) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    one = version == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
+    shape, fortran, dtype = _read_header(member)
     if fortran and len(shape) > 1:
         raise UserError("arr_0 is in Fortran order; save it in C order (np.ascontiguousarray)")
     return shape, dtype
+
+
+def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    one = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+    return read(member)
+
+
+def array_header(arrays: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, type) of an array of an open npz, which is not unpacked for it."""
+    with arrays.zip.open(f"{name}.npy") as member:
+        shape, _fortran, dtype = _read_header(member)
+    return shape, dtype
+
+
+def _bounded(arrays: np.lib.npyio.NpzFile, name: str, limit: int) -> np.ndarray:
+    """An array of an npz, if its header says at most `limit` bytes: a small file may unpack to any number."""
+    shape, dtype = array_header(arrays, name)
+    if (size := math.prod(shape) * dtype.itemsize) > limit:
+        raise UserError(f"{name} unpacks to {size:,} bytes; at most {limit:,} are read")
+    return arrays[name]
 
 
 def _wrong_type(member, shape: tuple[int, ...], dtype: np.dtype) -> str:
@@ -254,17 +284,17 @@ def _read_side_file(path: str) -> dict | None:
     if filesystem.is_remote(path) or not side_file.is_file():
         return None
     try:
-        meta = json.loads(side_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{side_file}: not valid JSON ({error})") from None
+        meta = read_json(side_file, object)
+    except OSError as error:
+        raise UserError(f"{side_file} cannot be read: {error.strerror}") from None
     return meta if isinstance(meta, dict) else None
 
 
 def _read_meta(arrays: np.lib.npyio.NpzFile) -> dict | None:
-    if META not in arrays.files or arrays[META].dtype.kind != "U":
+    if META not in arrays.files or array_header(arrays, META)[1].kind != "U":
         return None
     try:
-        meta = json.loads(str(arrays[META]))
+        meta = json.loads(str(_bounded(arrays, META, META_LIMIT)))
     except ValueError as error:
         raise UserError(f"{META} is not valid JSON ({error})") from None
     return meta if isinstance(meta, dict) else None

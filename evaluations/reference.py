@@ -24,7 +24,7 @@ from cm.runtime.provenance import versions
 from cm.storage import filesystem
 from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
 from evaluations.fetch import local_copy
-from evaluations.npz_io import ImageSet, open_images, open_reference, write_reference
+from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
 from evaluations.pipeline import extract, gather_rows, image_batches
 from evaluations.protocols import PROTOCOLS, Protocol
 
@@ -82,7 +82,8 @@ def inspect(path: str) -> dict[str, Any]:
     if str(path).lower().endswith(".npz"):
         with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as file:
             # arr_0 may be large: its shape is known from its header.
-            arrays = {n: list(file[n].shape) for n in file.files if n != "arr_0" and file[n].ndim}
+            shapes = {name: list(array_header(file, name)[0]) for name in file.files if name != "arr_0"}
+            arrays = {name: shape for name, shape in shapes.items() if shape}
     if reference.images:
         arrays["arr_0"] = list(reference.images.shape)
     return {

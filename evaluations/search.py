@@ -25,6 +25,7 @@ from cm.data.images import save_json
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
+from cm.runtime.inputs import read_json
 from cm.runtime.provenance import versions
 from cm.sampling.generate import local_batches
 from cm.sampling.levels import ts_to_sigmas
@@ -97,10 +98,10 @@ class Memo:
         self._content: dict[str, Any] = {}
         if distributed.is_main() and path.exists():
             try:
-                self._content = json.loads(path.read_text(encoding="utf-8"))
+                self._content = read_json(path)
                 known = self._content.get(self._key, {"scores": {}})["scores"]
                 self._scores = {k: Score(**v) for k, v in known.items()}
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (UserError, TypeError, KeyError, AttributeError):
                 raise UserError(f"{path}: not a file of search scores; delete or rename it") from None
         else:
             self._scores = {}

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from cm.config import plugins, presets
 from cm.config.derived import AUTO, with_two_steps
@@ -30,6 +30,7 @@ from cm.config.scripts import (
 )
 from cm.config.validation import require_inputs, validate
 from cm.errors import UserError, nearest
+from cm.runtime.inputs import JSON_LIMIT, read_regular
 
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
 # Written by earlier versions; what they said is read off the classifier's file now.
@@ -138,8 +139,10 @@ def read_file(path: str, script: str) -> dict[str, Any]:
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            content = _yaml(file) if path.endswith((".yaml", ".yml")) else json.load(file)
+        text = read_regular(path, JSON_LIMIT).decode()
+        content = _yaml(text, path) if path.endswith((".yaml", ".yml")) else json.loads(text)
+    except UserError as error:
+        raise UserError(f"--config: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -147,13 +150,13 @@ def read_file(path: str, script: str) -> dict[str, Any]:
     return content if "script" not in content else _of_a_run(content, path, script)
 
 
-def _yaml(file: IO[str]) -> Any:
+def _yaml(text: str, path: str) -> Any:
     try:
         import yaml
     except ImportError:
-        raise UserError(f"--config {file.name}: pip install pyyaml, or consistency-models[yaml]") from None
+        raise UserError(f"--config {path}: pip install pyyaml, or consistency-models[yaml]") from None
     try:
-        return yaml.safe_load(file)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 

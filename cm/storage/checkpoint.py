@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime.files import sync_folder, whole_file
+from cm.runtime.inputs import JSON_LIMIT, read_regular
 from cm.storage.posthoc import keep_snapshots
 from cm.storage.weights import Damaged, file_sha256, parse_object, save_weights
 
@@ -105,7 +106,7 @@ def is_complete(path: Path) -> bool:
 
 def _manifest(path: Path) -> dict[str, dict]:
     """File name -> {"bytes", "sha256"} of a checkpoint directory; Damaged when it is not what we write."""
-    return parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+    return parse_manifest(read_regular(path / MANIFEST, JSON_LIMIT), str(path / MANIFEST))
 
 
 def parse_manifest(text: bytes, source: str) -> dict[str, dict]:
@@ -130,7 +131,7 @@ def verify_checkpoint(path: Path) -> None:
         for name, entry in _manifest(path).items():
             if file_sha256(path / name) != entry["sha256"]:
                 raise Damaged(f"{path / name} is damaged: its hash differs from the checkpoint's manifest")
-        parse_object((path / STATE).read_bytes(), str(path / STATE))
+        parse_object(read_regular(path / STATE, JSON_LIMIT), str(path / STATE))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -138,7 +139,7 @@ def verify_checkpoint(path: Path) -> None:
 def read_state(path: Path) -> dict:
     """The JSON state of a checkpoint directory: step, loss scale, configuration, versions."""
     try:
-        return parse_object((path / STATE).read_bytes(), str(path / STATE))
+        return parse_object(read_regular(path / STATE, JSON_LIMIT), str(path / STATE))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

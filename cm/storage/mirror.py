@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from cm.errors import UserError
+from cm.runtime.inputs import JSON_LIMIT
 from cm.storage import filesystem
 from cm.storage.checkpoint import MANIFEST, complete_checkpoints, parse_manifest, verify_checkpoint
 from cm.storage.weights import Damaged, file_sha256
@@ -85,7 +86,7 @@ def _read_manifest(checkpoint: str) -> dict[str, dict] | None:
     source = f"{checkpoint}/{MANIFEST}"
     try:
         with filesystem.reaching(source), filesystem.open_file(source, "rb") as file:
-            return parse_manifest(file.read(), source)
+            return parse_manifest(file.read(JSON_LIMIT), source)
     except (Damaged, FileNotFoundError):
         return None
 

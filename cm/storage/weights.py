@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime.files import whole_file
+from cm.runtime.inputs import open_regular
 from cm.storage.filesystem import cache_locally
 from cm.storage.torch_format import check_size, read_torch
 from cm.storage.unpickle import Refused
@@ -125,7 +126,7 @@ def parse_object(text: bytes, source: str) -> dict:
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

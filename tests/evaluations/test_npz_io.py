@@ -1,6 +1,7 @@
 """Image sets and references on disk: streaming, equality of formats, and every bad file in one line."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -118,6 +119,43 @@ BAD_IMAGES = {
     "Fortran order": {"arr_0": np.asfortranarray(PIXELS)},
     "expected integer labels": {"arr_0": PIXELS, "arr_1": np.zeros(3, np.int64)},
 }
+
+
+def bomb(path, name, shape, **others):
+    """An npz with an array of zeros whose header announces `shape` and whose content is short and compressed."""
+    np.savez(path, **others)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive, archive.open(f"{name}.npy", "w") as member:
+        header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(100):
+            member.write(bytes(1 << 20))
+    assert path.stat().st_size < 100_000
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "others"),
+    [
+        ("mu", (1 << 30,), {"sigma": np.eye(2)}),
+        ("sigma", (1 << 15, 1 << 15), {"mu": np.zeros(2)}),
+        ("mu_s", (1 << 30,), {"mu": np.zeros(2), "sigma": np.eye(2), "sigma_s": np.eye(2)}),
+        ("arr_1", (1 << 30,), {"arr_0": PIXELS}),
+    ],
+)
+def test_arrays_that_would_unpack_to_gigabytes_are_refused(tmp_path, name, shape, others):
+    path = bomb(tmp_path / "bomb.npz", name, shape, **others)
+    words = rf"bomb\.npz: {name} unpacks to 8,589,934,592 bytes; at most [\d,]+ are read"
+    with pytest.raises(UserError, match=words):
+        (open_images if name == "arr_1" else open_reference)(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_no_npz(tmp_path, kind):
+    path = tmp_path / "x.npz"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    for opened in (open_images, open_reference):
+        with pytest.raises(UserError, match=rf"x\.npz is a {kind}, not a file"):
+            opened(str(path))
 
 
 @pytest.mark.parametrize("message", BAD_IMAGES)
