@@ -165,6 +165,12 @@ def read_inception_state(path: str | Path) -> dict[str, Tensor]:
 def find_inception(location: str = "", sha256: str = "") -> tuple[Path, str]:
     """(path, SHA-256) of the weights: a path, a URL, or "" for the published file in the cache (fetched if absent)."""
     if location:
+        if location.startswith("http://") and not sha256:
+            name = location.partition("?")[0].rpartition("/")[2]
+            raise UserError(
+                f"{FLAG}: {name} would come over http:// as anybody on the way likes it; "
+                "give an https:// address, a file, or its hash (--weights_sha256)"
+            )
         path = local_copy(location, sha256=sha256, flag=FLAG)
         return path, check_sha256(path, sha256)
     for known in PUBLISHED.values():

@@ -1,6 +1,7 @@
 """Inception-v3: golden features, the TensorFlow 1 resize by hand, and every way a weights file can be wrong."""
 
 import email.message
+import hashlib
 import io
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_file_in_the_cache_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
     (tmp_path / "inception").mkdir()
     path = write_openai(PUBLISHED["openai"].cached)
-    assert inception_weights.find_inception()[0] == path
+    assert inception_weights.inception_weights.find_inception()[0] == path
 
 
 class Answer(io.BytesIO):
@@ -192,6 +193,21 @@ def test_a_cache_folder_that_is_a_file_is_named(tmp_path, monkeypatch):
     serve(monkeypatch, b"content")
     with pytest.raises(UserError, match=r"cannot write downloads to .*set CM_CACHE_DIR"):
         fetch.local_copy("https://host/file.pt", flag="--flag")
+
+
+def test_plain_http_needs_a_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
+    serve(monkeypatch, b"content")
+    location = "http://user:secret@host/weights.pt?key=secret"
+    with pytest.raises(UserError, match=r"--inception_path: weights\.pt .*--weights_sha256") as error:
+        inception_weights.find_inception(location)
+    assert "secret" not in str(error.value) and not (tmp_path / "cache").exists()
+    known = hashlib.sha256(b"content").hexdigest()
+    assert (
+        inception_weights.find_inception(location, known)[1]
+        == inception_weights.find_inception("https://host/weights.pt")[1]
+        == known
+    )
 
 
 def test_a_name_with_a_hash_is_checked(tmp_path):
