@@ -1,6 +1,7 @@
-"""The exceptions that mean "the user can fix this", and the one way to say that a name is not known."""
+"""The exceptions that mean "the user can fix this", the one way to say that a name is not known, and what no text says."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -35,3 +36,18 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0
     """`; did you mean X?`, or nothing when no known name resembles `name`."""
     matches = difflib.get_close_matches(str(name), [k for k in known if k], n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+# User and password, and values such as signatures and tokens, in URLs
+_USER = re.compile(r"(\w://)[^\s/@?#\"']+@")
+_VALUE = re.compile(
+    r"([?&;][\w.\-%]*(?:sig|token|key|secret|passw|pwd|credential|auth)[\w.\-%]*=)[^\s&;#\"')]+",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """The text with *** for user and password, and for values such as signatures and tokens, of the URLs in it."""
+    if "://" not in text:
+        return text
+    return _VALUE.sub(r"\1***", _USER.sub(r"\1***@", text))

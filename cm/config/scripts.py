@@ -26,8 +26,7 @@ from cm.config.flags import (
     SamplingFlags,
 )
 from cm.config.rows import NOISE_LEVELS, OBJECTIVES, TASKS, TIME_STEPS
-from cm.errors import choose
-from cm.runtime.secrets import masked
+from cm.errors import choose, masked
 
 
 def _drawing() -> list[str]:

@@ -20,9 +20,8 @@ from cm.data.dataset import sampled_channels
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.data.sources import Source, check_member, is_hidden, open_source, stored_labels
-from cm.errors import UserError
+from cm.errors import UserError, masked
 from cm.runtime.inputs import open_regular
-from cm.runtime.secrets import masked
 from cm.seeding import derive_seed
 from cm.storage import filesystem
 

@@ -13,14 +13,13 @@ from cm.config.flags import GuidanceFlags
 from cm.config.inherit import inherit
 from cm.config.scripts import ClassifierConfig, ModelFlags, configure, flags_of
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, NoisyClassifier, clamped
-from cm.errors import UserError
+from cm.errors import UserError, masked
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
 from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.identify import identify
 from cm.networks.precision import torso_dtype
 from cm.runtime import logger
-from cm.runtime.secrets import masked
 from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)

@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from cm.errors import UserError
+from cm.errors import UserError, masked
 from cm.runtime import distributed, launch, platform
-from cm.runtime.secrets import masked
 from cm.runtime.streams import lasting_streams, screen
 
 # How long ranks wait for each other to start (seconds): interpreters and imports on a slow file system.

@@ -23,8 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cm.errors import masked
 from cm.runtime.platform import STOP_SIGNALS, process_birth, watch_end
-from cm.runtime.secrets import masked
 
 # Exit code of a run that ended in good order before its last step: the same command goes on.
 EXIT_UNFINISHED = 75

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cm.errors import UserError
+from cm.errors import UserError, masked
 from cm.runtime import distributed, launch
 from cm.runtime.log_writers import (
     HumanOutputFormat,
@@ -23,7 +23,6 @@ from cm.runtime.log_writers import (
     is_number,
     make_output_format,
 )
-from cm.runtime.secrets import masked
 from cm.runtime.streams import screen
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50

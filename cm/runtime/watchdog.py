@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm.errors import BadNumbers, UserError
+from cm.errors import BadNumbers, UserError, masked
 from cm.runtime import distributed, job, liveness, logger
 from cm.runtime.liveness import describe_last_run, furthest_behind, read_beats
 from cm.runtime.platform import SEES_ENDS
-from cm.runtime.secrets import masked
 
 INTERVAL = 0.2
 RECORD_BYTES = 1024

@@ -7,9 +7,8 @@ import pytest
 from cm.commands.cli import parse
 from cm.config.derived import stored_config
 from cm.config.scripts import EdmTrainConfig, SampleConfig, resolved
-from cm.errors import UserError
+from cm.errors import UserError, masked
 from cm.runtime import job, liveness, logger
-from cm.runtime.secrets import masked
 from cm.storage import filesystem
 from evaluations import fetch
 
