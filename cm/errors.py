@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can fix this", the one way to say that a name is not known, and what no text says."""
+"""The exceptions that mean "the user can fix this", the one way to say that a name is unknown, and what is not said."""
 
 import difflib
 import re
