@@ -157,9 +157,7 @@ class LikelihoodConfig(ModelFlags, RunFlags):
         choices=("auto", "folder", "prefix", "json", "none"),
     )
     num_images: int = flag(0, "images to score, the first ones; 0: all", unit="images", main=True, low=0)
-    batch_size: int = flag(
-        16, "images per batch and rank; they share the solver's steps", unit="images", main=True, low=1
-    )
+    batch_size: int = flag(16, "images per batch and rank", unit="images", main=True, low=1)
     probe: str = flag(
         "rademacher",
         "estimate of the divergence; exact: one backward pass per pixel and channel",
