@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cm.config.scripts import SampleConfig
+from cm.config.scripts import SampleConfig, configure
 from cm.models.factory import create_network
 from cm.networks.attention import AttentionBlock, channel_mix, pointwise
 from cm.networks.song_unet import SKIP_SCALE, SongBlock
@@ -128,7 +128,8 @@ def test_sums_in_place_of_the_score_sde_block(resample):
 @pytest.mark.parametrize("network", ["adm", "ncsnpp"])
 def test_forward_mode_of_channels_last_networks(network):
     flags = {"image_size": 8, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "4"}
-    net = randomized(create_network(SampleConfig(network=network, num_res_blocks=1, in_channels=3, **flags)))
+    config = configure(SampleConfig, network=network, num_res_blocks=1, in_channels=3, **flags)
+    net = randomized(create_network(config))
     x, direction = torch.randn(2, 2, 3, 8, 8)
     times = torch.randn(2)
     found = []
