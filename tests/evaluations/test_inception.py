@@ -151,7 +151,7 @@ def test_a_file_in_the_cache_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
     (tmp_path / "inception").mkdir()
     path = write_openai(PUBLISHED["openai"].cached)
-    assert inception_weights.inception_weights.find_inception()[0] == path
+    assert inception_weights.find_inception()[0] == path
 
 
 class Answer(io.BytesIO):

@@ -97,7 +97,7 @@ def test_flags_reach_the_diffusion():
 )
 def test_impossible_networks_name_the_flag(change, named):
     flags = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1,2,2"} | change
-    with pytest.raises(UserError, match=f"--{named}"):
+    with pytest.raises(UserError, match=named):
         build_network(Architecture(**flags))
 
 

@@ -351,7 +351,7 @@ def test_damaged_configurations(world, tmp_path, capsys, number):
 
 
 ABSURD = [
-    "--lr nan", "--lr -1", "--lr inf", "--lr fast", "--image_size 0", "--image_size -8", "--image_size 8.5",
+    "--lr nan", "--lr -1", "--lr inf", "--lr fast", "--image_size -8", "--image_size 8.5",
     "--image_size 7 --channel_mult 1,1", "--num_channels 0", "--num_channels 33", "--num_channels 1e3",
     "--channel_mult 0", "--channel_mult a,b", "--channel_mult ,", "--channel_mult 1,1,1,1,1,1,1",
     "--attention_resolutions 3", "--attention_resolutions x", "--num_head_channels 7", "--num_head_channels 0",

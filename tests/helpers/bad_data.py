@@ -68,7 +68,7 @@ DATA = {
     "no images": npz(arr_0=IMAGES[:0]),
     "two dimensions": npz(arr_0=IMAGES[:, :, 0, 0]),
     "five channels": npz(arr_0=np.zeros((8, 8, 8, 5), np.uint8)),
-    "another name": npz(images=IMAGES),
+    "another name": npz(pictures=IMAGES),
     "labels too few": npz(arr_0=IMAGES, arr_1=np.arange(3)),
     "negative labels": npz(arr_0=IMAGES, arr_1=np.arange(8) - 4),
     "too few images": npz(arr_0=IMAGES[:2]),
