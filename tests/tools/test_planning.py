@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cm.commands.cli import parse_config
 from cm.config import presets
 from cm.config.derived import training_mode, with_counts
-from cm.config.scripts import SCRIPTS, CmTrainConfig, configure
+from cm.config.scripts import SCRIPTS, CmTrainConfig, changed, configure
 from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
 from cm.tools.planning import devices, report
@@ -28,6 +28,7 @@ from cm.tools.profiling.trace import between, traced
 from tests.helpers.mp import ROOT
 
 TINY = parse_config(CmTrainConfig, ["--preset", "tiny"])
+WITH_TARGET = replace(TINY, target_ema_mode="fixed", start_ema=0.95)
 GPU = Cluster(DEVICES["A100-80"], 8)
 
 
@@ -122,14 +123,15 @@ def test_published_networks_have_their_flops():
 def test_memory_of_a_step_in_closed_form():
     memory = plan_step(TINY, GPU, microbatch=1).memory
     p = 4 * 827_491  # bytes in fp32
-    assert (memory.student, memory.target, memory.teacher) == (p, p, p)
+    assert (memory.student, memory.target, memory.teacher) == (p, 0, p)  # mu is 0: the target is the student
+    assert plan_step(WITH_TARGET, GPU, microbatch=1).memory.target == p
     assert (memory.gradients, memory.moments, memory.averages, memory.distance) == (p, 2 * p, p, 0)
     assert memory.context == devices.CONTEXT
     assert memory.total == sum(getattr(memory, f) for f in memory.__dataclass_fields__)
 
 
 def test_half_precision_keeps_masters_of_what_learns():
-    config = replace(TINY, precision="bf16", ema_rate="0.9,0.99")
+    config = replace(WITH_TARGET, precision="bf16", ema_rate="0.9,0.99")
     weights = step_trace(config, 1, keep_gradients=False).weights
     memory = plan_step(config, GPU, microbatch=1).memory
     p = 4 * weights.parameters
@@ -143,7 +145,7 @@ def test_half_precision_keeps_masters_of_what_learns():
 
 
 def test_lpips_brings_its_weights():
-    config = replace(TINY, loss_norm="lpips", lpips_size=32)
+    config = changed(TINY, loss_norm="lpips", lpips_size=32)
     assert (
         plan_step(config, GPU, microbatch=1).memory.distance == 4 * 14_714_688
     )  # VGG16 without its classifier
@@ -170,9 +172,10 @@ def test_averages_in_host_memory_leave_the_gpu():
 def test_update_traffic_in_closed_form():
     traced = step_trace(TINY, 1, keep_gradients=False)
     p = 4 * 827_491
-    assert update_traffic(TINY, traced, 8) == (2 + 7 + 3 + 3) * p  # norms, optimizer, one average, target
-    clipped = replace(TINY, grad_clip=1.0, ema_rate="0.9,0.99")
-    assert update_traffic(clipped, traced, 8) == (2 + 2 + 7 + 6 + 3) * p
+    assert update_traffic(TINY, traced, 8) == (2 + 22 + 3) * p  # norms, optimizer, one average
+    clipped = replace(WITH_TARGET, grad_clip=1.0, ema_rate="0.9,0.99")
+    traced = step_trace(WITH_TARGET, 1, keep_gradients=False)
+    assert update_traffic(clipped, traced, 8) == (2 + 2 + 22 + 6 + 3) * p  # and the target
 
 
 def test_a_ring_passes_all_but_one_part_twice():
@@ -229,10 +232,7 @@ def test_the_largest_microbatch_is_the_largest():
     assert plan.fits
     assert first_way(plan).flags == "--microbatch alone"
     small = Cluster(replace(DEVICES["RTX4090"], memory=8 * GIB), 8)
-    assert (
-        first_way(plan_training("imagenet64_cd_l2", small)).flags
-        == "--use_checkpoint True --shard_optimizer True"
-    )
+    assert first_way(plan_training("imagenet64_cd_l2", small)).flags == "--shard_optimizer True"
 
 
 def kinds_of_presets() -> list[str]:

@@ -26,7 +26,7 @@ SIZES = (4, 16)
 # Flags that a trace depends on, beside the model's
 TRACED = (
     *("precision", "training_mode", "loss_norm", "stop_grad", "ode_solver", "lpips_size", "lpips_precision"),
-    *("scale_mode", "schedule_sampler", "teacher_dropout", "pairs"),
+    *("scale_mode", "schedule_sampler", "teacher_dropout", "pairs", "target_ema_mode", "start_ema"),
 )
 
 
