@@ -28,7 +28,7 @@ from cm.tools.profiling.trace import between, traced
 from tests.helpers.mp import ROOT
 
 TINY = parse_config(CmTrainConfig, ["--preset", "tiny"])
-WITH_TARGET = replace(TINY, target_ema_mode="fixed", start_ema=0.95)
+WITHOUT_TARGET = replace(TINY, target_ema_mode="fixed", start_ema=0.0)
 GPU = Cluster(DEVICES["A100-80"], 8)
 
 
@@ -123,15 +123,15 @@ def test_published_networks_have_their_flops():
 def test_memory_of_a_step_in_closed_form():
     memory = plan_step(TINY, GPU, microbatch=1).memory
     p = 4 * 827_491  # bytes in fp32
-    assert (memory.student, memory.target, memory.teacher) == (p, 0, p)  # mu is 0: the target is the student
-    assert plan_step(WITH_TARGET, GPU, microbatch=1).memory.target == p
+    assert (memory.student, memory.target, memory.teacher) == (p, p, p)
+    assert plan_step(WITHOUT_TARGET, GPU, microbatch=1).memory.target == 0  # the target is the student
     assert (memory.gradients, memory.moments, memory.averages, memory.distance) == (p, 2 * p, p, 0)
     assert memory.context == devices.CONTEXT
     assert memory.total == sum(getattr(memory, f) for f in memory.__dataclass_fields__)
 
 
 def test_half_precision_keeps_masters_of_what_learns():
-    config = replace(WITH_TARGET, precision="bf16", ema_rate="0.9,0.99")
+    config = replace(TINY, precision="bf16", ema_rate="0.9,0.99")
     weights = step_trace(config, 1, keep_gradients=False).weights
     memory = plan_step(config, GPU, microbatch=1).memory
     p = 4 * weights.parameters
@@ -172,10 +172,11 @@ def test_averages_in_host_memory_leave_the_gpu():
 def test_update_traffic_in_closed_form():
     traced = step_trace(TINY, 1, keep_gradients=False)
     p = 4 * 827_491
-    assert update_traffic(TINY, traced, 8) == (2 + 22 + 3) * p  # norms, optimizer, one average
-    clipped = replace(WITH_TARGET, grad_clip=1.0, ema_rate="0.9,0.99")
-    traced = step_trace(WITH_TARGET, 1, keep_gradients=False)
-    assert update_traffic(clipped, traced, 8) == (2 + 2 + 22 + 6 + 3) * p  # and the target
+    assert update_traffic(TINY, traced, 8) == (2 + 22 + 3 + 3) * p  # norms, optimizer, one average, target
+    clipped = replace(TINY, grad_clip=1.0, ema_rate="0.9,0.99")
+    assert update_traffic(clipped, traced, 8) == (2 + 2 + 22 + 6 + 3) * p
+    alone = step_trace(WITHOUT_TARGET, 1, keep_gradients=False)
+    assert update_traffic(WITHOUT_TARGET, alone, 8) == (2 + 22 + 3) * p
 
 
 def test_a_ring_passes_all_but_one_part_twice():
@@ -232,7 +233,10 @@ def test_the_largest_microbatch_is_the_largest():
     assert plan.fits
     assert first_way(plan).flags == "--microbatch alone"
     small = Cluster(replace(DEVICES["RTX4090"], memory=8 * GIB), 8)
-    assert first_way(plan_training("imagenet64_cd_l2", small)).flags == "--shard_optimizer True"
+    assert (
+        first_way(plan_training("imagenet64_cd_l2", small)).flags
+        == "--use_checkpoint True --shard_optimizer True"
+    )
 
 
 def kinds_of_presets() -> list[str]:
