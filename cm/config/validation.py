@@ -237,7 +237,7 @@ def _check_edit(config: EditConfig) -> None:
     parsing.parse_weights(config.weights)
     flags = flags_of(type(config))
     # A --config file names every flag: a value that is the default says nothing.
-    changed = {n for n in config.explicit if getattr(config, n) != flags[n].default}
+    changed = {n for n in config.explicit & flags.keys() if getattr(config, n) != flags[n].default}
     if config.ts and config.sigmas:
         raise UserError("--ts and --sigmas say the same thing: give one of them")
     for name in {"sigma_start", "sigma"} & set(flags):

@@ -28,7 +28,9 @@ SIDE = 8
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_consistency_model(folder / "rgb.pt")
-    save_consistency_model(folder / "grey.pt", in_channels=1, class_cond=True, num_classes=4)
+    save_consistency_model(
+        folder / "grey.pt", in_channels=1, class_cond=True, num_classes=4, class_names=tuple("abcd")
+    )
     save_consistency_model(folder / "edm.pt", training_mode="progdist", scale_mode="progdist", start_scales=4)
     return folder
 
