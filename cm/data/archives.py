@@ -174,6 +174,7 @@ def _check_lmdb(path: str) -> None:
 
 
 def is_cifar(path: str) -> bool:
+    """Whether a tar's first entry lies in a folder of CIFAR's."""
     with (
         readable(path),
         filesystem.open_file(path, "rb") as file,

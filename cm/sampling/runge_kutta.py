@@ -72,6 +72,7 @@ def solve_rk45(slope: Slope, start: float, end: float, y: Tensor, *, rtol: float
             y_new = y + step * _sum(weights, k)
             k.append(slope(t + c * step[:, 0], y_new).double())
         scale = atol + rtol * torch.maximum(y.abs(), y_new.abs())
+        # A slope that is not finite is no estimate: the step is rejected and shrinks until the check above names it.
         error = _rms(step * _sum(E, k) / scale).nan_to_num(nan=math.inf)
         accepted = under_way & (error < 1)
         factor = (SAFETY * error ** (-1 / 5)).clamp(SHRINK, GROW)

@@ -1,14 +1,9 @@
 """EDM's checkpoints: the layout of its ADM network, both ways, and pickles read without running code."""
 
-import io
 import pickle
 import pickletools
-import struct
-import sys
-import types
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,12 +14,12 @@ from cm.diffusion.precond import denoiser_precond
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
 from cm.storage.weights import load_weights
-from cm.tools.convert import edm_layout, edm_pickle
+from cm.tools.convert import edm_layout
 from cm.tools.convert.formats import READERS, Source, convert, detect
 from tests.helpers import edm_reference as reference
 from tests.helpers import golden_data
-from tests.helpers.convert_models import adm, assert_same, flags, network
-from tests.helpers.memory import at_most
+from tests.helpers.convert_models import adm, assert_same, network
+from tests.helpers.edm_pickles import persistent, snapshot, song
 
 
 def edm_adm(**given) -> dict:
@@ -42,21 +37,6 @@ def edm_adm(**given) -> dict:
         training_mode="edm",
     )
     return adm("imagenet", **{**options, **given})
-
-
-def song(network_name: str = "ncsnpp", **given) -> dict:
-    """Flags of a narrow SongUNet."""
-    options = dict(
-        network=network_name,
-        image_size=8,
-        num_channels=16,
-        channel_mult="1,2",
-        num_res_blocks=1,
-        attention_resolutions="4",
-        training_mode="edm",
-        time_scale=0.0,
-    )
-    return flags(**{**options, **given})
 
 
 def test_imagenet_layout_has_the_published_number_of_entries():
@@ -124,71 +104,6 @@ def test_networks_that_the_layouts_do_not_share_are_refused():
     del converted["out_conv.bias"]
     with pytest.raises(UserError, match="out"):
         edm_layout.from_edm(converted)
-
-
-class Persistent:
-    """Pickles as EDM's classes do: a call that would execute the source text inside."""
-
-    def __init__(self, name: str, state: dict):
-        self.name, self.state = name, state
-
-    def __reduce__(self):
-        meta = sys.modules["dnnlib.util"].EasyDict(
-            type="class", version=6, module_src="raise SystemExit", class_name=self.name, state=self.state
-        )
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
-
-
-def persistent(module: nn.Module, name: str = "", **state) -> Persistent:
-    """A module of torch as EDM holds it in a pickle; containers stay torch's own."""
-
-    def wrap(child: nn.Module):
-        if isinstance(child, nn.ModuleDict):
-            copy = nn.ModuleDict()
-            copy._modules.update({n: wrap(c) for n, c in child._modules.items()})
-            return copy
-        return persistent(child)
-
-    modules = {n: wrap(c) for n, c in module._modules.items()}
-    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers), "_modules": modules}
-    # EDM keeps its constants as numpy's scalars.
-    constants = {"skip_scale": np.sqrt(0.5), "_init_kwargs": {"init": {"init_weight": np.sqrt(0.2)}}}
-    return Persistent(name or type(module).__name__, {**own, "training": False, **constants, **state})
-
-
-@pytest.fixture
-def edm_modules(monkeypatch):
-    """The modules that a pickle of EDM's names, for the time of writing one."""
-    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("code of the pickle was run")
-
-    class EasyDict(dict):
-        pass
-
-    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    EasyDict.__module__, EasyDict.__qualname__ = "dnnlib.util", "EasyDict"
-    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
-    for name, module in {"torch_utils.persistence": persistence, "dnnlib.util": util}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setitem(sys.modules, name.split(".")[0], types.ModuleType(name.split(".")[0]))
-
-
-def snapshot(module: nn.Module, precond: str = "EDMPrecond", **state) -> dict:
-    """What network-snapshot-*.pkl holds."""
-    holder = nn.Module()
-    holder.model = module
-    ema = persistent(
-        holder, precond, **{"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5, **state}
-    )
-    return {
-        "ema": ema,
-        "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2}),
-        "augment_pipe": None,
-        "dataset_kwargs": {},
-    }
 
 
 class InEdmLayout(nn.Module):
@@ -351,127 +266,3 @@ def test_other_preconditionings_and_contents_are_refused(tmp_path, edm_modules):
     refuses({"ema": None}, "no network under ema or net")
     refuses([1, 2], "no network under ema or net")
     refuses(snapshot(nn.Module()), "no tensors of a network")
-
-
-class Call:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize(
-    "function", [print, eval, getattr, io.open, torch.load, nn.functional.silu, zipfile.ZipFile]
-)
-def test_no_function_of_a_pickle_is_called(tmp_path, function, protocol, capsys):
-    path = tmp_path / "x.pkl"
-    path.write_bytes(pickle.dumps({"ema": Call(function, "1")}, protocol=protocol))
-    with pytest.raises(UserError, match="refused: its pickle asks for") as caught:
-        edm_pickle.load_pickle(str(path))
-    assert "\n" not in str(caught.value)
-    assert not capsys.readouterr().out
-
-
-def test_code_inside_a_torch_zip_or_a_nested_tensor_is_not_run(tmp_path, capsys):
-    path = tmp_path / "x.pt"
-    torch.save({"net": Call(print, "torch_utils.persistence")}, path)
-    assert detect(str(path)) == "edm"  # by its text only
-    with pytest.raises(UserError, match="print"):
-        edm_pickle.load_pickle(str(path))
-    inner = pickle.dumps(Call(print, "inner"))
-    path.write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, inner)}))
-    with pytest.raises(UserError, match=r"x\.pt: refused: its pickle asks for builtins\.print"):
-        edm_pickle.load_pickle(str(path))
-    assert not capsys.readouterr().out
-
-
-def test_classes_of_torch_and_numpy_become_records(tmp_path):
-    import numpy as np
-
-    path = tmp_path / "x.pkl"
-    path.write_bytes(
-        pickle.dumps({"array": np.arange(3), "scalar": np.float32(1), "module": nn.Linear(2, 3), "n": 5})
-    )
-    content = edm_pickle.load_pickle(str(path))
-    assert content["n"] == 5
-    assert all(isinstance(content[name], edm_pickle.Record) for name in ("array", "scalar", "module"))
-    assert [name for name, _ in edm_pickle.module_tensors(content["module"])] == ["weight", "bias"]
-
-
-def expanded() -> dict:
-    """One weight that says it is 10^12."""
-    holder = nn.Module()
-    holder.model = nn.Module()
-    holder.model.register_buffer("w", torch.zeros(1).expand(10**6, 10**6))
-    return snapshot(holder.model)
-
-
-def repeated() -> bytes:
-    """A memo of one text, made into bytes again and again: each call copies it."""
-    text = b"(X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
-    return b"\x80\x02" + text + b"c_codecs\nencode\nq\x020" + b"h\x02h\x01\x85R" * 10_000 + b"t."
-
-
-def holding_itself() -> bytes:
-    module = Persistent("EDMPrecond", {"_modules": {}, "_parameters": {}})
-    module.state["_modules"]["model"] = module
-    return pickle.dumps({"ema": module})
-
-
-BOMBS = {
-    "memo": lambda: b"\x80\x02Nr" + struct.pack("<I", 10**8) + b".",
-    "memo in text": lambda: b"\x80\x02Np100000000\n.",
-    "buffer": lambda: b"\x80\x05\x96" + struct.pack("<Q", 10**10) + b".",
-    "bytes": lambda: b"\x80\x04\x8e" + struct.pack("<Q", 10**11) + b".",
-    "bytearray": lambda: pickle.dumps({"ema": Call(bytearray, 10**10)}, protocol=2),
-    "repeated call": repeated,
-    "many operations": lambda: b"\x80\x02" + b"N0" * 3_000_000 + b".",
-    "a module that holds itself": holding_itself,
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_small_pickles_take_little_memory(name, tmp_path, edm_modules):
-    path = tmp_path / "x.pkl"
-    path.write_bytes(BOMBS[name]())
-    with at_most(200 << 20), pytest.raises(UserError) as caught:
-        READERS["edm"](Source(str(path)))
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_weights_that_are_views_of_one_value_are_refused(tmp_path, edm_modules):
-    path = tmp_path / "x.pkl"
-    path.write_bytes(pickle.dumps(expanded()))
-    with pytest.raises(UserError, match=r"does not hold the values of w, of shape \(1000000, 1000000\)"):
-        READERS["edm"](Source(str(path)))
-
-
-def test_a_compressed_zip_is_not_unpacked(tmp_path):
-    path = tmp_path / "x.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
-        archive.writestr("x/data.pkl", bytes(1 << 28))
-    with at_most(100 << 20), pytest.raises(UserError, match="would unpack to more than its size"):
-        convert(Source(str(path)), str(tmp_path / "new.pt"), "cm", {})
-
-
-def test_damaged_pickles_are_refused_in_one_line(tmp_path, edm_modules):
-    path = tmp_path / "x.pkl"
-    whole = pickle.dumps(snapshot(network(song())))
-    for damaged in (
-        whole[: len(whole) // 2],
-        b"\x80\x04.",
-        b"\x80\x04K\x01R.",
-        b"\x80\x04ccm.errors\nUserError\n)R.",
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError) as caught:
-            edm_pickle.load_pickle(str(path))
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "nothing")
-    with pytest.raises(UserError, match=r"not one of torch\.save"):
-        edm_pickle.load_pickle(str(path))

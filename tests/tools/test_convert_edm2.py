@@ -14,8 +14,8 @@ from cm.storage.weights import load_weights
 from cm.tools.convert import edm2_layout
 from cm.tools.convert.formats import READERS, Source, convert, detect
 from tests.helpers.convert_models import assert_same
+from tests.helpers.edm_pickles import Persistent
 from tests.helpers.golden_data import later
-from tests.tools.test_convert_edm import Persistent, edm_modules  # noqa: F401  (a fixture)
 
 
 def small(**given) -> EDM2UNet:
@@ -98,7 +98,7 @@ def pickled(
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, protocol, turned):  # noqa: F811
+def test_a_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, protocol, turned):
     net = small()
     path = tmp_path / "edm2-img8-xs-1073741-0.075.pkl"
     path.write_bytes(pickle.dumps(pickled(net, turned=turned), protocol=protocol))
@@ -120,7 +120,7 @@ def test_a_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, protocol, 
     torch.testing.assert_close(model.denoiser(x, sigma, y=y), expected)
 
 
-def test_parameters_in_fp32_and_networks_without_labels_or_head(tmp_path, edm_modules):  # noqa: F811
+def test_parameters_in_fp32_and_networks_without_labels_or_head(tmp_path, edm_modules):
     net = small(num_classes=None, logvar_channels=0, attention_resolutions=(), channel_mult=(1, 2, 2))
     path = tmp_path / "training-state.pt"
     torch.save({"net": pickled(net, dtype=torch.float32)["ema"], "optimizer_state": {"lr": 1e-2}}, path)
@@ -152,7 +152,7 @@ def test_golden_state_dicts_are_recognised_by_their_names(tmp_path):
         READERS["torch"](Source(str(tmp_path / "narrow.pt")))
 
 
-def test_pickles_of_other_classes_or_other_numbers_are_refused_in_one_line(tmp_path, edm_modules):  # noqa: F811
+def test_pickles_of_other_classes_or_other_numbers_are_refused_in_one_line(tmp_path, edm_modules):
     path = tmp_path / "x.pkl"
 
     def refuses(content, message: str) -> None:
