@@ -37,6 +37,7 @@ from cm.models.files import ModelFile
 from cm.models.pretrained import Pretrained, load_pretrained, pretrained_from
 from cm.runtime import logger
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, slerp, superres
+from cm.sampling.finite import FiniteWatch
 from cm.sampling.noise import IndexedGenerator
 
 Classes = Sequence[int | str] | int | str | None
@@ -140,17 +141,14 @@ class Model:
         flags = {"num_samples": max(n, 1), "seed": seed, "classes": _listed(classes), **options}
         if sampler or not self.is_consistency:
             flags["sampler"] = sampler or c.sampler
-            if steps:
-                flags["steps"] = steps
-            elif "steps" not in c.explicit or not self.is_consistency:
-                flags["steps"] = c.steps if self.is_consistency else 18
+            if steps or not self.is_consistency:
+                flags["steps"] = steps or 18
         elif steps > 1:
             ts = np.linspace(0, c.steps - 1, steps + 1).round().astype(int)
             if len(set(ts)) <= steps:
                 raise ValueError(f"steps {steps}: the model's grid has {c.steps} points")
-            flags |= {"sampler": "multistep", "ts": ",".join(map(str, ts))}
-            if steps == 2:
-                flags["ts"] = ""
+            # Two steps have points of their own.
+            flags |= {"sampler": "multistep", "ts": "" if steps == 2 else ",".join(map(str, ts))}
         else:
             flags["sampler"] = "onestep"
         made = changed(c, **flags, explicit=c.explicit | set(flags))
@@ -273,11 +271,12 @@ class Editor:
         generator = IndexedGenerator(seed, "edit")
         generator.set_rows(range(len(images)) if noise is None else [0] * len(images))
         x = None if noise is None else float(sigmas[0]) * noise.to(model.device)
-        denoise = model._model.denoise(model._labels(classes, len(images)), clip=True)
+        watch = FiniteWatch()
+        denoise = model._model.denoise(model._labels(classes, len(images)), watch=watch.wrap)
         sigma_min = model.config.sigma_min
-        return (
-            edit_images(denoise, images, sigmas, generator, edit, x=x, sigma_min=sigma_min).clamp(-1, 1).cpu()
-        )
+        results = edit_images(denoise, images, sigmas, generator, edit, x=x, sigma_min=sigma_min)
+        names = [f"image {i}" for i in range(len(images))]
+        return watch.check(results, names).clamp(-1, 1).cpu()
 
     def _config(self, task: str) -> EditConfig:
         own = flags_of(configuration_class(EditConfig, {"task": task}))

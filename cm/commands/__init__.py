@@ -1,1 +1,1 @@
-""""""
+"""What each command does, from a configuration."""

@@ -6,6 +6,9 @@ docs/recipes.md says why each value is what it is, and what was measured. Pure P
 from collections.abc import Mapping
 from typing import Any
 
+from cm.config.registry import resolve
+from cm.config.rows import OBJECTIVES
+
 Flags = dict[str, Any]
 
 # Flags that say what a network looks like
@@ -75,7 +78,7 @@ def training(
         "random_flip": channels == 3,
         "global_batch_size": max(min(256 if gpu else 64, count) // ranks, 1) * ranks,
         "log_interval": 100 if gpu else 50,
-        **OBJECTIVES.get(objective, CONSISTENCY)(side, width, gpu),
+        **resolve(OBJECTIVES[objective].recipe)(side, width, gpu),
     }
     steps = steps or chosen["total_training_steps"]
     return {
@@ -86,7 +89,8 @@ def training(
     }
 
 
-def _edm(side: int, width: int, gpu: bool) -> Flags:
+def edm(side: int, width: int, gpu: bool) -> Flags:
+    """Of a denoiser."""
     return {
         "schedule_sampler": "lognormal",
         "weight_schedule": "karras",
@@ -95,7 +99,8 @@ def _edm(side: int, width: int, gpu: bool) -> Flags:
     }
 
 
-def _distillation(side: int, width: int, gpu: bool) -> Flags:
+def distillation(side: int, width: int, gpu: bool) -> Flags:
+    """Of CD."""
     return {
         "loss_norm": "l2",
         "weight_schedule": "uniform",
@@ -106,7 +111,8 @@ def _distillation(side: int, width: int, gpu: bool) -> Flags:
     }
 
 
-def _isolation(side: int, width: int, gpu: bool) -> Flags:
+def isolation(side: int, width: int, gpu: bool) -> Flags:
+    """Of CT."""
     return {
         "init": "random",
         "loss_norm": "l2",
@@ -121,7 +127,8 @@ def _isolation(side: int, width: int, gpu: bool) -> Flags:
     }
 
 
-def _progressive(side: int, width: int, gpu: bool) -> Flags:
+def progressive(side: int, width: int, gpu: bool) -> Flags:
+    """Of PD."""
     stage = teacher_steps(side, gpu) // 10
     return {
         "scale_mode": "progdist",
@@ -135,11 +142,12 @@ def _progressive(side: int, width: int, gpu: bool) -> Flags:
     }
 
 
-def _classifier(side: int, width: int, gpu: bool) -> Flags:
+def classifier(side: int, width: int, gpu: bool) -> Flags:
+    """Of a classifier of noisy images."""
     return {"lr": learning_rate(width), "total_training_steps": teacher_steps(side, gpu) // 2}
 
 
-def _slow(side: int, width: int, gpu: bool) -> Flags:
+def slow(side: int, width: int, gpu: bool) -> Flags:
     """Continuous time and objectives of plug-ins: small steps from the start on."""
     return {
         "loss_norm": "l2",
@@ -148,16 +156,6 @@ def _slow(side: int, width: int, gpu: bool) -> Flags:
         "lr": learning_rate(width) / 10,
         "total_training_steps": teacher_steps(side, gpu),
     }
-
-
-CONSISTENCY = _slow
-OBJECTIVES = {
-    "edm": _edm,
-    "classifier": _classifier,
-    "consistency_distillation": _distillation,
-    "consistency_training": _isolation,
-    "progdist": _progressive,
-}
 
 
 def open_flags(explicit: frozenset[str], found: Mapping[str, Any]) -> Flags:

@@ -21,10 +21,17 @@ OBJECTIVES: Registry[Objective] = Registry(
     "training_mode",
     {
         "consistency_distillation": Objective(
-            make="cm.objectives.consistency:distillation", consistency=True, teacher=True, sampler="onestep"
+            make="cm.objectives.consistency:distillation",
+            consistency=True,
+            teacher=True,
+            sampler="onestep",
+            recipe="cm.config.auto:distillation",
         ),
         "consistency_training": Objective(
-            make="cm.objectives.consistency:training", consistency=True, sampler="onestep"
+            make="cm.objectives.consistency:training",
+            consistency=True,
+            sampler="onestep",
+            recipe="cm.config.auto:isolation",
         ),
         "continuous_distillation": Objective(
             make="cm.objectives.continuous:distillation",
@@ -42,9 +49,13 @@ OBJECTIVES: Registry[Objective] = Registry(
             options=options.ContinuousOptions,
         ),
         "progdist": Objective(
-            make="cm.objectives.progressive:progressive", teacher=True, sampler="progdist", stages=True
+            make="cm.objectives.progressive:progressive",
+            teacher=True,
+            sampler="progdist",
+            stages=True,
+            recipe="cm.config.auto:progressive",
         ),
-        "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train"),
+        "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train", recipe="cm.config.auto:edm"),
         "tcm": Objective(
             make="cm.objectives.truncated:truncated",
             consistency=True,
@@ -72,7 +83,10 @@ OBJECTIVES: Registry[Objective] = Registry(
             options=options.TrigFlowOptions,
         ),
         "classifier": Objective(
-            make="cm.objectives.classifier:classification", script="classifier_train", draws=False
+            make="cm.objectives.classifier:classification",
+            script="classifier_train",
+            draws=False,
+            recipe="cm.config.auto:classifier",
         ),
     },
 )

@@ -1,1 +1,1 @@
-""""""
+"""The mathematics of noise: levels, grids, preconditionings, paths, weightings."""

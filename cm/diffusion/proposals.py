@@ -64,9 +64,16 @@ class Proposal:
         return (-(self.df + 1) / 2 * torch.log1p(z / self.df)).exp()
 
 
+@lru_cache(maxsize=1)
+def _rule() -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the quadrature on [-1, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
+
+
 def _mass(law: Proposal, a: Tensor, b: Tensor) -> Tensor:
     """Integral of the unnormalised density from a to b, in one cell, by Gauss and Legendre."""
-    nodes, weights = (torch.from_numpy(v).to(a.device) for v in np.polynomial.legendre.leggauss(NODES))
+    nodes, weights = (v.to(a.device, non_blocking=True) for v in _rule())
     half = (b - a)[..., None] / 2
     return (law._shape(a[..., None] + half * (1 + nodes)) * weights * half).sum(-1)
 
@@ -81,6 +88,7 @@ def _cells(law: Proposal) -> tuple[Tensor, Tensor]:
     return edges, _mass(law, edges[:-1], edges[1:])
 
 
+@lru_cache(maxsize=16)
 def _total(law: Proposal) -> float:
     return _cells(law)[1].sum().item()
 

@@ -1,1 +1,1 @@
-""""""
+"""From a configuration or a file to a denoiser."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cm.errors import UserError
-from cm.runtime.platform import process_birth
+from cm.runtime.platform import lock, process_birth
 
 RENEWAL, TAKEOVER = 20.0, 120.0
 MAX_BYTES = 4096
@@ -40,7 +40,7 @@ class Claim:
                 holder, here = self._holder()
                 if holder and (here or self._is_renewed()):
                     raise UserError(f"{self.path} is being written by {holder} ({self.file} says so)")
-                self.file.unlink(missing_ok=True)
+                self._discard()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
         threading.Thread(target=self._renew, daemon=True, name="claim").start()
@@ -64,6 +64,17 @@ class Claim:
             self.file.unlink(missing_ok=True)
             raise
         return True
+
+    def _discard(self) -> None:
+        """Remove the claim of a holder that is gone, unless another start has replaced it since.
+
+        Starts agree by a lock on the file itself: who waits for it finds another file under the name.
+        """
+        with suppress(FileNotFoundError), open(self.file, "r+", encoding="utf-8") as file:
+            with suppress(OSError):  # without locks on this file system, what follows is all there is
+                lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(self.file)) and not self._holder()[0]:
+                self.file.unlink()
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEWAL):

@@ -1,1 +1,1 @@
-""""""
+"""Samplers, editing, likelihoods and the noise that they draw."""

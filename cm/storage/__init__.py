@@ -1,1 +1,1 @@
-""""""
+"""Weights, checkpoints, mirrors and files on any storage."""

@@ -1,1 +1,1 @@
-""""""
+"""What nothing else needs: benchmarks, planning, conversion, the doctor."""

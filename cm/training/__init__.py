@@ -1,1 +1,1 @@
-""""""
+"""The training loop: state, optimizers, averages, precision, sharding, resumption."""

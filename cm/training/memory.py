@@ -78,13 +78,16 @@ def _text(path: str) -> str:
 
 
 def largest_microbatch(config: TrainConfig, images: int, free: int) -> int:
-    """Images per pass that fit, the whole batch of this rank or a power of two; 0 where not even one does."""
+    """Images per pass that fit, this rank's whole batch or a power of two; 0: not even the weights do.
+
+    What an image takes is an estimate, so that it alone refuses no run.
+    """
     each, room = bytes_per_image(config), SHARE * free - bytes_of_weights(config)
-    if room < 0 or (each and room < each):
+    if room < 0:
         return 0
     if not each or each * images <= room:
         return images
-    return 1 << (int(room // each).bit_length() - 1)
+    return 1 << max(int(room // each).bit_length() - 1, 0)
 
 
 def images_per_rank(config: TrainConfig, world_size: int) -> int:

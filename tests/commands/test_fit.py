@@ -70,6 +70,8 @@ def test_what_does_not_fit_is_split_or_refused(data, monkeypatch):
     monkeypatch.setattr(fitting, "available", lambda *_: int((weights + 20 * each) / 0.9))
     split, notes = fit_memory(config)
     assert split.microbatch == 16 and "--microbatch 16, the same gradient" in notes[0]
+    monkeypatch.setattr(fitting, "available", lambda *_: int((weights + each / 2) / 0.9))
+    assert fit_memory(config)[0].microbatch == 1  # half an image by an estimate: it is tried
     monkeypatch.setattr(fitting, "available", lambda *_: weights)
     with pytest.raises(UserError, match="does not fit"):
         fit_memory(config)

@@ -75,6 +75,27 @@ def test_of_processes_that_start_together_one_wins(tmp_path):
     assert sorted(said) == ["lost"] * 5 + ["won"]
 
 
+def test_of_two_that_find_the_same_dead_claim_one_wins(tmp_path):
+    """The second has seen that the holder is dead, when the first takes over."""
+    process = holder(tmp_path / "run")
+    process.kill()
+    process.wait()
+    first, second = Claim(tmp_path / "run"), Claim(tmp_path / "run")
+    look = second._holder
+
+    def overtaken():
+        found = look()
+        second._holder = look
+        first.__enter__()
+        return found
+
+    second._holder = overtaken
+    with pytest.raises(UserError, match=f"process {os.getpid()} of this host"):
+        second.__enter__()
+    assert json.loads(first.file.read_text())["pid"] == os.getpid()
+    first.__exit__(None, None, None)
+
+
 def test_another_hosts_claim_holds_while_it_is_renewed(tmp_path, monkeypatch):
     file = tmp_path / ".x.claim"
     file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "born": 1}))

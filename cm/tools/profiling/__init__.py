@@ -1,1 +1,1 @@
-""""""
+"""Operations, memory and time of a network or a step."""
