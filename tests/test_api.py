@@ -1,5 +1,6 @@
 """The library from Python: train, load, sample, denoise, edit, convert, evaluate; and the tutorial."""
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -13,8 +14,13 @@ import cm
 from cm.commands.cli import parse_config
 from cm.commands.sample import run_image_sample
 from cm.config.scripts import SampleConfig
-from cm.data.images import to_uint8
+from cm.data.images import from_uint8, to_uint8
 from cm.errors import UserError
+from evaluations.evaluator import Options, evaluate
+from evaluations.features import load_features
+from evaluations.npz_io import open_images, open_reference
+from evaluations.protocols import PROTOCOLS
+from tests.helpers.eval_files import write_classifier, write_npz
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +71,29 @@ def test_samples_do_not_depend_on_the_batch(runs):
     torch.testing.assert_close(whole, teacher.sample(3, classes=0, steps=3, batch_size=2), atol=1e-5, rtol=0)
     pictures = teacher.sample(2, steps=2, output="pil")
     assert [p.size for p in pictures] == [(8, 8)] * 2
+
+
+def test_metrics_are_those_of_the_evaluator(tmp_path):
+    judge = f"digits={write_classifier(tmp_path / 'judge.pt')}"
+    known, drawn = (str(write_npz(tmp_path / f"{n}.npz", 60, seed=i)) for i, n in enumerate(("ref", "drawn")))
+    asked = {"features": judge, "metrics": "fid,inception_score", "batch_size": 16}
+    found = cm.evaluate(drawn, known, **asked)
+    options = Options(PROTOCOLS["digits"], ("fid", "inception_score"), batch_size=16)
+    network = load_features(judge, "digits", torch.device("cpu"))
+    expected = evaluate(open_reference(known), [open_images(drawn)], network, options)["metrics"]
+    assert found == expected and set(found) == {"fid", "inception_score"}
+    images = from_uint8(np.load(drawn)["arr_0"]) + 1e-4  # quantisation truncates
+    assert cm.evaluate(images, known, **asked) == pytest.approx(expected)
+    assert cm.evaluate(known, known, **asked)["fid"] < 1e-6 < found["fid"]
+
+
+def test_edits_of_a_model_that_is_not_finite_are_refused(runs):
+    _, _, student = runs
+    broken = copy.deepcopy(student)
+    for p in broken.network.parameters():
+        p.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="image 0: the model's output at noise level 80 is not finite"):
+        broken.edit.superres(torch.zeros(1, 2, 2), 4, classes=0)
 
 
 def test_denoise(runs):

@@ -30,6 +30,8 @@ from cm.config.rows import (
     WEIGHTINGS,
 )
 
+WEIGHTS = "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has"
+
 
 @dataclass(frozen=True)
 class RunFlags:
@@ -411,9 +413,7 @@ class SamplingFlags(ChurnOptions):
     sampler: str = flag("heun", "sampler", registry=SAMPLERS, main=True)
     steps: int = flag(40, "points of the grid of noise levels (progdist: intervals)", main=True, low=1)
     model_path: str = flag("", "model: file or run directory", main=True)
-    weights: str = flag(
-        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
-    )
+    weights: str = flag("", WEIGHTS, main=True)
     classes: str = flag("", "labels to draw in turn, as a list; empty: at random", main=True)
 
 

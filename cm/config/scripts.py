@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from cm.config.choices import PROBES
 from cm.config.fields import fixed, flag, flags_of, meta_of
 from cm.config.flags import (
+    WEIGHTS,
     ConsistencyFlags,
     DataFlags,
     GuidanceFlags,
@@ -144,9 +145,7 @@ class LikelihoodConfig(ModelFlags, RunFlags):
     """Bits per dimension of images under a model."""
 
     model_path: str = flag("", "model: file or run directory", main=True)
-    weights: str = flag(
-        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
-    )
+    weights: str = flag("", WEIGHTS, main=True)
     training_mode: str = flag(
         "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
     )
@@ -174,9 +173,7 @@ class EditConfig(ModelFlags, RunFlags):
     task: str = flag("inpaint", "what to do; written as the first word", registry=TASKS, main=True)
     input: str = flag("", "image or folder of images; for superres also low-resolution ones", main=True)
     model_path: str = flag("", "model: file or run directory", main=True)
-    weights: str = flag(
-        "", "raw, ema:RATE, posthoc:LENGTH or target; empty: the slowest average that the file has", main=True
-    )
+    weights: str = flag("", WEIGHTS, main=True)
     training_mode: str = flag(
         "consistency_distillation",
         "objective that the model was trained with",

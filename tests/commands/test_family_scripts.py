@@ -28,7 +28,6 @@ from cm.diffusion.precond import BoundaryPrecond
 from cm.errors import UserError
 from cm.models.pretrained import load_classifier, load_pretrained
 from cm.objectives.alpha_sigma import AlphaSigmaObjective, AlphaSigmaProgressive
-from cm.runtime import logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights, save_weights
 from cm.training.factory import create_objective
@@ -54,12 +53,6 @@ def data_dir(tmp_path_factory):
         for i in range(6):
             Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / name / f"{i}.png")
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 def train(cls, data_dir, out, *extra):

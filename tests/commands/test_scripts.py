@@ -49,12 +49,6 @@ def teacher(data_dir, tmp_path_factory):
     return out
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
-
-
 def train(cls, data_dir, out, extra):
     run_train(parse(cls, [*MODEL, *TRAIN, "--data_dir", data_dir, "--out_dir", str(out), *extra]))
     return Path(out)

@@ -23,10 +23,10 @@ from cm.runtime import job, logger
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights, save_weights
 from tests.helpers.bad_data import DATA, Malicious
+from tests.helpers.models import TINY_FLAGS
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --save_interval 1 --preview_count 0 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --save_interval 1 --preview_count 0 "
     "--ema_rate 0.9 --total_training_steps 2"
 )
 
@@ -41,12 +41,6 @@ def world(tmp_path_factory):
     shutil.copy(complete_checkpoints(folder / "run")[-1] / "ema_0.9_000002.pt", folder / "weights.pt")
     logger.reset()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 def train(folder, run, *flags, script=EdmTrainConfig):

@@ -8,10 +8,10 @@ import time
 from cm.commands.cli import parse
 from cm.config.scripts import CmTrainConfig
 from cm.runtime import distributed, job
+from tests.helpers.models import TINY_FLAGS
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --log_interval 2 --save_interval 100 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 2 --save_interval 100 "
     "--preview_count 0 --ema_rate 0.9 --lr 1e-3 --total_training_steps 6 --training_mode consistency_training "
     "--loss_norm l2 --weight_schedule uniform --start_ema 0.5 --start_scales 4 --device cpu"
 )

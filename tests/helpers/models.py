@@ -15,6 +15,12 @@ from cm.objectives.base import Objective, Roles
 from cm.storage.weights import save_weights
 from tests.helpers.golden_data import GoldenFile
 
+# The smallest U-Net that has every kind of layer, as flags of a script
+TINY_FLAGS = (
+    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
+    "--num_head_channels 16 "
+)
+
 
 def golden_model(g: GoldenFile, prefix: str = "sd/") -> nn.Module:
     """The U-Net of a golden file with its stored weights, in eval mode."""

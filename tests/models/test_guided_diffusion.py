@@ -16,16 +16,9 @@ from cm.errors import UserError
 from cm.models.guided_diffusion import SCHEDULES, is_classifier
 from cm.models.pretrained import load_classifier
 from cm.networks.classifier import EncoderUNetModel
-from cm.runtime import logger
 from cm.storage.weights import save_weights
 
 PLACE = {"image_size": 8, "channels": 3, "num_classes": 0, "device": torch.device("cpu")}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 def network(**changes) -> EncoderUNetModel:

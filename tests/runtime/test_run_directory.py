@@ -16,18 +16,12 @@ from cm.runtime.run_directory import RunDirectory
 from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import save_weights
 from tests.helpers import mp
+from tests.helpers.models import TINY_FLAGS
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --preview_count 0 --ema_rate 0.9 "
+    f"{TINY_FLAGS}--global_batch_size 2 --num_workers 0 --preview_count 0 --ema_rate 0.9 "
     "--total_training_steps 1 --training_mode consistency_distillation --loss_norm l2"
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 @pytest.fixture

@@ -21,12 +21,6 @@ from tests.storage.test_filesystem import FakeBlobfile
 BUCKET = "gs://bucket/run"
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
-
-
 @pytest.fixture
 def bucket(monkeypatch):
     fake = FakeBlobfile()

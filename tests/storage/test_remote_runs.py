@@ -21,13 +21,13 @@ from cm.storage.mirror import checkpoint_paths, fetch, newest_checkpoint
 from cm.storage.weights import Damaged, file_sha256, load_weights
 from cm.tools.torture import compare
 from cm.training.resume import checkpoint_of
+from tests.helpers.models import TINY_FLAGS
 from tests.helpers.mp import run_ranks
 from tests.storage.test_filesystem import FakeBlobfile
 
 RUN = "gs://bucket/run"
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 2 --num_workers 0 --save_interval 1 --preview_count 0 "
+    f"{TINY_FLAGS}--global_batch_size 2 --num_workers 0 --save_interval 1 --preview_count 0 "
     "--ema_rate 0.5,0.9 --keep_last 0"
 )
 

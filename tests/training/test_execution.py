@@ -18,20 +18,14 @@ from cm.storage.weights import load_weights
 from cm.tools.torture import compare
 from cm.training import compilation
 from cm.training.trainer import Trainer
+from tests.helpers.models import TINY_FLAGS
 from tests.helpers.mp import ROOT
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --log_interval 1 --save_interval 1 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 1 --save_interval 1 "
     "--ema_rate 0.9 --lr 1e-3 --total_training_steps 2 --dropout 0.2 --preview_count 2 "
     "--training_mode consistency_training --loss_norm l2 --weight_schedule uniform --start_ema 0.5 --start_scales 4"
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 @pytest.fixture(scope="module")

@@ -18,19 +18,13 @@ from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights
 from cm.tools import posthoc_ema
 from cm.tools.torture import compare
+from tests.helpers.models import TINY_FLAGS
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --log_interval 3 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 3 "
     "--ema_rate 0.9 --lr 1e-3 --total_training_steps 6 --ema_profiles 0.05,0.1 --save_interval 1 --device cpu"
 )
 CM = "--loss_norm l2 --weight_schedule uniform --start_scales 4"
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 @pytest.fixture(scope="module")

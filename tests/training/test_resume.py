@@ -23,20 +23,13 @@ from cm.storage.weights import file_sha256, load_weights, save_weights
 from cm.tools.torture import compare
 from cm.training.optimizers import make_optimizer, state_per_parameter
 from tests.helpers import golden_data
-from tests.helpers.models import tiny_unet
+from tests.helpers.models import TINY_FLAGS, tiny_unet
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --log_interval 3 --save_interval 2 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 3 --save_interval 2 "
     "--preview_count 0 --ema_rate 0.9 --lr 1e-3 --total_training_steps 5"
 )
 CT = "--training_mode consistency_training --loss_norm l2 --weight_schedule uniform --start_ema 0.5 --start_scales 4"
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    yield
-    logger.reset()
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from cm.training.optimizers import make_optimizer
 from cm.training.options import BatchSize, Execution, Optimization, Reports
 from cm.training.sharding import Partition, ShardedOptimizer, assign_parts, move_into_one_buffer
 from cm.training.trainer import Trainer
-from tests.helpers.models import roles_of, tiny_unet
+from tests.helpers.models import TINY_FLAGS, roles_of, tiny_unet
 from tests.helpers.mp import run_ranks
 from tests.training.test_train_ranks import GLOBAL_BATCH, OBJECTIVES, batches
 
@@ -187,8 +187,7 @@ def test_a_damaged_file_is_one_error_on_all_ranks(tmp_path, damaged, words):
 
 
 FLAGS = (
-    "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 "
-    "--num_head_channels 16 --global_batch_size 4 --num_workers 0 --log_interval 2 --save_interval 2 "
+    f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 2 --save_interval 2 "
     "--preview_count 2 --ema_rate 0.9,0.5 --lr 1e-3 --total_training_steps 3 --network ddpmpp"
 )
 
