@@ -28,7 +28,6 @@ __all__ = [
     "modulated_norm",
     "normalization",
     "scale_module",
-    "set_dropout_rows",
     "timestep_embedding",
     "update_ema",
     "zero_module",
@@ -69,13 +68,6 @@ class Dropout(nn.Dropout):
         uniform = (a * append_dims(self.rows[: len(x)], x.ndim)).add_(b)  # int32 wraps around
         kept = uniform >= low + round(self.p * 2**32)
         return torch.where(kept, x / (1 - self.p), 0)
-
-
-def set_dropout_rows(net: nn.Module, rows: Tensor) -> None:
-    """Which rows the next batches of a network are, for its dropout (`Dropout.rows`)."""
-    for module in net.modules():
-        if isinstance(module, Dropout):
-            module.rows = rows
 
 
 class GroupNorm32(nn.GroupNorm):

@@ -167,6 +167,10 @@ def _delivered(loader: Iterable[T]) -> Iterator[T]:
         yield from loader
     except RuntimeError as error:
         raise job.lost_worker(error) or error from None
+    except (ConnectionError, EOFError) as error:
+        if "in DataLoader worker" in str(error):  # its own, of a remote storage, which torch passes on
+            raise
+        raise job.worker_ended(str(error) or type(error).__name__) from None  # while it handed a batch over
 
 
 class _Count(torch.utils.data.Sampler):

@@ -112,9 +112,14 @@ def lost_worker(error: BaseException) -> UserError | None:
     """What to say when a data worker has ended, which torch reports wherever the main thread is; None otherwise."""
     if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
         return None
+    return worker_ended(str(error).splitlines()[0])
+
+
+def worker_ended(sign: str) -> UserError:
+    """What to say of a data worker that has ended. sign: by what it shows."""
     return UserError(
         f"a data worker has ended: killed, or no room for its batch ({platform.describe_shared_memory()}); "
-        f"--num_workers 0 needs none ({str(error).splitlines()[0]})"
+        f"--num_workers 0 needs none ({sign})"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.errors import UserError
-from cm.nn import Dropout, set_dropout_rows
+from cm.nn import Dropout
 from cm.objectives.base import Draw, Objective, Roles
 from cm.runtime import distributed, logger
 from cm.runtime.liveness import FINISHED
@@ -74,12 +74,15 @@ class Trainer:
         self.state = initial_state(roles, objective, optimization)
         self.ddp_model = distribute(self.model)
         self.roles = replace(roles, student=replace(roles.student, net=self.ddp_model))
+        networks = [role.net for role in (self.roles.student, roles.target, roles.teacher) if role]
+        # A teacher in training mode drops out too, under the student's masks.
+        modules = [m for net in networks for m in net.modules()]
+        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout) and m.p > 0]
         if self.execution.compile:
-            compile_in_place(role.net for role in (self.roles.student, roles.target, roles.teacher) if role)
+            compile_in_place(networks)
         self.guard = NanGuard(optimization.max_bad_steps)
         self.meter = LossMeter(*sigma_range)
         self.clock = RunClock(step=0, saved_step=-1)
-        self._dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
 
     @property
     def finished(self) -> bool:
@@ -202,8 +205,8 @@ class Trainer:
             seed = derive_seed(seed, random.start + part.start)
         torch.manual_seed(seed)
         rows = random.row_numbers("dropout")[part]
-        for role in filter(None, (self.roles.student, self.roles.target)):
-            set_dropout_rows(role.net, rows)
+        for module in self._dropouts:
+            module.rows = rows
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.ddp_model is self.model else self.ddp_model.no_sync()

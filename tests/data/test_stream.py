@@ -218,6 +218,23 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path, where):
     assert re.match(r"error: a data worker has ended.*/dev/shm has .* MiB.*--num_workers 0", done.stderr)
 
 
+@pytest.mark.parametrize("sign", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_hands_over_is_one_line(sign):
+    def loader(error):
+        yield 1
+        raise error
+
+    delivered = data_stream._delivered(loader(sign))
+    assert next(delivered) == 1
+    with pytest.raises(
+        UserError, match=f"a data worker has ended.*{str(sign) or 'EOFError'}".replace("[", r"\[")
+    ):
+        next(delivered)
+    remote = ConnectionError("Caught ConnectionError in DataLoader worker process 0.")
+    with pytest.raises(ConnectionError, match="Caught"):
+        list(data_stream._delivered(loader(remote)))
+
+
 FULL = """
 import sys
 from cm.data import open_dataset, stream

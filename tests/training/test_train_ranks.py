@@ -11,6 +11,7 @@ from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler, LossSecondMomentResampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.karras_diffusion import KarrasDenoiser
+from cm.nn import Dropout
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import EDMObjective
@@ -167,3 +168,21 @@ def test_a_failed_save_fails_on_every_rank(tmp_path):
     (tmp_path / "run").write_text("a file where the run directory should be")
     results = run_ranks("tests.training.test_train_ranks:failing_save", 2, str(tmp_path / "run"))
     assert len(set(results)) == 1 and results[0].startswith("UserError: could not save step 0 under")
+
+
+def test_a_teacher_drops_out_under_the_students_masks(tmp_path):
+    logger.configure(tmp_path, ["json"])
+    trainer = make_trainer("cd", str(tmp_path), dropout=0.5)
+    trainer.run_step(*next(trainer.data))
+    roles = (trainer.roles.student, trainer.roles.target, trainer.roles.teacher)
+    drops = [next(m for m in role.net.modules() if isinstance(m, Dropout)).train() for role in roles]
+    x = torch.ones(GLOBAL_BATCH, 4, 4, 4)
+    masks = []
+    for drop in drops:
+        torch.manual_seed(0)
+        masks.append(drop(x) != 0)
+        torch.manual_seed(0)  # the same, whatever the other rows are
+        drop.rows = drop.rows.flip(0)
+        assert torch.equal(drop(x) != 0, masks[-1].flip(0))
+    assert masks[0].any() and not masks[0].all()
+    assert all(torch.equal(mask, masks[0]) for mask in masks)

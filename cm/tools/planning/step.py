@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cm.config.derived import is_consistency, precision
 from cm.config.fields import is_fixed
+from cm.config.flags import ConsistencyFlags
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
 from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
@@ -23,11 +24,10 @@ TrainConfig = EdmTrainConfig | CmTrainConfig
 META = torch.device("meta")
 # Batches that are traced; what others need is linear in their size.
 SIZES = (4, 16)
-# Flags that a trace depends on, beside the model's
-TRACED = (
-    *("precision", "training_mode", "loss_norm", "stop_grad", "ode_solver", "lpips_size", "lpips_precision"),
-    *("scale_mode", "schedule_sampler", "teacher_dropout", "pairs", "target_ema_mode", "start_ema"),
-)
+# Flags that a trace may depend on, beside those of the chosen rows
+TRACED = (*flags_of(ModelFlags), *flags_of(ConsistencyFlags), "precision", "schedule_sampler")
+# What never changes it: traces are made once for all values.
+UNTRACED = ("total_training_steps", "distill_steps_per_iter", "teacher_model_path", "init")
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def step_trace(config: TrainConfig, images: int, *, keep_gradients: bool) -> Ste
 def _relevant(config: Config) -> Config:
     """The configuration with nothing set that a trace does not depend on, so that traces are made once."""
     of_rows = flags_of(type(config)).keys() - flags_of(plain_class(type(config))).keys()
-    names = [name for name in (*flags_of(ModelFlags), *TRACED) if hasattr(config, name)]
-    names += [name for name in sorted(of_rows) if name not in names]
+    names = [name for name in (*TRACED, *sorted(of_rows)) if hasattr(config, name) and name not in UNTRACED]
     kept = type(config)(**{name: getattr(config, name) for name in names if not is_fixed(type(config), name)})
     # One stage costs as much as another, and the default number of scales does not halve evenly.
     return replace(kept, start_scales=2) if getattr(kept, "scale_mode", "") == "progdist" else kept
