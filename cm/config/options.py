@@ -67,14 +67,20 @@ class FourierOptions:
 
 
 @dataclass(frozen=True)
-class Edm2Options:
+class DropoutOptions:
+    """Network"""
+
+    dropout_resolutions: str = flag(
+        "", "image sides whose blocks have --dropout, as a list; empty: all", unit="pixels"
+    )
+
+
+@dataclass(frozen=True)
+class Edm2Options(DropoutOptions):
     """Network"""
 
     logvar_channels: int = flag(
         128, "features of the head that learns the logarithm of the loss's variance; 0: no head", low=0
-    )
-    dropout_resolutions: str = flag(
-        "", "image sides whose blocks have --dropout, as a list; empty: all", unit="pixels"
     )
 
 

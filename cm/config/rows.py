@@ -152,6 +152,7 @@ NETWORKS: Registry[Network] = Registry(
             clock=1000.0,
             check="cm.config.rules:check_adm",
             classifier="cm.networks.architecture:adm_classifier",
+            options=options.DropoutOptions,
         ),
         "ncsnpp": Network(
             make="cm.networks.architecture:ncsnpp", augment=True, options=options.FourierOptions

@@ -62,7 +62,7 @@ class Architecture:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-def adm(a: Architecture) -> UNetModel:
+def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
     """The U-Net of ADM and of the released consistency models."""
     return UNetModel(
         image_size=a.image_size,
@@ -82,6 +82,7 @@ def adm(a: Architecture) -> UNetModel:
         use_scale_shift_norm=a.use_scale_shift_norm,
         resblock_updown=a.resblock_updown,
         use_new_attention_order=a.use_new_attention_order,
+        dropout_resolutions=_dropping(a, dropout_resolutions),
     )
 
 
@@ -132,12 +133,6 @@ def edm2(
     double_norm: bool = False,
 ) -> EDM2UNet:
     """EDM2's magnitude-preserving U-Net."""
-    sides = [a.image_size >> level for level in range(len(a.widths))]
-    dropping = parse_ints("dropout_resolutions", dropout_resolutions) if dropout_resolutions else sides
-    if unknown := sorted(set(dropping) - set(sides)):
-        raise UserError(
-            f"--dropout_resolutions {unknown[0]} is not a resolution of the network ({', '.join(map(str, sides))})"
-        )
     return EDM2UNet(
         image_size=a.image_size,
         in_channels=a.in_channels,
@@ -149,7 +144,7 @@ def edm2(
         num_heads=a.num_heads,
         num_head_channels=a.num_head_channels,
         dropout=a.dropout,
-        dropout_resolutions=tuple(dropping),
+        dropout_resolutions=_dropping(a, dropout_resolutions),
         num_classes=a.num_classes,
         logvar_channels=logvar_channels,
         double_norm=double_norm,
@@ -162,6 +157,19 @@ def edm2_scm(
 ) -> EDM2UNet:
     """EDM2's U-Net as sCM trains it (Lu & Song 2025): positional features of t, adaptive double normalisation."""
     return edm2(a, logvar_channels, dropout_resolutions, double_norm=True)
+
+
+def _dropping(a: Architecture, dropout_resolutions: str) -> tuple[int, ...] | None:
+    """Sides whose blocks drop activations; None for all."""
+    if not dropout_resolutions:
+        return None
+    sides = [a.image_size >> level for level in range(len(a.widths))]
+    dropping = parse_ints("dropout_resolutions", dropout_resolutions)
+    if unknown := sorted(set(dropping) - set(sides)):
+        raise UserError(
+            f"--dropout_resolutions {unknown[0]} is not a resolution of the network ({', '.join(map(str, sides))})"
+        )
+    return tuple(dropping)
 
 
 def _song_unet(a: Architecture, **form: Any) -> SongUNet:

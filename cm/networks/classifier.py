@@ -72,7 +72,7 @@ class EncoderUNetModel(nn.Module):
             emb_channels=4 * model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=tuple(attention_resolutions),
-            dropout=dropout,
+            dropouts=(dropout,) * len(channel_mult),
             conv_resample=conv_resample,
             dims=2,
             use_checkpoint=use_checkpoint,

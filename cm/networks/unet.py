@@ -177,7 +177,7 @@ class Torso:
     emb_channels: int
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
-    dropout: float
+    dropouts: tuple[float, ...]  # of each level
     conv_resample: bool
     dims: int
     use_checkpoint: bool
@@ -192,10 +192,10 @@ class Torso:
         outputs = [channels]
         for level, width in enumerate(self.widths):
             if level > 0:
-                blocks.append(TimestepEmbedSequential(self._down(channels)))
+                blocks.append(TimestepEmbedSequential(self._down(level, channels)))
                 outputs.append(channels)
             for _ in range(self.num_res_blocks):
-                layers = [self._res(channels, width), *self._attention_at(level, width, num_heads)]
+                layers = [self._res(level, channels, width), *self._attention_at(level, width, num_heads)]
                 blocks.append(TimestepEmbedSequential(*layers))
                 outputs.append(width)
                 channels = width
@@ -204,8 +204,8 @@ class Torso:
     def middle(self, num_heads: int) -> TimestepEmbedSequential:
         """The blocks at the coarsest level."""
         width = self.widths[-1]
-        layers = [self._res(width, width), self._attention(width, num_heads), self._res(width, width)]
-        return TimestepEmbedSequential(*layers)
+        first, last = (self._res(-1, width, width) for _ in range(2))
+        return TimestepEmbedSequential(first, self._attention(width, num_heads), last)
 
     def decoder(self, skip_widths: list[int], num_heads: int) -> nn.ModuleList:
         """Blocks of the way up; each takes one output of the encoder, the last one first, beside its input."""
@@ -215,19 +215,22 @@ class Torso:
         for level in reversed(range(len(self.widths))):
             width = self.widths[level]
             for i in range(self.num_res_blocks + 1):
-                layers = [self._res(channels + skip_widths.pop(), width)]
+                layers = [self._res(level, channels + skip_widths.pop(), width)]
                 layers += self._attention_at(level, width, num_heads)
                 if level > 0 and i == self.num_res_blocks:
-                    layers.append(self._up(width))
+                    layers.append(self._up(level - 1, width))
                 blocks.append(TimestepEmbedSequential(*layers))
                 channels = width
         return nn.ModuleList(blocks)
 
-    def _res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
+    def _res(
+        self, level: int, channels: int, out_channels: int, up: bool = False, down: bool = False
+    ) -> ResBlock:
+        """A block whose output is of that level."""
         return ResBlock(
             channels,
             self.emb_channels,
-            self.dropout,
+            self.dropouts[level],
             out_channels,
             use_scale_shift_norm=self.use_scale_shift_norm,
             dims=self.dims,
@@ -243,14 +246,14 @@ class Torso:
         wanted = 2**level in self.attention_resolutions
         return [self._attention(channels, num_heads)] if wanted else []
 
-    def _down(self, channels: int) -> nn.Module:
+    def _down(self, level: int, channels: int) -> nn.Module:
         if self.resblock_updown:
-            return self._res(channels, channels, down=True)
+            return self._res(level, channels, channels, down=True)
         return Downsample(channels, self.conv_resample, self.dims)
 
-    def _up(self, channels: int) -> nn.Module:
+    def _up(self, level: int, channels: int) -> nn.Module:
         if self.resblock_updown:
-            return self._res(channels, channels, up=True)
+            return self._res(level, channels, channels, up=True)
         return Upsample(channels, self.conv_resample, self.dims)
 
 
@@ -265,6 +268,13 @@ def size_divisor(image_size: int, channel_mult: tuple[float, ...]) -> int:
     return divisor
 
 
+def _dropouts(
+    dropout: float, sides: tuple[int, ...] | None, image_size: int, levels: int
+) -> tuple[float, ...]:
+    """Probability at each level, finest first; sides None: the same everywhere."""
+    return tuple(dropout if sides is None or image_size >> level in sides else 0.0 for level in range(levels))
+
+
 class UNetModel(nn.Module):
     """U-Net with residual blocks, attention, a time embedding and optional class labels.
 
@@ -273,7 +283,7 @@ class UNetModel(nn.Module):
     model_channels: base width; level i is int(channel_mult[i] * model_channels) wide, a multiple of 32.
     num_res_blocks: residual blocks per level on the way down; one more on the way up.
     attention_resolutions: down-sampling factors (1, 2, 4, ...) at which attention follows each residual block.
-    dropout: probability in every residual block.
+    dropout: probability in every residual block, or in those whose output has a side of `dropout_resolutions`.
     conv_resample: resample with a convolution, if not resblock_updown.
     dims: 1, 2 or 3 spatial dimensions; volumes keep the size of their first one.
     num_classes: number of labels; None for an unconditional network.
@@ -309,6 +319,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
+        dropout_resolutions: tuple[int, ...] | None = None,
     ):
         super().__init__()
         self.image_size = image_size
@@ -324,7 +335,7 @@ class UNetModel(nn.Module):
             emb_channels=4 * model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=tuple(attention_resolutions),
-            dropout=dropout,
+            dropouts=_dropouts(dropout, dropout_resolutions, image_size, len(channel_mult)),
             conv_resample=conv_resample,
             dims=dims,
             use_checkpoint=use_checkpoint,

@@ -201,6 +201,22 @@ def test_cifar10_runs():
     assert (sample.ts, sample.steps) == ("0,11,17", 18)
 
 
+def test_ict_on_imagenet():
+    """The network of the released models but for norms and dropout; the second level of the paper."""
+    for name, depth, fids in (("imagenet64_ict", 3, (4.02, 3.20)), ("imagenet64_ict_deep", 6, (3.25, 2.77))):
+        c = train(name)
+        assert (c.num_res_blocks, c.use_scale_shift_norm, c.dropout, c.dropout_resolutions) == (
+            depth,
+            False,
+            0.2,
+            "16,8",
+        )
+        assert (c.global_batch_size, c.ema_rate, c.optimizer, c.lr) == (4096, "0.99997", "radam", 1e-4)
+        assert (c.start_scales, c.end_scales, c.total_training_steps, c.start_ema) == (10, 1280, 800000, 0)
+        assert tuple(r.fid for r in presets.get(name).results) == fids
+        assert parse_config(SampleConfig, ["--preset", name]).sigmas == "80,1.526"
+
+
 def test_two_step_points():
     for name, ts, steps, sigma in [
         ("cifar10_cd_l2", "0,11,17", 18, 0.5853481),

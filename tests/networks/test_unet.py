@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch.testing import assert_close
 
+from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.unet import Downsample, ResBlock, TimestepEmbedSequential, UNetModel, Upsample
 from cm.nn import GroupNorm32
@@ -241,6 +242,32 @@ def test_heads_on_the_way_up_may_differ():
     assert model.input_blocks[1][1].num_heads == model.middle_block[1].num_heads == 4
     assert model.output_blocks[0][1].num_heads == 2
     assert small(num_heads=4).output_blocks[0][1].num_heads == 4
+
+
+@pytest.mark.parametrize("updown", [False, True])
+def test_dropout_acts_on_the_chosen_resolutions(updown):
+    """By the side of what each layer is given, in the blocks that resample too."""
+    model = small(
+        image_size=16, channel_mult=(1, 1, 1), resblock_updown=updown, dropout=0.4, dropout_resolutions=(4, 8)
+    )
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda m, args, out: seen.append((args[0].shape[-1], m.p)))
+    model(torch.zeros(1, 3, 16, 16), torch.ones(1))
+    assert {side for side, _ in seen} == {16, 8, 4}
+    assert all(p == (0.0 if side == 16 else 0.4) for side, p in seen)
+    everywhere = small(dropout=0.4)
+    assert {m.p for m in everywhere.modules() if isinstance(m, nn.Dropout)} == {0.4}
+    with pytest.raises(
+        UserError, match=r"--dropout_resolutions 7 is not a resolution of the network \(8, 4\)"
+    ):
+        build_network(
+            Architecture(
+                image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4"
+            ),
+            options={"dropout_resolutions": "7"},
+        )
 
 
 def test_constructor_refuses_what_cannot_work():
