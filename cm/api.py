@@ -319,7 +319,8 @@ def evaluate(
     """FID and other metrics of samples against a reference, by name; of several files the means.
 
     samples: npz, folder or zip, several of them, or images (n, C, H, W) in [-1, 1]. reference: a reference batch, or
-    images. features: "digits=FILE" for another feature network than Inception's. options: batch_size, bootstrap, seed.
+    images. features: "classifier=FILE" for another feature network than Inception's. options: batch_size, bootstrap,
+    seed.
     """
     if isinstance(samples, Tensor):
         with tempfile.TemporaryDirectory() as folder:

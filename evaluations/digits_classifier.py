@@ -1,124 +1,23 @@
-"""A small classifier of small images (handwritten digits at 8 or 16 pixels): a feature network that trains in seconds.
+"""The small classifier under its first name, for published command lines: see evaluations.small_classifier."""
 
-    python -m evaluations.digits_classifier DATA OUT.pt
-
-It plays Inception's part where Inception sees nothing: the Fréchet distance in its features, and how often a
-class-conditional sample is read as its class.
-"""
-
-import argparse
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from cm.errors import UserError
 from cm.runtime import job
-from cm.runtime.files import writing
-from cm.storage.weights import load_weights, save_weights
+from evaluations.small_classifier import (
+    FEATURE_DIM,
+    SmallClassifier,
+    load_classifier,
+    main,
+    to_network_range,
+    train_classifier,
+)
 
-FEATURE_DIM = 64
-_BATCH = 128
-
-
-class DigitsClassifier(nn.Module):
-    """(B, C, H, W) floats in [-1, 1] -> (features (B, 64), logits (B, num_classes))."""
-
-    def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
-        super().__init__()
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.hidden = nn.Linear(32 * width, FEATURE_DIM)
-        self.output = nn.Linear(FEATURE_DIM, num_classes, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
-        x = F.adaptive_avg_pool2d(F.relu(self.conv3(x)), 4)
-        # Normalised, so that distances between features have the same scale for every classifier.
-        features = F.relu(F.layer_norm(self.hidden(x.flatten(1)), (FEATURE_DIM,)))
-        return features, self.output(features)
-
-
-def to_network_range(images: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def train_classifier(
-    images: np.ndarray, labels: np.ndarray, *, seed: int = 0, epochs: int = 30, held_out: float = 0.2
-) -> tuple[DigitsClassifier, dict]:
-    """Train on a share 1 - `held_out` of uint8 images (N, H, W, C) with labels (N,); a function of its arguments.
-
-    Returns the classifier in eval mode and its meta data, with the accuracy on the held-out share.
-    """
-    if images.ndim != 4 or labels.shape != images.shape[:1] or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images {images.shape} and labels {labels.shape}: expected (N, S, S, C) and (N,)")
-    x, y = to_network_range(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64))
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
-    test, train = order[: int(held_out * len(x))], order[int(held_out * len(x)) :]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = DigitsClassifier(images.shape[1], images.shape[3], int(y.max()) + 1)
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train) // _BATCH))
-        for _ in range(epochs):
-            for rows in train[torch.randperm(len(train))].split(_BATCH):
-                # A little noise keeps the classifier smooth between the few real images.
-                noisy = x[rows] + 0.1 * torch.randn(x[rows].shape)
-                loss = F.cross_entropy(net(noisy)[1], y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    net.eval().requires_grad_(False)
-    correct = (net(x[test])[1].argmax(1) == y[test]).double().mean() if len(test) else torch.nan
-    meta = {"network": "digits", "image_size": net.image_size, "channels": net.channels}
-    meta |= {"num_classes": net.num_classes, "seed": seed, "epochs": epochs, "train_images": len(train)}
-    return net, meta | {"held_out_images": len(test), "held_out_accuracy": round(float(correct), 4)}
-
-
-def load_classifier(path: str) -> tuple[DigitsClassifier, dict]:
-    """The classifier of a file that this module wrote."""
-    state, meta = load_weights(path)
-    if not meta or meta.get("network") != "digits":
-        raise UserError(f"--features digits={path}: not written by evaluations.digits_classifier")
-    net = DigitsClassifier(meta["image_size"], meta["channels"], meta["num_classes"])
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"--features digits={path}: another layout ({str(error).splitlines()[-1].strip()})"
-        ) from None
-    return net.eval().requires_grad_(False), meta
-
-
-def main() -> None:
-    """Command line."""
-    from evaluations.npz_io import open_images
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "data", help="labelled images: npz with arr_0 and arr_1, folder, zip or prepared store"
-    )
-    parser.add_argument("out", help="weights file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, order and split")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the data")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads would only wait for each other
-    images = open_images(args.data)
-    if images.labels is None:
-        raise UserError(f"{args.data}: a classifier needs labels, and these images have none")
-    pixels = np.concatenate(list(images.batches(range(images.shape[0]), 4096)))
-    net, meta = train_classifier(pixels, images.labels, seed=args.seed, epochs=args.epochs)
-    with writing(args.out):
-        save_weights(args.out, net.state_dict(), meta)
-    print(
-        f"{args.out}: {meta['held_out_accuracy']:.2%} of {meta['held_out_images']} held-out images read right"
-    )
-
+__all__ = [
+    "FEATURE_DIM",
+    "SmallClassifier",
+    "load_classifier",
+    "main",
+    "to_network_range",
+    "train_classifier",
+]
 
 if __name__ == "__main__":
     job.run_main(main)

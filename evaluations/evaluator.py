@@ -24,7 +24,7 @@ from cm.data.images import save_json
 from cm.errors import UserError, choose
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
-from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
+from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference
 from evaluations.metrics import Measured
@@ -233,7 +233,11 @@ def parse_metrics(text: str, protocol: Protocol) -> tuple[str, ...]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags but the positional ones."""
     parser.add_argument(
-        "--protocol", default="", choices=("", *PROTOCOLS), help="named protocol; a mismatch is an error"
+        "--protocol",
+        default="",
+        type=current_name,
+        choices=("", *PROTOCOLS),
+        help="named protocol; a mismatch is an error",
     )
     parser.add_argument("--metrics", default="", help="comma-separated, or all; empty: the protocol's")
     parser.add_argument("--plugin", default="", help="modules of your own with further metrics, as a list")

@@ -11,7 +11,7 @@ from torch import Tensor
 from cm.config.parsing import at_least
 from cm.errors import UserError
 from cm.models.factory import choose_device
-from evaluations import digits_classifier, inception_v3
+from evaluations import inception_v3, small_classifier
 from evaluations.inception_weights import FLAG as INCEPTION_FLAG
 from evaluations.inception_weights import load_inception
 
@@ -71,20 +71,22 @@ class InceptionFeatures:
         """Takes every size, grey or RGB."""
 
 
-class DigitsFeatures:
-    """The digit classifier's last hidden layer."""
+class ClassifierFeatures:
+    """The last hidden layer of the small classifier."""
 
-    name = "digits"
-    dims: ClassVar = {"pool": digits_classifier.FEATURE_DIM}
+    name = small_classifier.NAME
+    dims: ClassVar = {"pool": small_classifier.FEATURE_DIM}
 
     def __init__(self, location: str, device: torch.device, sha256: str = ""):
         if not location:
-            raise UserError("--features digits=PATH: the digit classifier needs its weights file")
-        net, _ = digits_classifier.load_classifier(location)
+            raise UserError(
+                f"--features {self.name}=PATH: needs the file that cm classifier DATA PATH writes"
+            )
+        net, _ = small_classifier.load_classifier(location)
         self.sha256 = tensors_sha256(net.state_dict())
         if not self.sha256.startswith(sha256):
             raise UserError(
-                f"--features digits={location}: SHA-256 is {self.sha256[:16]}, expected {sha256[:16]}"
+                f"--features {self.name}={location}: SHA-256 is {self.sha256[:16]}, expected {sha256[:16]}"
             )
         self.net = net.to(device)
         self.device = device
@@ -94,7 +96,7 @@ class DigitsFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        x = digits_classifier.to_network_range(images.to(self.device)).expand(-1, self.net.channels, -1, -1)
+        x = small_classifier.to_network_range(images.to(self.device)).expand(-1, self.net.channels, -1, -1)
         with inception_v3.exact_float32():
             return {"pool": self.net(x)[0]}
 
@@ -109,13 +111,19 @@ class DigitsFeatures:
 
 FEATURE_NETWORKS: dict[str, Callable[[str, torch.device, str], FeatureNetwork]] = {
     "inception": InceptionFeatures,
-    "digits": DigitsFeatures,
+    ClassifierFeatures.name: ClassifierFeatures,
 }
+
+
+def current_name(name: str) -> str:
+    """The name today of a feature network or protocol, which results and references of earlier versions may name."""
+    return small_classifier.NAME if name == small_classifier.OLD_NAME else name
 
 
 def load_features(spec: str, default: str, device: torch.device, *, sha256: str = "") -> FeatureNetwork:
     """The network of `NAME=PATH` or `NAME`; "" stands for `default`."""
     name, _, location = (spec or default).partition("=")
+    name = current_name(name)
     if name not in FEATURE_NETWORKS:
         raise UserError(f"--features {name}: unknown network; choose {', '.join(FEATURE_NETWORKS)}")
     return FEATURE_NETWORKS[name](location, device, sha256)

@@ -4,14 +4,14 @@
 |---|---|---|---|---|
 | adm | Inception 2015-12-05, TensorFlow 1 bilinear | 50,000, uint8 by truncation | guided-diffusion's file | Table 2 |
 | cifar10 | the same | 50,000, uint8 by truncation | statistics of the 50,000 training images | Table 1 |
-| digits | the digit classifier, no resize | any | any | runs with the same classifier file |
+| classifier | a small classifier of the data set, no resize | any | any | runs with the same classifier file |
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cm.errors import UserError
-from evaluations.features import FeatureNetwork
+from evaluations.features import FeatureNetwork, current_name
 from evaluations.npz_io import ImageSet, Reference
 
 
@@ -58,15 +58,15 @@ PROTOCOLS = {
         reference="statistics of the 50,000 training images at 32x32",
         compare_with="Table 1 of the paper (clean-fid legacy_tensorflow against the training set)",
     ),
-    "digits": Protocol(
-        name="digits",
-        features="digits",
+    "classifier": Protocol(
+        name="classifier",
+        features="classifier",
         num_samples=0,
         quantisation="truncate",
         split_size=5000,
         k=3,
         metrics=("fid", "inception_score", "precision", "recall", "accuracy"),
-        reference="any set of digits",
+        reference="any labelled set, of the classifier's images",
         compare_with="runs that used the same classifier file and reference only",
     ),
 }
@@ -77,12 +77,13 @@ def choose_protocol(name: str, features: str, reference: Reference) -> tuple[Pro
 
     Without a name: the one that the reference was made for, else the first that uses the network `features`, else adm.
     """
+    name = current_name(name)
     if name:
         if name not in PROTOCOLS:
             raise UserError(f"--protocol {name}: unknown; choose {', '.join(PROTOCOLS)}")
         return PROTOCOLS[name], True
-    made_for = (reference.meta or {}).get("protocol", "")
-    network = features.partition("=")[0]
+    made_for = current_name((reference.meta or {}).get("protocol", ""))
+    network = current_name(features.partition("=")[0])
     candidates = [p for p in PROTOCOLS.values() if p.features == network] or [PROTOCOLS["adm"]]
     return PROTOCOLS.get(made_for, candidates[0]), False
 
@@ -92,7 +93,8 @@ def mismatches(
 ) -> tuple[list[str], list[str]]:
     """(errors, notes): what makes the number incomparable, naming both sides; a wrong count is a note unless strict."""
     ref_name, name = f"reference {reference.path}", f"samples {samples.path}"
-    meta, sample_meta = reference.meta or {}, samples.meta or {}
+    meta, sample_meta = dict(reference.meta or {}), samples.meta or {}
+    meta |= {key: current_name(meta[key]) for key in ("protocol", "features") if key in meta}
     errors, notes = [], []
     if network.name != protocol.features:
         errors.append(

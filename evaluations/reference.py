@@ -22,7 +22,7 @@ from cm.errors import UserError
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
 from cm.storage import filesystem
-from evaluations.features import FeatureNetwork, add_feature_flags, features_from_flags
+from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
 from evaluations.pipeline import extract, gather_rows, image_batches
@@ -104,7 +104,13 @@ def main() -> None:
     parser.add_argument("data", metavar="DATA", nargs="?", help="images")
     parser.add_argument("out", metavar="OUT.npz", nargs="?", help="file to write")
     parser.add_argument("--inspect", default="", metavar="FILE", help="print what a reference holds, as JSON")
-    parser.add_argument("--protocol", default="", choices=("", *PROTOCOLS), help="what the reference is for")
+    parser.add_argument(
+        "--protocol",
+        default="",
+        type=current_name,
+        choices=("", *PROTOCOLS),
+        help="what the reference is for",
+    )
     parser.add_argument(
         "--image_size",
         type=at_least(0),
@@ -138,7 +144,7 @@ def main() -> None:
 
 def build(args: argparse.Namespace, out: Path) -> None:
     """The reference of DATA, as the flags say."""
-    wanted = args.features.partition("=")[0]
+    wanted = current_name(args.features.partition("=")[0])
     default = next((p.name for p in PROTOCOLS.values() if p.features == wanted), "adm")
     protocol = PROTOCOLS[args.protocol or default]
     network = features_from_flags(args, protocol.features)

@@ -63,7 +63,7 @@ mkdir -p "$out"
 say "handwritten digits, bundled with scikit-learn: 1500 to train on, 297 to edit"
 run python scripts/prepare_data.py $digits "$out/data" --image_size "$size" --split train --overwrite True
 run python scripts/prepare_data.py $digits "$out/test" --image_size "$size" --split test --overwrite True ${smoke:+--limit 40}
-run python -m evaluations.digits_classifier "$out/data" "$out/classifier.pt"
+run python -m evaluations.small_classifier "$out/data" "$out/classifier.pt"
 say "EDM teacher"
 on_ranks scripts/edm_train.py --preset ${p}_edm --data_dir "$out/data" --out_dir "$out/edm" $(short 60)
 say "consistency distillation of the teacher"
@@ -81,7 +81,7 @@ done
 say "ternary search of the second time point, then two steps"
 for method in $methods; do
   on_ranks scripts/ternary_search.py --preset ${p}_$method --model_path "$out/$method" --ref_batch "$out/data" \
-    --features "digits=$out/classifier.pt" --out_dir "$out/search_$method" --num_samples $images
+    --features "classifier=$out/classifier.pt" --out_dir "$out/search_$method" --num_samples $images
   ts=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["ts"], sep=",")' "$out/search_$method/search_result.json")
   samples ${method}_twostep --preset ${p}_$method --model_path "$out/$method" --sampler multistep --ts "$ts"
 done

@@ -74,12 +74,12 @@ def test_samples_do_not_depend_on_the_batch(runs):
 
 
 def test_metrics_are_those_of_the_evaluator(tmp_path):
-    judge = f"digits={write_classifier(tmp_path / 'judge.pt')}"
+    judge = f"classifier={write_classifier(tmp_path / 'judge.pt')}"
     known, drawn = (str(write_npz(tmp_path / f"{n}.npz", 60, seed=i)) for i, n in enumerate(("ref", "drawn")))
     asked = {"features": judge, "metrics": "fid,inception_score", "batch_size": 16}
     found = cm.evaluate(drawn, known, **asked)
-    options = Options(PROTOCOLS["digits"], ("fid", "inception_score"), batch_size=16)
-    network = load_features(judge, "digits", torch.device("cpu"))
+    options = Options(PROTOCOLS["classifier"], ("fid", "inception_score"), batch_size=16)
+    network = load_features(judge, "classifier", torch.device("cpu"))
     expected = evaluate(open_reference(known), [open_images(drawn)], network, options)["metrics"]
     assert found == expected and set(found) == {"fid", "inception_score"}
     images = from_uint8(np.load(drawn)["arr_0"]) + 1e-4  # quantisation truncates

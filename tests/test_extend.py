@@ -178,9 +178,9 @@ def test_a_metric(examples):
     random = np.random.RandomState(0)
     for name in ("real", "fake"):
         np.savez(examples / f"{name}.npz", arr_0=random.randint(0, 256, (20, 8, 8, 1), dtype=np.uint8))
-    options = Options(PROTOCOLS["digits"], parse_metrics("fid,coverage", PROTOCOLS["digits"]))
+    options = Options(PROTOCOLS["classifier"], parse_metrics("fid,coverage", PROTOCOLS["classifier"]))
     reference, samples = open_reference("real.npz"), [open_images("fake.npz")]
-    network = load_features(f"digits={write_classifier(examples / 'c.pt')}", "", torch.device("cpu"))
+    network = load_features(f"classifier={write_classifier(examples / 'c.pt')}", "", torch.device("cpu"))
     found = evaluate(reference, samples, network, options, strict=False, force=True)
     assert 0 < found["metrics"]["coverage"] < 1 and METRICS["coverage"].needs == "images"
 

@@ -74,6 +74,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command("FID and other metrics of samples", "evaluations.evaluator:main"),
     "reference": Command("statistics that samples are compared with", "evaluations.reference:main"),
+    "classifier": Command(
+        "train a small classifier of labelled images, as the features of cm evaluate",
+        "evaluations.small_classifier:main",
+    ),
     "report": Command(
         "one page of a run, or of several compared: curves, images, metrics",
         "evaluations.reports.run_report.command:main",

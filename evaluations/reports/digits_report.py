@@ -63,8 +63,8 @@ class Row:
 
 def measure(run: Path) -> list[Row]:
     """Metrics of every sample set of a digits run."""
-    protocol = PROTOCOLS["digits"]
-    features = load_features(f"digits={run / 'classifier.pt'}", protocol.features, torch.device("cpu"))
+    protocol = PROTOCOLS["classifier"]
+    features = load_features(f"classifier={run / 'classifier.pt'}", protocol.features, torch.device("cpu"))
     reference = open_reference(str(run / "data"))
     evaluator = Evaluator(reference, features, Options(protocol=protocol, metrics=METRICS))
     rows = []

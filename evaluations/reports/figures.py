@@ -182,11 +182,11 @@ def commands(name: str, size: str) -> list[str]:
     digits = size == "digits"
     mpi = f"mpiexec -n {2 if digits else 8} python"
     reference = "data/digits" if digits else "references/cifar10.npz"
-    measure = "--features digits=classifier.pt" if digits else "--protocol cifar10"
+    measure = "--features classifier=classifier.pt" if digits else "--protocol cifar10"
     lines = ["set -e"]
     if digits:
         lines.append("python scripts/prepare_data.py digits data/digits --image_size 8 --overwrite True")
-        lines.append("python -m evaluations.digits_classifier data/digits classifier.pt")
+        lines.append("python -m evaluations.small_classifier data/digits classifier.pt")
     else:
         lines.append(f"{mpi} -m evaluations.reference data/cifar10 {reference} --protocol cifar10")
     if any(needs_teacher(PRESETS[p]) for p in presets):

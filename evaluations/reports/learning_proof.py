@@ -67,7 +67,7 @@ def commands(run: str, ranks: int) -> list[str]:
     launch = f"-m torch.distributed.run --nproc-per-node {ranks} " if ranks > 1 else ""
     lines = [
         f"scripts/prepare_data.py digits {run}/data --image_size 8 --overwrite True",
-        f"-m evaluations.digits_classifier {run}/data {run}/classifier.pt",
+        f"-m evaluations.small_classifier {run}/data {run}/classifier.pt",
     ]
     for model, (script, flags, _) in MODELS.items():
         paths = f"--data_dir {run}/data --out_dir {run}/{model} {flags.format(run=run)}"

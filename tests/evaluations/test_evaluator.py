@@ -29,7 +29,7 @@ from tests.helpers.inception_files import rule_network, write_openai
 from tests.helpers.mp import launch, run_ranks
 
 CPU = torch.device("cpu")
-DIGITS = PROTOCOLS["digits"]
+DIGITS = PROTOCOLS["classifier"]
 ALL = Options(DIGITS, tuple(METRICS), batch_size=16, bootstrap=4)
 
 
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(files):
-    return load_features(f"digits={files['weights']}", "", CPU)
+    return load_features(f"classifier={files['weights']}", "", CPU)
 
 
 def measure(files, network, options=ALL, **kwargs) -> dict:
@@ -77,7 +77,7 @@ def test_values_are_those_of_the_metrics(files, network):
     expected["accuracy"] = float(np.mean((sam @ network.classifier.T).argmax(1).numpy() == labels))
     assert result["metrics"] == pytest.approx(expected, rel=1e-6)
     assert expected["accuracy"] > 0.9
-    assert result["not_measured"] == {"sfid": "digits has no spatial features"}
+    assert result["not_measured"] == {"sfid": "classifier has no spatial features"}
     assert result["intervals"]["fid"]["replicates"] == 4 and result["comparable"]
 
 
@@ -94,7 +94,7 @@ def test_provenance_and_table(files, network):
     assert result["samples"]["count"] == 50 and result["samples"]["shape"] == [8, 8, 1]
     for part in (result["samples"], result["reference"], result["features"]):
         assert len(part["sha256"]) == 64
-    assert result["protocol"]["name"] == "digits" and {"cm", "torch", "numpy", "python"} <= set(
+    assert result["protocol"]["name"] == "classifier" and {"cm", "torch", "numpy", "python"} <= set(
         result["versions"]
     )
     text = table(result)
@@ -167,7 +167,7 @@ def test_inception_metrics_from_golden_features(tmp_path):
 
 
 def measure_on_rank(files: dict) -> dict:
-    network = load_features(f"digits={files['weights']}", "", CPU)
+    network = load_features(f"classifier={files['weights']}", "", CPU)
     result = measure(files, network)
     batches = [rows for rows, _ in image_batches(open_images(files["samples"]), 16)]
     out = files["samples"] + ".ref.npz"
@@ -209,9 +209,9 @@ def test_the_protocol_follows_name_reference_or_network(files, network, tmp_path
 
 
 MISMATCHES = {
-    "made for protocol adm.*measured by digits": {"protocol": "adm"},
-    "features of inception.*measured by digits": {"features": "inception"},
-    "digits weights 000000000000.*measured with": {"features_sha256": "0" * 64},
+    "made for protocol adm.*measured by classifier": {"protocol": "adm"},
+    "features of inception.*measured by classifier": {"features": "inception"},
+    "classifier weights 000000000000.*measured with": {"features_sha256": "0" * 64},
     r"used transform 'bicubic'.*get 'none": {"transform": "bicubic"},
     r"is 16x16.*are 8x8": {"shape": [16, 16, 1]},
 }
@@ -250,7 +250,7 @@ def test_other_quantisation_and_other_network_are_errors(files, network):
 
 def test_statistics_of_another_dimension(files, network, tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.zeros(63), sigma=np.eye(63))
-    with pytest.raises(UserError, match=r"s\.npz: pool statistics have 63 dimensions, digits gives 64"):
+    with pytest.raises(UserError, match=r"s\.npz: pool statistics have 63 dimensions, classifier gives 64"):
         measure({**files, "ref": str(tmp_path / "s.npz")}, network)
 
 
@@ -270,8 +270,8 @@ def test_features_that_are_not_finite(files, tmp_path):
     state, meta = load_weights(files["weights"])
     state["hidden.bias"] = state["hidden.bias"] * float("nan")
     save_weights(tmp_path / "nan.pt", state, meta)
-    broken = load_features(f"digits={tmp_path / 'nan.pt'}", "", CPU)
-    with pytest.raises(UserError, match=r"ref\.npz: digits gives features that are NaN"):
+    broken = load_features(f"classifier={tmp_path / 'nan.pt'}", "", CPU)
+    with pytest.raises(UserError, match=r"ref\.npz: classifier gives features that are NaN"):
         measure(files, broken)
 
 
@@ -288,18 +288,18 @@ def call(monkeypatch, main, *argv) -> None:
 
 
 def test_command_lines(files, tmp_path, monkeypatch, capsys):
-    out, spec = tmp_path / "ref.npz", f"digits={files['weights']}"
+    out, spec = tmp_path / "ref.npz", f"classifier={files['weights']}"
     call(monkeypatch, reference.main, files["ref"], out, "--features", spec, "--num_images", "30")
     assert "70 images" in capsys.readouterr().out
     with pytest.raises(UserError, match="is already there: give --overwrite True"):
         call(monkeypatch, reference.main, files["ref"], out, "--features", spec)
     call(monkeypatch, reference.main, "--inspect", out)
-    assert json.loads(capsys.readouterr().out)["meta"]["protocol"] == "digits"
+    assert json.loads(capsys.readouterr().out)["meta"]["protocol"] == "classifier"
     result = tmp_path / "result.json"
-    argv = [out, files["samples"], "--features", spec, "--protocol", "digits", "--out", result]
+    argv = [out, files["samples"], "--features", spec, "--protocol", "classifier", "--out", result]
     call(monkeypatch, evaluator.main, *argv)
     assert "Accuracy" in capsys.readouterr().out
-    assert json.loads(result.read_text())["protocol"]["name"] == "digits"
+    assert json.loads(result.read_text())["protocol"]["name"] == "classifier"
     with pytest.raises(UserError, match="--bootstrap 1"):
         call(monkeypatch, evaluator.main, *argv, "--bootstrap", "1")
     with pytest.raises(UserError, match="no file or folder"):
@@ -311,7 +311,7 @@ def test_command_lines(files, tmp_path, monkeypatch, capsys):
 
 
 def test_reference_without_images_and_flags_out_of_range(files, tmp_path, monkeypatch, capsys):
-    out, spec = tmp_path / "new" / "ref.npz", f"digits={files['weights']}"
+    out, spec = tmp_path / "new" / "ref.npz", f"classifier={files['weights']}"
     argv = [files["ref"], out, "--features", spec]
     call(monkeypatch, reference.main, *argv, "--num_images", "0")
     assert "arr_0" not in np.load(out).files
@@ -332,7 +332,14 @@ def test_reference_without_images_and_flags_out_of_range(files, tmp_path, monkey
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there(files, monkeypatch):
-    argv = [files["ref"], files["samples"], "--features", f"digits={files['weights']}", "--device", "cuda"]
+    argv = [
+        files["ref"],
+        files["samples"],
+        "--features",
+        f"classifier={files['weights']}",
+        "--device",
+        "cuda",
+    ]
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         call(monkeypatch, evaluator.main, *argv)
 
@@ -341,7 +348,7 @@ def test_the_place_is_tried_before_the_work_and_the_table_is_shown_whatever_happ
     files, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluator, "features_from_flags", lambda *_: pytest.fail("too late"))
-    argv = [files["ref"], files["samples"], "--features", f"digits={files['weights']}"]
+    argv = [files["ref"], files["samples"], "--features", f"classifier={files['weights']}"]
     with pytest.raises(UserError, match=r"--out .* is a folder"):
         call(monkeypatch, evaluator.main, *argv, "--out", tmp_path)
     (tmp_path / "file").touch()
@@ -363,7 +370,7 @@ def test_the_place_is_tried_before_the_work_and_the_table_is_shown_whatever_happ
 def test_an_error_is_one_line_and_exit_code_2(files, tmp_path):
     bad = tmp_path / "bad.npz"
     np.savez(bad, arr_0=np.zeros((4, 8, 8, 3), np.float32))
-    argv = ["-m", "evaluations.evaluator", files["ref"], bad, "--features", f"digits={files['weights']}"]
+    argv = ["-m", "evaluations.evaluator", files["ref"], bad, "--features", f"classifier={files['weights']}"]
     done = launch(argv, n=2)
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     assert "bad.npz: arr_0 is float32" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The original's evaluator object, and the digit classifier."""
+"""The original's evaluator object, and the small classifier."""
 
 import sys
 
@@ -9,11 +9,11 @@ import torch
 from cm.data.images import to_uint8
 from cm.errors import UserError
 from cm.storage.weights import load_weights, save_weights
-from evaluations import digits_classifier
-from evaluations.digits_classifier import load_classifier, to_network_range, train_classifier
-from evaluations.features import DigitsFeatures
+from evaluations import small_classifier
+from evaluations.features import ClassifierFeatures, load_features
 from evaluations.fid import frechet_distance
 from evaluations.inception_score import inception_score
+from evaluations.small_classifier import load_classifier, to_network_range, train_classifier
 from evaluations.th_evaluator import FIDAndIS, FIDStatistics
 from tests.helpers import golden_data
 from tests.helpers.eval_files import stripes, write_classifier, write_npz
@@ -121,7 +121,7 @@ def test_reference_batches(metric, tmp_path):
     assert computed.sigma.shape == (2048, 2048) and computed.resolution == 8
 
 
-# --- digit classifier ----------------------------------------------------------------------------
+# --- small classifier ----------------------------------------------------------------------------
 
 
 def test_training_is_a_function_of_its_arguments():
@@ -144,7 +144,7 @@ def test_it_learns_and_its_file_brings_it_back(tmp_path, size, channels):
     features, logits = net(to_network_range(torch.from_numpy(images)))
     assert (logits.argmax(1).numpy() == labels).mean() > 0.9
     torch.testing.assert_close(logits, features @ net.output.weight.T)
-    network = DigitsFeatures(str(path), torch.device("cpu"))
+    network = ClassifierFeatures(str(path), torch.device("cpu"))
     torch.testing.assert_close(network(torch.from_numpy(images))["pool"], features)
     if channels == 3:
         grey = torch.from_numpy(images[..., :1])
@@ -154,6 +154,8 @@ def test_it_learns_and_its_file_brings_it_back(tmp_path, size, channels):
 def test_files_that_are_not_classifiers(tmp_path):
     path = write_classifier(tmp_path / "c.pt")
     state, meta = load_weights(str(path))
+    save_weights(tmp_path / "old.pt", state, meta | {"network": "digits"})  # of earlier versions
+    assert load_features(f"digits={tmp_path / 'old.pt'}", "", torch.device("cpu")).classes == 4
     save_weights(tmp_path / "other.pt", state, None)
     with pytest.raises(UserError, match="not written by"):
         load_classifier(str(tmp_path / "other.pt"))
@@ -161,14 +163,14 @@ def test_files_that_are_not_classifiers(tmp_path):
     with pytest.raises(UserError, match="another layout"):
         load_classifier(str(tmp_path / "layout.pt"))
     with pytest.raises(UserError, match="SHA-256"):
-        DigitsFeatures(str(path), torch.device("cpu"), "0" * 8)
+        ClassifierFeatures(str(path), torch.device("cpu"), "0" * 8)
 
 
 def test_classifier_command_line(tmp_path, monkeypatch, capsys):
     data = write_npz(tmp_path / "d.npz", 60)
     monkeypatch.setattr(sys, "argv", ["x", str(data), str(tmp_path / "c.pt"), "--epochs", "1"])
-    digits_classifier.main()
+    small_classifier.main()
     assert "of 12 held-out images" in capsys.readouterr().out
     np.savez(data, arr_0=stripes(4)[0])
     with pytest.raises(UserError, match="needs labels"):
-        digits_classifier.main()
+        small_classifier.main()

@@ -10,7 +10,7 @@ import torch
 
 from cm.errors import UserError
 from evaluations import fetch, inception_weights
-from evaluations.features import DigitsFeatures, InceptionFeatures, load_features, tensors_sha256
+from evaluations.features import ClassifierFeatures, InceptionFeatures, load_features, tensors_sha256
 from evaluations.inception_v3 import InceptionV3, exact_float32, resize_bilinear_tf1
 from evaluations.inception_weights import PUBLISHED, load_inception, pytorch_fid_names, read_inception_state
 from tests.helpers import golden_data
@@ -231,9 +231,9 @@ def test_inception_features_of_uint8_images(tmp_path):
 
 
 def test_unknown_network_and_missing_file():
-    with pytest.raises(UserError, match=r"--features dino: unknown network; choose inception, digits"):
+    with pytest.raises(UserError, match=r"--features dino: unknown network; choose inception, classifier"):
         load_features("dino=x.pt", "inception", CPU)
-    with pytest.raises(UserError, match="digits=PATH"):
-        load_features("digits", "inception", CPU)
+    with pytest.raises(UserError, match="classifier=PATH"):
+        load_features("classifier", "inception", CPU)
     with pytest.raises(UserError, match=r"no such weights file"):
-        DigitsFeatures("/nowhere.pt", CPU)
+        ClassifierFeatures("/nowhere.pt", CPU)

@@ -150,7 +150,7 @@ def argv(files, out, *more) -> list[str]:
 
 
 def search_argv(files, out, *more) -> list[str]:
-    features = f"digits={files / 'classifier.pt'}"
+    features = f"classifier={files / 'classifier.pt'}"
     return argv(
         files,
         out,
@@ -183,9 +183,9 @@ def test_the_search_finds_what_the_evaluator_measures(files, tmp_path, monkeypat
     sample = ["--num_samples", "70", "--sampler", "multistep", "--ts", ts]
     with logger.scoped_configure(str(tmp_path / "s"), []):
         run_image_sample(parse(SampleConfig, argv(files, tmp_path / "s", *sample)))
-    network = load_features(f"digits={files / 'classifier.pt'}", "", torch.device("cpu"))
+    network = load_features(f"classifier={files / 'classifier.pt'}", "", torch.device("cpu"))
     samples = open_images(str(next((tmp_path / "s").glob("*.npz"))))
-    options = Options(PROTOCOLS["digits"], ("fid", "accuracy"))
+    options = Options(PROTOCOLS["classifier"], ("fid", "accuracy"))
     found = evaluate(open_reference(str(files / "ref.npz")), [samples], network, options)
     assert found["metrics"]["fid"] == pytest.approx(result["fid"], rel=1e-5)
     assert found["samples"]["meta"]["nfe"] == 2
@@ -238,5 +238,5 @@ def test_what_a_search_refuses(files, tmp_path):
     with pytest.raises(UserError, match=r"grid 0\.\.7|--end"):
         searched(files, tmp_path / "o", "--begin", "2", "--end", "9")
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(UserError, match="5 dimensions, digits gives 64"):
+    with pytest.raises(UserError, match="5 dimensions, classifier gives 64"):
         searched(files, tmp_path / "o", "--ref_batch", str(tmp_path / "stats.npz"))

@@ -1,11 +1,11 @@
-"""Small image sets and a digit classifier for the tests of the evaluator."""
+"""Small image sets and a small classifier for the tests of the evaluator."""
 
 from pathlib import Path
 
 import numpy as np
 
 from cm.storage.weights import save_weights
-from evaluations.digits_classifier import train_classifier
+from evaluations.small_classifier import train_classifier
 
 
 def stripes(count: int, seed: int = 0, size: int = 8, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from cm.config.scripts import SampleConfig
 from cm.errors import UserError
 from cm.runtime.claims import Claim
 from cm.tools.convert.formats import Source, convert
-from evaluations import digits_classifier
+from evaluations import small_classifier
 from tests.helpers.full_disk import full_after
 from tests.helpers.models import save_consistency_model
 
@@ -55,8 +55,8 @@ def test_the_classifier_of_digits(tmp_path, monkeypatch):
     np.savez(
         tmp_path / "digits.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), arr_1=np.arange(20, dtype=int) % 2
     )
-    arguments = ["digits_classifier", f"{tmp_path}/digits.npz", f"{tmp_path}/out.pt", "--epochs", "1"]
+    arguments = ["small_classifier", f"{tmp_path}/digits.npz", f"{tmp_path}/out.pt", "--epochs", "1"]
     monkeypatch.setattr(sys, "argv", arguments)
     with full_after(1000), pytest.raises(UserError, match=FULL):
-        digits_classifier.main()
+        small_classifier.main()
     assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
