@@ -24,7 +24,7 @@ from cm.commands import words
 from cm.commands.cli import parse
 from cm.commands.sample import class_labels, load_guide, noise_levels, sample_batches, solver_options
 from cm.commands.train import run_train
-from cm.config.derived import is_consistency, run_dir, with_two_steps
+from cm.config.derived import is_consistency, last_known, run_dir, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.parsing import parse_classes
 from cm.config.registry import resolve
@@ -38,6 +38,7 @@ from cm.models.pretrained import Pretrained, load_pretrained, pretrained_from
 from cm.runtime import logger
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, slerp, superres
 from cm.sampling.finite import FiniteWatch
+from cm.sampling.levels import spread
 from cm.sampling.noise import IndexedGenerator
 
 Classes = Sequence[int | str] | int | str | None
@@ -47,8 +48,8 @@ def load(path: str, *, weights: str = "", device: str = "auto", **flags: Any) ->
     """The model of a run directory, a checkpoint, a weights file, or what other frameworks wrote.
 
     path: ours, a released file, a converted .safetensors, a diffusers folder, an EDM pickle; local, gs:// or az://.
-    weights: raw, ema:RATE or target of a run; empty takes the slowest average. flags: what the file does not tell, such
-    as training_mode="edm" or image_size=64 of a bare state dict, or preset="imagenet64_cd_lpips".
+    weights: raw, ema:RATE, posthoc:LENGTH or target of a run; empty takes the slowest average. flags: what the file
+    does not tell, such as training_mode="edm" or image_size=64 of a bare state dict, or preset="imagenet64_cd_lpips".
     """
     argv = _line({"model_path": str(path), "weights": weights, "device": device, **flags})
     config = parse(SampleConfig, argv)
@@ -144,8 +145,8 @@ class Model:
             if steps or not self.is_consistency:
                 flags["steps"] = steps or 18
         elif steps > 1:
-            ts = np.linspace(0, c.steps - 1, steps + 1).round().astype(int)
-            if len(set(ts)) <= steps:
+            ts = spread(steps, c.steps, last_known(c, c.steps))
+            if len(ts) <= steps:
                 raise ValueError(f"steps {steps}: the model's grid has {c.steps} points")
             # Two steps have points of their own.
             flags |= {"sampler": "multistep", "ts": "" if steps == 2 else ",".join(map(str, ts))}
@@ -279,7 +280,8 @@ class Editor:
         return watch.check(results, names).clamp(-1, 1).cpu()
 
     def _config(self, task: str) -> EditConfig:
-        own = flags_of(configuration_class(EditConfig, {"task": task}))
+        mode = self._model.config.training_mode
+        own = flags_of(configuration_class(EditConfig, {"task": task, "training_mode": mode}))
         given = {n: getattr(self._model.config, n) for n in own if hasattr(self._model.config, n)}
         skipped = ("ts", "sigmas", "classes")
         return configure(EditConfig, **{n: v for n, v in given.items() if n not in skipped}, task=task)

@@ -12,7 +12,7 @@ from cm.commands.common import claimed_output
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
-from cm.config.derived import is_consistency, run_dir
+from cm.config.derived import is_consistency, last_known, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
 from cm.config.rows import TASKS
 from cm.config.scripts import EditConfig, resolved
@@ -23,7 +23,7 @@ from cm.runtime import distributed, logger
 from cm.runtime.progress import progress
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
 from cm.sampling.finite import FiniteWatch
-from cm.sampling.levels import ts_to_sigmas
+from cm.sampling.levels import spread, ts_to_sigmas
 from cm.sampling.noise import IndexedGenerator
 from cm.seeding import derive_seed
 
@@ -93,8 +93,8 @@ def noise_levels(config: EditConfig) -> Tensor:
     if c.sigmas:
         levels = parse_sigmas(c.sigmas, c.sigma_min, c.sigma_max)
     elif c.ts or not TASKS[c.task].first_level:
-        spread = np.linspace(0, c.steps - 1, DEFAULT_EVALUATIONS + 1).round().astype(int)
-        ts = list(parse_ts(c.ts, c.steps)) if c.ts else np.unique(spread).tolist()
+        ts = spread(DEFAULT_EVALUATIONS, c.steps, last_known(c, c.steps))
+        ts = list(parse_ts(c.ts, c.steps)) if c.ts else ts
         if ts[-1] != c.steps - 1:
             ts.append(c.steps - 1)
         return ts_to_sigmas(ts, c.steps, c.sigma_min, c.sigma_max, c.rho)

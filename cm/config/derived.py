@@ -1,5 +1,6 @@
 """What follows from a configuration: precision, batch, length of the run, directory, and what a checkpoint says."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,6 +44,19 @@ def training_mode(config: TrainConfig) -> str:
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
     return OBJECTIVES[training_mode].consistency
+
+
+def lowest_level(config: Config) -> float:
+    """The noise level from which up the model is defined: sigma_min, unless its objective learns from another one."""
+    name = OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].lowest
+    return getattr(config, name) if name else config.sigma_min
+
+
+def last_known(config: Config, steps: int) -> int:
+    """The last index of Karras's grid of `steps` points whose level is not below `lowest_level`."""
+    levels = (config.sigma_max, config.sigma_min, lowest_level(config))
+    high, low, level = (value ** (1 / config.rho) for value in levels)
+    return math.floor((high - level) / (high - low) * (steps - 1) + 1e-9)
 
 
 def learns_from(config: TrainConfig) -> str:
@@ -140,7 +154,8 @@ def with_two_steps(config: SampleConfig, stored: Mapping[str, Any]) -> SampleCon
             return replace(config, ts=known["ts"])
         if known.get("sigmas"):
             return replace(config, sigmas=known["sigmas"])
-    return replace(config, ts=f"0,{max(round(0.6 * last), min(1, last))},{last}")
+    middle = min(max(round(0.6 * last), min(1, last)), last_known(config, config.steps))
+    return replace(config, ts=f"0,{middle},{last}")
 
 
 def stored_config(config: TrainConfig) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What a model file says fills in what a command left open, and must not contradict it."""
 
+from dataclasses import replace
 from typing import Any
 
 from cm.config import plugins
-from cm.config.derived import ModelUser, with_two_steps
+from cm.config.derived import ModelUser, last_known, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
 from cm.config.rows import NETWORKS, OBJECTIVES
@@ -95,14 +96,15 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     mode = stored.get("training_mode")
     if mode in OBJECTIVES and not OBJECTIVES[mode].draws:
         raise UserError(f"{source} is a {mode}, which draws no images: it goes with --classifier_path")
-    for name in MUST_AGREE:
+    lowest = [OBJECTIVES[mode].lowest] if mode in OBJECTIVES and OBJECTIVES[mode].lowest else []
+    for name in (*MUST_AGREE, *lowest):
         if name in config.explicit and name in stored and getattr(config, name) != stored[name]:
             raise UserError(
                 f"--{name} {getattr(config, name)} contradicts {source}, which was trained with {stored[name]}"
             )
     network = NETWORKS[stored.get("network", config.network)]
     own = flags_of(network.options) if network.options else {}
-    names = [n for n in (*flags_of(ModelFlags), *own) if n not in FREE_TO_CHOOSE]
+    names = [n for n in (*flags_of(ModelFlags), *own, *lowest) if n not in FREE_TO_CHOOSE]
     taken = {n: stored[n] for n in names if n in stored and n not in config.explicit}
     if not config.image_size and "image_size" in stored:
         taken["image_size"] = stored["image_size"]
@@ -113,6 +115,8 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
     if isinstance(merged, SampleConfig) and merged.sampler == "multistep":
         merged = with_two_steps(merged, stored)
+    if isinstance(merged, SearchConfig) and lowest and "end" not in config.explicit:
+        merged = replace(merged, end=str(last_known(merged, merged.steps)))
     validate(merged)
     guided = getattr(merged, "classifier_path", "")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:

@@ -37,6 +37,7 @@ class Objective(Row):
     how its models are sampled unless the command says otherwise. script: the training script that offers it. stages:
     the student becomes the teacher stage by stage. continuous: no grid of noise levels. draws: its models draw images.
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
+    lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
     recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags.
     """
 
@@ -49,6 +50,7 @@ class Objective(Row):
     draws: bool = True
     learns_from: str = "denoiser"
     boundary: str = ""
+    lowest: str = ""
     recipe: str = "cm.config.auto:slow"
 
     @property

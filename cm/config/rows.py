@@ -63,6 +63,7 @@ OBJECTIVES: Registry[Objective] = Registry(
             learns_from="consistency",
             sampler="onestep",
             boundary="zero",
+            lowest="transition_t",
             options=options.TruncatedOptions,
         ),
         "sct": Objective(

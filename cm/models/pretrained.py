@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config import plugins
-from cm.config.derived import channels_last, is_consistency, precision
+from cm.config.derived import channels_last, is_consistency, lowest_level, precision
 from cm.config.flags import GuidanceFlags
 from cm.config.inherit import inherit
 from cm.config.scripts import ClassifierConfig, ModelFlags, configure, flags_of
@@ -23,6 +23,7 @@ from cm.runtime import logger
 from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)
+ROUNDING = 1e-5  # of levels that went through fp32
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,24 @@ class Model(Generic[ConfigType]):
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return self.denoiser(x, sigma, **cond)
 
-        own = denoise if watch is None else watch(denoise)
+        lowest = lowest_level(self.config)
+        known = denoise if lowest == self.config.sigma_min else from_level(denoise, lowest)
+        own = known if watch is None else watch(known)
         return clamped(own) if clip else own
+
+
+def from_level(denoise: DenoiseFn, lowest: float) -> DenoiseFn:
+    """The same function; UserError below the level from which up its model is defined."""
+
+    def checked(x: Tensor, sigma: Tensor) -> Tensor:
+        if (below := sigma[sigma < lowest * (1 - ROUNDING)]).numel():
+            raise UserError(
+                f"noise level {below.min().item():.4g}: the model was trained from {lowest:g} up only; give levels "
+                "that are not below it (--sigmas, --ts), and take its first stage for others"
+            )
+        return denoise(x, sigma)
+
+    return checked
 
 
 @dataclass(frozen=True)

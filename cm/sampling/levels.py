@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,17 @@ def checked_ts(ts: Sequence[int] | None, steps: int) -> list[int]:
     if ts[0] < 0 or ts[-1] > steps - 1:
         raise UserError(f"ts must lie on the grid 0..{steps - 1}, got {','.join(map(str, ts))}")
     return ts
+
+
+def spread(evaluations: int, steps: int, known: int) -> list[int]:
+    """Grid indices of so many evaluations, or of all there are, and the grid's end, where a sample ends.
+
+    Evenly from 0 over the grid 0..steps-1, or over 0..known where the model is not defined beyond.
+    """
+    last = steps - 1
+    if known < last:
+        return [*np.unique(np.linspace(0, known, evaluations).round().astype(int)).tolist(), last]
+    return np.unique(np.linspace(0, last, evaluations + 1).round().astype(int)).tolist()
 
 
 def ts_to_sigmas(

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.config.derived import is_consistency
+from cm.config.derived import is_consistency, last_known
 from cm.config.scripts import SampleConfig, configure
 from cm.data.images import from_uint8, make_grid, to_uint8
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import job
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
-from cm.sampling.levels import ts_to_sigmas
+from cm.sampling.levels import spread, ts_to_sigmas
 from cm.sampling.noise import IndexedGenerator
 from cm.sampling.registry import run_sampler
 
@@ -62,7 +62,7 @@ class Tried:
     def _levels(self, evaluations: int) -> Tensor:
         """Evenly over the grid of training, with its end."""
         c = self.model.config
-        ts = np.unique(np.linspace(0, c.steps - 1, evaluations + 1).round().astype(int)).tolist()
+        ts = spread(evaluations, c.steps, last_known(c, c.steps))
         return ts_to_sigmas(ts, c.steps, c.sigma_min, c.sigma_max, c.rho)
 
     def draw(self, seed: float, label: int, count: float) -> list[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm.config.derived import training_mode
+from cm.config.derived import last_known, training_mode
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import TrainConfig
 from cm.data.images import save_grid, to_uint8
@@ -62,6 +62,7 @@ class Preview:
             # Continuous-time objectives have no grid of their own.
             scales = objective.num_scales(done) or self.config.start_scales
             second = max(round(SECOND_EVALUATION * (scales - 1)), min(1, scales - 1))
+            second = min(second, last_known(self.config, scales))
             yield "onestep", self._draw(trainer, "onestep", scales)
             yield "twostep", self._draw(trainer, "multistep", scales, [0, second, scales - 1])
 

@@ -7,10 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+import cm
+from cm.commands import edit
 from cm.commands.cli import parse_config
-from cm.config.inherit import adopt_teacher
-from cm.config.scripts import CmTrainConfig
+from cm.commands.sample import run_image_sample
+from cm.config.derived import last_known, lowest_level
+from cm.config.inherit import adopt_teacher, inherit
+from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.precond import boundary_precond
 from cm.diffusion.proposals import Proposal
 from cm.diffusion.weightings import pair_weight
@@ -224,6 +229,50 @@ def test_stage_one_must_be_a_consistency_model_with_the_same_boundary(tmp_path):
     c = config("--teacher_model_path", str(stage1))
     with pytest.raises(UserError, match="by tcm itself, above its transition_t only"):
         adopt_teacher(c, load_teacher(c.teacher_model_path, "consistency").config, str(stage1))
+
+
+# --- sampling stays above t' ---
+
+
+def test_levels_that_a_model_knows():
+    c = config("--transition_t", "1.5")
+    assert lowest_level(c) == 1.5 and lowest_level(replace(c, training_mode="consistency_training")) == 0.002
+    for steps in (2, 18, 40):
+        levels = karras_sigmas(steps, c.sigma_min, c.sigma_max, c.rho)
+        assert last_known(c, steps) == int((levels >= 1.5).sum()) - 1
+        assert last_known(replace(c, training_mode="consistency_training"), steps) == steps - 1
+    exactly = config("--transition_t", repr(levels[13].item()))
+    assert last_known(exactly, 40) == 13
+
+
+def test_a_model_is_not_asked_below_its_transition(tmp_path):
+    path, out = str(tmp_path / "tcm.pt"), tmp_path / "out"
+    save_consistency_model(
+        path, boundary="zero", training_mode="tcm", loss_norm="pseudo-huber", transition_t=2.0, in_channels=1,
+        class_cond=False,
+    )  # fmt: skip
+
+    def sample(*argv):
+        common = ["--model_path", path, "--num_samples", "1", "--out_dir", str(out), "--overwrite", "True"]
+        run_image_sample(parse_config(SampleConfig, [*common, *argv]))
+        return json.loads(next(out.glob("*.json")).read_text())["sigmas"]
+
+    assert sample("--sampler", "multistep")[1] >= 2, "two steps by default"
+    assert sample("--sampler", "multistep", "--sigmas", "80,2")[1] == 2
+    for argv in (["--sigmas", "80,1.9"], ["--ts", "0,12"]):
+        with pytest.raises(UserError, match=r"noise level .*: the model was trained from 2 up only") as error:
+            sample("--sampler", "multistep", *argv)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"--transition_t 0.5 contradicts .* trained with 2.0"):
+        sample("--training_mode", "tcm", "--transition_t", "0.5")
+    model = cm.load(path)
+    assert model.sample(1, steps=4).shape == (1, 1, 8, 8)
+    with pytest.raises(UserError, match="from 2 up only"):
+        model.denoise(torch.zeros(1, 1, 8, 8), 0.5)
+    levels = edit.noise_levels(model.edit._config("inpaint"))
+    assert (levels[:-1] >= 2).all() and levels[-1] == pytest.approx(0.002)
+    search = inherit(parse_config(SearchConfig, ["--model_path", path]), model._model.file.config, path)
+    assert int(search.end) == last_known(search, search.steps) < search.steps - 1
 
 
 def test_without_stage_one(tmp_path):

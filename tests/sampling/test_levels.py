@@ -7,7 +7,7 @@ from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.sde import VESDE, VPSDE
 from cm.errors import UserError
-from cm.sampling.levels import GRIDS, grid_levels, karras
+from cm.sampling.levels import GRIDS, grid_levels, karras, spread
 from cm.sampling.registry import SAMPLERS, run_sampler, sampler_sigmas
 from tests.helpers.analytic import Gaussian
 
@@ -65,3 +65,9 @@ def test_messages_name_the_argument():
         with pytest.raises(UserError, match=match) as error:
             grid_levels(*arguments, 0.002, 80.0)
         assert "--" not in str(error.value)
+
+
+def test_evaluations_spread_over_what_a_model_knows():
+    assert spread(3, 10, 9) == [0, 3, 6, 9], "the last is where the sample ends"
+    assert spread(3, 10, 6) == [0, 3, 6, 9] and spread(3, 10, 4) == [0, 2, 4, 9]
+    assert spread(1, 10, 0) == [0, 9] and spread(50, 4, 3) == [0, 1, 2, 3] and spread(50, 4, 1) == [0, 1, 3]
