@@ -62,6 +62,6 @@ setup(
         "all": sorted({package for packages in EXTRAS.values() for package in packages}),
         "mpi": ["mpich"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
-        "dev": ["pytest", "pytest-timeout", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )

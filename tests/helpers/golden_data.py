@@ -1,4 +1,4 @@
-"""Access to the golden numbers: tests/golden/ in a clone, or the fuller copy that CM_GOLDEN_DIR names.
+"""Access to the golden numbers: tests/golden/, or another set of the same keys that CM_GOLDEN_DIR names.
 
 tests/golden/README.md says what each file holds and with which tolerance it must be met. Numbers of the later methods
 (EDM2, sCM ...) are in tests/golden_later/, or in the folder that CM_GOLDEN_LATER_DIR names.
@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 HERE = Path(__file__).parents[1] / "golden"
@@ -18,12 +17,12 @@ LATER = Path(__file__).parents[1] / "golden_later"
 
 
 def find(name: str, here: Path = HERE, variable: str = "CM_GOLDEN_DIR") -> Path:
-    """Path of a golden file; skips the calling test when neither folder has it."""
+    """Path of a golden file in the folder that the variable names, else in this clone."""
     folders = [Path(os.environ[variable])] if os.environ.get(variable) else []
     for folder in [*folders, here]:
         if (folder / name).exists():
             return folder / name
-    pytest.skip(f"golden file {name} is not in this clone; set {variable} to the full set")
+    raise FileNotFoundError(f"golden file {name} is not in {here}")
 
 
 class GoldenFile:
