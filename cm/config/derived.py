@@ -59,6 +59,11 @@ def last_known(config: Config, steps: int) -> int:
     return math.floor((high - level) / (high - low) * (steps - 1) + 1e-9)
 
 
+def has_two_times(config: Config) -> bool:
+    """Whether the configured network has a second clock, as flow maps do."""
+    return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].two_times
+
+
 def learns_from(config: TrainConfig) -> str:
     """What a teacher of this run is: `denoiser` or `consistency`."""
     return OBJECTIVES[training_mode(config)].learns_from

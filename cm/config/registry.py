@@ -39,6 +39,7 @@ class Objective(Row):
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
     recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags.
+    two_times: its models are flow maps, whose networks have a second clock.
     """
 
     consistency: bool = False
@@ -52,6 +53,7 @@ class Objective(Row):
     boundary: str = ""
     lowest: str = ""
     recipe: str = "cm.config.auto:slow"
+    two_times: bool = False
 
     @property
     def teaches(self) -> str:

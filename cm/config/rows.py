@@ -160,6 +160,7 @@ NETWORKS: Registry[Network] = Registry(
         ),
         "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True),
         "ddpmpp_scm": Network(make="cm.networks.architecture:ddpmpp_scm", augment=True),
+        "ddpmpp_meanflow": Network(make="cm.networks.architecture:ddpmpp_meanflow", augment=True),
         "edm2": Network(
             make="cm.networks.architecture:edm2",
             check="cm.config.rules:check_heads",

@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from cm.config.derived import augmentation_labels
+from cm.config.derived import augmentation_labels, has_two_times
 from cm.config.fields import arguments_of
 from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
@@ -18,13 +18,16 @@ DEFAULT_CLASSES = 1000
 DEFAULT_CHANNELS = 3
 
 
-def create_network(config: Config, *, dropout: float | None = None) -> nn.Module:
+def create_network(
+    config: Config, *, dropout: float | None = None, two_times: bool | None = None
+) -> nn.Module:
     """The configured network with seeded initial weights left to the caller.
 
-    Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout.
+    Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout;
+    two_times: whether it has a second clock; None: as models of the configured objective do.
     """
-    names = [f.name for f in fields(Architecture) if f.name not in ("use_fp16", "in_channels", "num_classes")]
-    flags = {name: getattr(config, name) for name in names}
+    own = ("use_fp16", "in_channels", "num_classes", "two_times")
+    flags = {f.name: getattr(config, f.name) for f in fields(Architecture) if f.name not in own}
     flags["augment_dim"] = augmentation_labels(config)
     if dropout is not None:
         flags["dropout"] = dropout
@@ -35,6 +38,7 @@ def create_network(config: Config, *, dropout: float | None = None) -> nn.Module
             use_fp16=False,
             in_channels=config.in_channels or DEFAULT_CHANNELS,
             num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
+            two_times=has_two_times(config) if two_times is None else two_times,
         ),
         classifier=isinstance(config, ClassifierConfig),
         options=arguments_of(NETWORKS[config.network].options, config),

@@ -13,13 +13,17 @@ from cm.config.rules import check_architecture
 from cm.errors import UserError
 from cm.networks.classifier import EncoderUNetModel
 from cm.networks.edm2 import LOGVAR_CHANNELS, EDM2UNet
+from cm.networks.second_clock import ADDED, JOINED
 from cm.networks.song_unet import SongUNet
 from cm.networks.unet import UNetModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A network as flags describe it (`cm.config.scripts.ModelFlags`); num_classes None is a network without labels."""
+    """A network as flags describe it (`cm.config.scripts.ModelFlags`); num_classes None is a network without labels.
+
+    two_times: it has a second clock, as a flow map's network does.
+    """
 
     network: str = "adm"
     image_size: int
@@ -40,6 +44,7 @@ class Architecture:
     in_channels: int = 3
     num_classes: int | None = None
     augment_dim: int = 0
+    two_times: bool = False
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -60,6 +65,11 @@ class Architecture:
     def out_channels(self) -> int:
         """Channels of the prediction."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def added_clock(self) -> str:
+        """The form of the second clock that networks have unless they say otherwise; empty without one."""
+        return ADDED if self.two_times else ""
 
 
 def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
@@ -83,6 +93,7 @@ def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
         resblock_updown=a.resblock_updown,
         use_new_attention_order=a.use_new_attention_order,
         dropout_resolutions=_dropping(a, dropout_resolutions),
+        second_clock=a.added_clock,
     )
 
 
@@ -126,6 +137,19 @@ def ddpmpp_scm(a: Architecture) -> SongUNet:
     return ddpmpp(a, double_norm=True)
 
 
+def ddpmpp_meanflow(a: Architecture) -> SongUNet:
+    """DDPM++ as MeanFlow trains it (Geng et al. 2025): FIR resampling, and two wide embeddings of times, joined."""
+    return _song_unet(
+        a,
+        embedding="positional",
+        embedding_mult=2,
+        taps=(1, 3, 3, 1),
+        input_pyramid=False,
+        qkv_first=True,
+        second_clock=JOINED if a.two_times else "",
+    )
+
+
 def edm2(
     a: Architecture,
     logvar_channels: int = LOGVAR_CHANNELS,
@@ -148,6 +172,7 @@ def edm2(
         num_classes=a.num_classes,
         logvar_channels=logvar_channels,
         double_norm=double_norm,
+        second_clock=a.added_clock,
         use_checkpoint=a.use_checkpoint,
     )
 
@@ -173,6 +198,7 @@ def _dropping(a: Architecture, dropout_resolutions: str) -> tuple[int, ...] | No
 
 
 def _song_unet(a: Architecture, **form: Any) -> SongUNet:
+    form = {"second_clock": a.added_clock} | form
     return SongUNet(
         image_size=a.image_size,
         in_channels=a.in_channels,

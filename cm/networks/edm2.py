@@ -27,6 +27,7 @@ from cm.networks.magnitude import (
     normalize_weights,
     resample,
 )
+from cm.networks.second_clock import ADDED, check_form, check_second
 from cm.nn import Dropout, append_dims, checkpoint
 
 LOGVAR_CHANNELS = 128
@@ -38,6 +39,7 @@ class Block(nn.Module):
     flavor: "enc" normalises the pixels of the trunk first; "dec" takes the branch off before the trunk changes width.
     resample_mode: "keep", "up" or "down", on both branches. double_norm: sCM's adaptive double normalisation in the
     place of EDM2's gain. clip_act: largest size of an output; None: no limit. The balances are the branch's shares.
+    second_clock: emb is that of two clocks side by side, (B, 2 E), and the gain of what the second adds begins at 0.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Block(nn.Module):
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
         double_norm: bool = False,
+        second_clock: bool = False,
         use_checkpoint: bool = False,
     ):
         super().__init__()
@@ -62,10 +65,15 @@ class Block(nn.Module):
         self.num_heads = num_heads if attention else 0
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.use_checkpoint = use_checkpoint
+        self.second_clock = second_clock
         if not double_norm:
             self.emb_gain = nn.Parameter(torch.zeros([]))
+        if second_clock:
+            self.emb_gain_s = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels * (2 if double_norm else 1))
+        if second_clock:
+            self.emb_linear_s = MPConv(emb_channels, out_channels * (2 if double_norm else 1))
         self.drop = Dropout(dropout)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -92,11 +100,13 @@ class Block(nn.Module):
 
     def _modulate(self, y: Tensor, emb: Tensor) -> Tensor:
         """y (1 + gain linear(emb)); with double norm, norm(y) norm(s) + norm(b), where (s, b) = linear(emb)."""
+        emb, *second = emb.chunk(2, dim=1) if self.second_clock else (emb,)
+        modulation = self.emb_linear(emb) if self.double_norm else self.emb_linear(emb, self.emb_gain)
+        if second:
+            modulation = modulation + self.emb_linear_s(second[0], self.emb_gain_s)
         if not self.double_norm:
-            return y * append_dims(self.emb_linear(emb, self.emb_gain) + 1, y.ndim).to(y.dtype)
-        scale, shift = (
-            append_dims(normalize(a), y.ndim).to(y.dtype) for a in self.emb_linear(emb).chunk(2, dim=1)
-        )
+            return y * append_dims(modulation + 1, y.ndim).to(y.dtype)
+        scale, shift = (append_dims(normalize(a), y.ndim).to(y.dtype) for a in modulation.chunk(2, dim=1))
         return normalize(y, dim=1) * scale + shift
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -122,6 +132,7 @@ class EDM2UNet(nn.Module):
     num_classes: number of labels; None for an unconditional network.
     logvar_channels: features of the head that learns u(sigma), the logarithm of the loss's variance; 0 for none.
     double_norm: the form of sCM, whose time input is t itself: positional features, adaptive double normalisation.
+    second_clock: "" for a network of one time, or "added", see `cm.networks.second_clock`.
     """
 
     def __init__(
@@ -146,9 +157,11 @@ class EDM2UNet(nn.Module):
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
+        second_clock: str = "",
         use_checkpoint: bool = False,
     ):
         super().__init__()
+        self.second_clock = check_form(second_clock, (ADDED,))
         self.in_channels, self.num_classes, self.double_norm = in_channels, num_classes, double_norm
         self.has_head = logvar_channels > 0
         self.label_balance, self.concat_balance = label_balance, concat_balance
@@ -157,8 +170,8 @@ class EDM2UNet(nn.Module):
         sides = [image_size >> level for level in range(len(widths))]
         emb_channels = max(widths)
         dropping = sides if dropout_resolutions is None else dropout_resolutions
-        shared = {"double_norm": double_norm, "use_checkpoint": use_checkpoint, "clip_act": clip_act}
-        shared |= {"res_balance": res_balance, "attn_balance": attn_balance}
+        shared = {"double_norm": double_norm, "second_clock": bool(second_clock), "clip_act": clip_act}
+        shared |= {"res_balance": res_balance, "attn_balance": attn_balance, "use_checkpoint": use_checkpoint}
 
         def block(channels: int, width: int, side: int, attention: bool = False, **kind: str) -> Block:
             return Block(
@@ -177,13 +190,11 @@ class EDM2UNet(nn.Module):
         self.emb_pos = MPPositional(model_channels) if double_norm else None
         self.emb_fourier = None if double_norm else MPFourier(model_channels)
         self.emb_noise = MPConv(model_channels, emb_channels)
-        if num_classes is not None:
-            self.emb_label = MPConv(num_classes, emb_channels)
-        levels = list(zip(sides, widths, strict=True))
-        self.enc, skips = _encoder(
-            block, in_channels, model_channels, levels, num_res_blocks, attention_resolutions
-        )
-        self.dec = _decoder(block, skips, levels, num_res_blocks, attention_resolutions)
+        self.emb_noise_s = MPConv(model_channels, emb_channels) if second_clock else None
+        self.emb_label = None if num_classes is None else MPConv(num_classes, emb_channels)
+        levels = list(zip(sides, widths, strict=True)), num_res_blocks, attention_resolutions
+        self.enc, skips = _encoder(block, in_channels, model_channels, *levels)
+        self.dec = _decoder(block, skips, *levels)
         self.out_conv = MPConv(widths[0], out_channels, 3)
         if self.has_head:
             self.logvar_fourier = MPFourier(logvar_channels)
@@ -205,15 +216,24 @@ class EDM2UNet(nn.Module):
         normalize_weights(self, params)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, return_logvar: bool = False
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        return_logvar: bool = False,
+        second: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4; with double_norm t = arctan(sigma / sigma_data). y (B,) int64: class
-        labels; -1 stands for none. return_logvar: (prediction, u (B,)).
+        labels; -1 stands for none. return_logvar: (prediction, u (B,)). second (B,): the second clock, of a network
+        that has one.
         """
         check_inputs(x, timesteps, y, self.in_channels, self.divisor, self.num_classes)
-        emb = self._embed(timesteps, y)
+        check_second(second, timesteps, self.second_clock)
+        emb = self._embed(self.emb_noise, timesteps, y)
+        if second is not None:
+            emb = torch.cat([emb, self._embed(self.emb_noise_s, second, y)], dim=1)
         h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).to(self.dtype)
         skips: list[Tensor] = []
         for layer in self.enc.values():
@@ -235,9 +255,9 @@ class EDM2UNet(nn.Module):
         features = self.logvar_fourier(timesteps.to(self.logvar_linear.weight.dtype))
         return self.logvar_linear(features).squeeze(1)
 
-    def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        times = timesteps.to(self.emb_noise.weight.dtype)
-        emb = self.emb_noise(self.emb_pos(times) if self.double_norm else self.emb_fourier(times))
+    def _embed(self, layer: MPConv, times: Tensor, y: Tensor | None) -> Tensor:
+        times = times.to(layer.weight.dtype)
+        emb = layer(self.emb_pos(times) if self.double_norm else self.emb_fourier(times))
         if y is not None:
             # Vectors of length sqrt(num_classes), so that an entry has unit variance; zeros for the label -1.
             one_hot = F.one_hot(y + 1, self.num_classes + 1)[:, 1:].to(emb.dtype)

@@ -3,7 +3,10 @@
 Both are one U-Net; they differ in the noise embedding, the resampling filter and the residual input pyramid.
 Names, shapes and order of the state dict are those of the checkpoints released with EDM (arXiv:2206.00364).
 
-Shapes: B batch, C channels of a feature map, E = 4 * model_channels embedding channels, R side of the images.
+With a second clock (`cm.networks.second_clock`) their layouts are those of CTM (arXiv:2310.02279) and of MeanFlow
+(arXiv:2505.13447).
+
+Shapes: B batch, C channels of a feature map, E = emb_mult * model_channels embedding channels, R side of the images.
 """
 
 import math
@@ -26,7 +29,8 @@ from cm.networks.layers import (
     pixel_norm,
     xavier_,
 )
-from cm.nn import Dropout, checkpoint
+from cm.networks.second_clock import ADDED, JOINED, check_form, check_second
+from cm.nn import Dropout, checkpoint, zero_module
 
 # Sums of two branches are divided by sqrt(2), so that depth does not change the variance.
 SKIP_SCALE = math.sqrt(0.5)
@@ -42,6 +46,8 @@ class SongBlock(nn.Module):
     channels, skip_channels: of the trunk and of the encoder output that is concatenated to it (0 = none).
     resample: "none", "up" or "down", by the FIR filter `taps` on both branches. double_norm: the embedding scales and
     shifts the norm by vectors that are normalised themselves (sCM, Lu & Song 2025), instead of being added before it.
+    second_clock: the embedding is that of two clocks side by side, (B, 2 E), and what the second one adds begins at 0.
+    qkv_first: rows of the attention's weight are ({q, k, v}, channel), as in MeanFlow's code, not (channel, {q, k, v}).
     """
 
     def __init__(
@@ -56,17 +62,21 @@ class SongBlock(nn.Module):
         attention: bool = False,
         dropout: float = 0.0,
         double_norm: bool = False,
+        second_clock: bool = False,
+        qkv_first: bool = False,
         use_checkpoint: bool = False,
     ):
         super().__init__()
         in_channels = channels + skip_channels
         self.double_norm = double_norm
         self.skip_channels = skip_channels
-        self.attention = attention
+        self.attention, self.qkv_first = attention, qkv_first
         self.use_checkpoint = use_checkpoint
         self.norm0 = group_norm(in_channels)
         self.conv0 = xavier_(_conv(in_channels, out_channels, 3, resample, taps))
-        self.affine = xavier_(nn.Linear(emb_channels, out_channels * (2 if double_norm else 1)))
+        modulation = out_channels * (2 if double_norm else 1)
+        self.affine = xavier_(nn.Linear(emb_channels, modulation))
+        self.affine_s = zero_module(nn.Linear(emb_channels, modulation)) if second_clock else None
         self.norm1 = group_norm(out_channels)
         self.drop = Dropout(dropout)
         self.conv1 = xavier_(_conv(out_channels, out_channels, 3), NEARLY_ZERO)
@@ -85,7 +95,7 @@ class SongBlock(nn.Module):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # In place where a result is nobody else's: no new tensors.
         h = self.conv0(F.silu(self.norm0(x)))
-        modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
+        modulation = self._modulation(emb).to(h.dtype)[:, :, None, None]
         if self.double_norm:
             scale, shift = (pixel_norm(a) for a in modulation.chunk(2, dim=1))
             h = self.norm1(h) * scale + shift
@@ -95,10 +105,17 @@ class SongBlock(nn.Module):
         x = self.conv1(h).add_(self.skip(x)).mul_(SKIP_SCALE)
         return (x + self._attend(x)).mul_(SKIP_SCALE) if self.attention else x
 
+    def _modulation(self, emb: Tensor) -> Tensor:
+        if self.affine_s is None:
+            return self.affine(emb)
+        emb, second = emb.chunk(2, dim=1)
+        return self.affine(emb) + self.affine_s(second)
+
     def _attend(self, x: Tensor) -> Tensor:
-        # The weights hold rows as (channel, {q, k, v}). Reordering them, not the features, is nearly free.
-        weight = self.qkv.weight.flatten(1).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        bias = self.qkv.bias.unflatten(0, (-1, 3)).transpose(0, 1).flatten()
+        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
+        if not self.qkv_first:  # Reordering the rows, not the features, is nearly free.
+            weight = weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+            bias = bias.unflatten(0, (-1, 3)).transpose(0, 1).flatten()
         tokens = self.norm2(x).flatten(2).transpose(1, 2)  # (B, R * R, C)
         tokens = qkv_attention(channel_mix(tokens, weight, bias), num_heads=1)
         return pointwise(self.proj, tokens).transpose(1, 2).reshape(x.shape)
@@ -134,6 +151,8 @@ class Torso:
     taps: tuple[float, ...]
     input_pyramid: bool
     double_norm: bool
+    second_clock: bool
+    qkv_first: bool
     use_checkpoint: bool
 
     def encoder(self, in_channels: int, channels: int) -> tuple[nn.ModuleDict, list[int]]:
@@ -201,6 +220,8 @@ class Torso:
             attention=attention,
             dropout=self.dropout,
             double_norm=self.double_norm,
+            second_clock=self.second_clock,
+            qkv_first=self.qkv_first,
             use_checkpoint=self.use_checkpoint,
         )
 
@@ -217,10 +238,12 @@ class SongUNet(nn.Module):
     num_classes: number of labels; None for an unconditional network.
     augment_dim: number of augmentation labels (`cm.objectives.augmentation`), 0 for none.
     embedding: "fourier" (of scale `fourier_scale`) or "positional".
-    embedding_mult: size of the noise embedding in units of model_channels.
+    embedding_mult, emb_mult: size of the noise embedding, and of what blocks see of it, in units of model_channels.
     taps: resampling filter.
     input_pyramid: add a learned pyramid of the input image to the trunk at each coarser level.
     double_norm: sCM's adaptive double normalisation (Lu & Song 2025), see `SongBlock`.
+    second_clock: "" for a network of one time; "added" or "joined", see `cm.networks.second_clock`.
+    qkv_first: order of the attention's weights, see `SongBlock`.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -239,13 +262,17 @@ class SongUNet(nn.Module):
         augment_dim: int = 0,
         embedding: str = "fourier",
         embedding_mult: int = 2,
+        emb_mult: int = 4,
         fourier_scale: float = 16.0,
         taps: tuple[float, ...] = (1, 3, 3, 1),
         input_pyramid: bool = True,
         double_norm: bool = False,
+        second_clock: str = "",
+        qkv_first: bool = False,
         use_checkpoint: bool = False,
     ):
         super().__init__()
+        self.second_clock = check_form(second_clock, (ADDED, JOINED))
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.num_classes, self.augment_dim = num_classes, augment_dim
         self.divisor = 2 ** (len(channel_mult) - 1)
@@ -256,24 +283,30 @@ class SongUNet(nn.Module):
         torso = Torso(
             widths=tuple(int(mult * model_channels) for mult in channel_mult),
             sides=tuple(image_size >> level for level in range(len(channel_mult))),
-            emb_channels=4 * model_channels,
+            emb_channels=emb_mult * model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=tuple(attention_resolutions),
             dropout=dropout,
             taps=taps,
             input_pyramid=input_pyramid,
             double_norm=double_norm,
+            second_clock=second_clock == ADDED,
+            qkv_first=qkv_first,
             use_checkpoint=use_checkpoint,
         )
         features = embedding_mult * model_channels
         # The order of these lines is the order of the parameters in a checkpoint.
         self.map_noise = _embedding(embedding, features, fourier_scale)
+        features *= 2 if second_clock == JOINED else 1
         if num_classes is not None:
             self.map_label = xavier_(nn.Linear(num_classes, features))
         if augment_dim:
             self.map_augment = xavier_(nn.Linear(augment_dim, features, bias=False))
         self.map_layer0 = xavier_(nn.Linear(features, torso.emb_channels))
         self.map_layer1 = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
+        if second_clock == ADDED:
+            self.map_layer0_s = xavier_(nn.Linear(features, torso.emb_channels))
+            self.map_layer1_s = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
         self.enc, skip_widths = torso.encoder(in_channels, model_channels)
         self.dec = torso.decoder(skip_widths, out_channels)
 
@@ -296,14 +329,17 @@ class SongUNet(nn.Module):
         timesteps: Tensor,
         y: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        second: Tensor | None = None,
     ) -> Tensor:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels. augment_labels (B, augment_dim): what
-        was done to the images; None means nothing, and so do zeros.
+        was done to the images; None means nothing, and so do zeros. second (B,): the second clock, of a network
+        that has one.
         """
         self._check_inputs(x, timesteps, y, augment_labels)
-        emb = self._embed(timesteps, y, augment_labels)
+        check_second(second, timesteps, self.second_clock)
+        emb = self._embed(timesteps, second, y, augment_labels)
         h = pyramid = x.to(self.dtype)
         skips: list[Tensor] = []
         for layer in self.enc.values():
@@ -317,9 +353,23 @@ class SongUNet(nn.Module):
             h = block(torch.cat([h, skips.pop()], dim=1) if block.skip_channels else h, emb)
         return conv(F.silu(norm(h.to(conv.weight.dtype))))
 
-    def _embed(self, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def _embed(
+        self, timesteps: Tensor, second: Tensor | None, y: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        """(B, E); with a second clock that is added, both side by side: (B, 2 E)."""
         dtype = self.map_layer0.weight.dtype
         emb = self.map_noise(timesteps.to(dtype))
+        waves = None if second is None else self.map_noise(second.to(dtype))
+        if self.second_clock == JOINED:
+            emb = torch.cat([emb, waves], dim=1)
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(self._labelled(emb, y, augment_labels)))))
+        if self.second_clock != ADDED:
+            return emb
+        waves = self._labelled(waves, y, augment_labels)
+        return torch.cat([emb, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(waves))))], dim=1)
+
+    def _labelled(self, emb: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        dtype = emb.dtype
         if y is not None:
             # One-hot vectors of length sqrt(num_classes), so that an entry has unit variance.
             one_hot = F.one_hot(y, self.num_classes).to(dtype)
@@ -328,7 +378,7 @@ class SongUNet(nn.Module):
             # No labels are zeros, so that every parameter takes part, as DistributedDataParallel demands.
             zeros = emb.new_zeros(len(emb), self.augment_dim)
             emb = emb + self.map_augment(zeros if augment_labels is None else augment_labels.to(dtype))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        return emb
 
     def _check_inputs(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None

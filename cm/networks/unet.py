@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.networks.attention import AttentionBlock
+from cm.networks.second_clock import ADDED, check_form, check_second
 from cm.nn import (
     Dropout,
     SiLU,
@@ -109,6 +110,7 @@ class ResBlock(TimestepBlock):
     use_conv: change the number of channels on the skip path by a 3x3 instead of a 1x1 convolution.
     up, down: resample both paths (nearest neighbour, average) before the first convolution.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
+    second_clock: the embedding is that of two clocks side by side, (B, 2 E), and what the second one adds begins at 0.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class ResBlock(TimestepBlock):
         use_checkpoint: bool = False,
         up: bool = False,
         down: bool = False,
+        second_clock: bool = False,
     ):
         super().__init__()
         out_channels = out_channels or channels
@@ -139,6 +142,9 @@ class ResBlock(TimestepBlock):
             self.resample = nn.Identity()
         emb_out_channels = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, emb_out_channels))
+        self.emb_layers_s = None
+        if second_clock:
+            self.emb_layers_s = nn.Sequential(SiLU(), zero_module(linear(emb_channels, emb_out_channels)))
         self.out_layers = nn.Sequential(
             normalization(out_channels),
             SiLU(),
@@ -158,12 +164,18 @@ class ResBlock(TimestepBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
         h = conv(self.resample(activation(norm(x))))
-        emb_out = self.emb_layers(emb).to(h.dtype)
+        emb_out = self._modulation(emb).to(h.dtype)
         if self.use_scale_shift_norm:
             h = self.out_layers[1:](modulated_norm(self.out_layers[0], h, *emb_out.chunk(2, dim=1)))
         else:
             h = self.out_layers(h + append_dims(emb_out, h.ndim))
         return h.add_(self.skip_connection(self.resample(x)))  # h is nobody else's: no new tensor
+
+    def _modulation(self, emb: Tensor) -> Tensor:
+        if self.emb_layers_s is None:
+            return self.emb_layers(emb)
+        emb, second = emb.chunk(2, dim=1)
+        return self.emb_layers(emb) + self.emb_layers_s(second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +196,7 @@ class Torso:
     num_head_channels: int
     use_scale_shift_norm: bool
     resblock_updown: bool
+    second_clock: bool
 
     def encoder(self, in_channels: int, num_heads: int) -> tuple[nn.ModuleList, list[int]]:
         """Blocks of the way down, and the number of channels that each one puts out."""
@@ -237,6 +250,7 @@ class Torso:
             use_checkpoint=self.use_checkpoint,
             up=up,
             down=down,
+            second_clock=self.second_clock,
         )
 
     def _attention(self, channels: int, num_heads: int) -> AttentionBlock:
@@ -275,6 +289,10 @@ def _dropouts(
     return tuple(dropout if sides is None or image_size >> level in sides else 0.0 for level in range(levels))
 
 
+def _clock_mlp(features: int, emb_channels: int) -> nn.Sequential:
+    return nn.Sequential(linear(features, emb_channels), SiLU(), linear(emb_channels, emb_channels))
+
+
 class UNetModel(nn.Module):
     """U-Net with residual blocks, attention, a time embedding and optional class labels.
 
@@ -296,6 +314,7 @@ class UNetModel(nn.Module):
     resblock_updown: resample inside residual blocks.
     use_new_attention_order: without effect. The order is always (three, head, channel), as in the released
         weights; `cm.networks.attention.qkv_legacy_to_new` converts others.
+    second_clock: "" for a network of one time, or "added", see `cm.networks.second_clock`.
     """
 
     def __init__(
@@ -320,8 +339,10 @@ class UNetModel(nn.Module):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         dropout_resolutions: tuple[int, ...] | None = None,
+        second_clock: str = "",
     ):
         super().__init__()
+        self.second_clock = check_form(second_clock, (ADDED,))
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -342,11 +363,12 @@ class UNetModel(nn.Module):
             num_head_channels=num_head_channels,
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
+            second_clock=bool(second_clock),
         )
         # The order of these lines is the order of the parameters in a checkpoint.
-        self.time_embed = nn.Sequential(
-            linear(model_channels, torso.emb_channels), SiLU(), linear(torso.emb_channels, torso.emb_channels)
-        )
+        self.time_embed = _clock_mlp(model_channels, torso.emb_channels)
+        if second_clock:
+            self.time_embed_s = _clock_mlp(model_channels, torso.emb_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, torso.emb_channels)
         self.input_blocks, skip_widths = torso.encoder(in_channels, num_heads)
@@ -378,16 +400,19 @@ class UNetModel(nn.Module):
         """Run the torso in fp32."""
         self.convert_torso(torch.float32)
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
         """Prediction for images `x` (B, in_channels, *spatial) at times (B,), given labels y (B,) int64.
 
-        The result is (B, out_channels, *spatial) in the dtype of the output layer: fp32 whatever the torso's.
+        second (B,): the second clock, of a network that has one. The result is (B, out_channels, *spatial) in the
+        dtype of the output layer: fp32 whatever the torso's.
         """
         self._check_inputs(x, timesteps, y)
-        emb = timestep_embedding(timesteps, self.model_channels)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y)
+        check_second(second, timesteps, self.second_clock)
+        emb = self._embed(self.time_embed, timesteps, y)
+        if second is not None:
+            emb = torch.cat([emb, self._embed(self.time_embed_s, second, y)], dim=1)
         h = x.to(self.dtype)
         skips = []
         for block in self.input_blocks:
@@ -397,6 +422,10 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.to(self.out[2].weight.dtype))
+
+    def _embed(self, mlp: nn.Sequential, times: Tensor, y: Tensor | None) -> Tensor:
+        emb = mlp(timestep_embedding(times, self.model_channels).to(mlp[0].weight.dtype))
+        return emb if y is None else emb + self.label_emb(y)
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:

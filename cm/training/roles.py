@@ -12,6 +12,7 @@ from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
 from cm.models.factory import create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
+from cm.networks.second_clock import widened
 from cm.objectives.base import Objective, Roles
 from cm.runtime import distributed
 from cm.seeding import derive_seed
@@ -75,7 +76,9 @@ def create_roles(
         network.load_state_dict(student.state_dict())
         target = Denoiser(network, precond)
     if objective.needs_teacher:
-        network = create_network(config, dropout=config.teacher_dropout).to(device, memory_format=layout)
+        # A teacher is a denoiser or a consistency function: it knows one time, whatever the student knows.
+        network = create_network(config, dropout=config.teacher_dropout, two_times=False)
+        network = network.to(device, memory_format=layout)
         load_into(network, teacher_file, "--teacher_model_path", config)
         consistency = learns_from(config) == "consistency"
         teacher = Denoiser(network, create_precond(config, consistency=consistency))
@@ -98,6 +101,7 @@ def load_into(network: nn.Module, file: ModelFile | None, flag: str, config: Tra
             raise UserError(
                 f"{file.path} was trained with {name} {stored}, not {getattr(config, name)} ({flag}, --{name})"
             )
-    distributed.on_main(lambda: check_matching(network, file.state, f"{file.path} ({flag})"))
+    state = widened(network, file.state)  # weights of one time begin a network of two
+    distributed.on_main(lambda: check_matching(network, state, f"{file.path} ({flag})"))
     if distributed.is_main():
-        network.load_state_dict(file.state)
+        network.load_state_dict(state)
