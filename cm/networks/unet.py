@@ -196,7 +196,7 @@ class Torso:
     num_head_channels: int
     use_scale_shift_norm: bool
     resblock_updown: bool
-    second_clock: bool
+    second_clock: bool = False
 
     def encoder(self, in_channels: int, num_heads: int) -> tuple[nn.ModuleList, list[int]]:
         """Blocks of the way down, and the number of channels that each one puts out."""
@@ -367,8 +367,7 @@ class UNetModel(nn.Module):
         )
         # The order of these lines is the order of the parameters in a checkpoint.
         self.time_embed = _clock_mlp(model_channels, torso.emb_channels)
-        if second_clock:
-            self.time_embed_s = _clock_mlp(model_channels, torso.emb_channels)
+        self.time_embed_s = _clock_mlp(model_channels, torso.emb_channels) if second_clock else None
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, torso.emb_channels)
         self.input_blocks, skip_widths = torso.encoder(in_channels, num_heads)
