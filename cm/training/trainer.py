@@ -138,6 +138,8 @@ class Trainer:
             self.guard.forget()
         draw, terms = self.forward_backward(batch, cond)
         took_step = state.student.optimize(state.optimizer)
+        if step == self.clock.first_step:
+            self._check_gradients()
         if took_step:
             self.update_ema()
             self.update_target_ema()
@@ -207,6 +209,21 @@ class Trainer:
         rows = random.row_numbers("dropout")[part]
         for module in self._dropouts:
             module.rows = rows
+
+    def _check_gradients(self) -> None:
+        """After the first step, on several ranks: whether all have the same gradients.
+
+        They have not where a loss differentiates a network outside of DistributedDataParallel, whose hooks then sum
+        nothing: weights would drift apart without a word.
+        """
+        if distributed.get_world_size() == 1:
+            return
+        norms = distributed.all_gather_object(float(self.state.student.grad_norm))
+        if all(map(math.isfinite, norms)) and len(set(norms)) > 1:
+            raise RuntimeError(
+                f"gradients differ between ranks (norms {', '.join(f'{norm:.6g}' for norm in norms)}): "
+                f"{type(self.objective).__name__} must differentiate roles.student as it is given, not its bare network"
+            )
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.ddp_model is self.model else self.ddp_model.no_sync()

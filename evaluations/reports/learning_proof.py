@@ -30,6 +30,11 @@ MODELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "cont_edm": ("edm_train", "", {"heun18": "", "onestep": "--steps 1"}),
     "cont_cd": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
     "cont_ct": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
+    "ict": ("cm_train", "", ONE_AND_TWO),
+    "ect": ("cm_train", FROM_TEACHER, ONE_AND_TWO),
+    "tcm": ("cm_train", "--teacher_model_path {run}/ect", ONE_AND_TWO),
+    "sct": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
+    "scd": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
 }
 POINTS = "-m tests.helpers.learning --length 3"
 DOCUMENT = """# Learning proof

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from cm.commands.cli import parse_config
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS
 from cm.config.validation import require_inputs
 from cm.errors import UserError
+from evaluations.reports import equal_images
 from evaluations.reports.digits_report import TITLES
 from evaluations.reports.learning_proof import commands, execute, minutes
 
@@ -31,7 +33,7 @@ def test_every_command_is_valid_and_every_sample_set_has_a_title(ranks):
             assert ("torch.distributed.run" in words) == (ranks == 2)
             assert not getattr(config, "teacher_model_path", "") or config.teacher_model_path in trained
             trained.append(config.out_dir)
-    assert len(trained) == 7 and len(set(drawn)) == len(drawn) == 14 and set(drawn) <= TITLES.keys()
+    assert len(trained) == 12 and len(set(drawn)) == len(drawn) == 24 and set(drawn) <= TITLES.keys()
 
 
 def test_a_failing_command_is_named():
@@ -39,3 +41,49 @@ def test_a_failing_command_is_named():
     with pytest.raises(UserError, match=r"python -c .* ended with exit code 3"):
         execute("-c 'raise SystemExit(3)'")
     assert minutes(125.4) == "2:05" and minutes(119.7) == "2:00"
+
+
+def training(images=19712):
+    """name -> configuration of every student of the comparison."""
+    found = {}
+    for line in equal_images.commands("runs/equal", images):
+        words = shlex.split(line)
+        script = Path(words[0]).stem
+        if script in SCRIPTS:
+            config = parse_config(SCRIPTS[script], words[1:])
+            require_inputs(config)
+            if script == "cm_train":
+                found[Path(config.out_dir).name] = config
+            elif script == "image_sample":
+                assert Path(config.model_path).name in {*found, equal_images.TEACHER}
+                assert Path(config.out_dir).name in TITLES
+    return found
+
+
+def test_students_are_compared_at_equal_images_on_one_network():
+    students = training()
+    found = {c.training_mode for c in students.values()}
+    assert {"consistency_distillation", "consistency_training", "progdist", "tcm", "sct", "scd"} <= found
+    assert found <= set(OBJECTIVES)
+    for name, c in students.items():
+        both = {"tcm": "tcm1", "tcm1": "tcm"}.get(name)
+        steps = c.total_training_steps + (students[both].total_training_steps if both else 0)
+        assert steps * c.global_batch_size == 19712, name
+        same = (c.time_scale, c.ema_rate, c.num_channels, c.channel_mult, c.global_batch_size)
+        assert same == (4, "0.98", 32, "1,1", 64), name
+        source = Path(c.teacher_model_path).name
+        assert source == {"ct": "", "ict": "", "tcm": "tcm1"}.get(name, equal_images.TEACHER), name
+    assert students["pd"].distill_steps_per_iter * 7 == students["pd"].total_training_steps
+
+
+def test_a_part_of_the_students_and_the_table_of_what_is_there():
+    def models(only):
+        lines = [line.split() for line in equal_images.commands("runs/equal", 19712, only)]
+        return [Path(words[words.index("--out_dir") + 1]).name for words in lines if "cm_train" in words[0]]
+
+    assert models(["tcm"]) == ["tcm1", "tcm"] and models(["sct", "cd"]) == ["cd", "sct"]
+    with pytest.raises(UserError, match="--only must be one of .*ect"):
+        models(["etc"])
+    scores = {"onestep": {"accuracy": 0.5, "fid": 1.25}}
+    result = {"rows": [{"model": "sct", "starts_from": "teacher", "images": 19712, "scores": scores}]}
+    assert equal_images.table(result).splitlines()[2] == "| sCT | teacher | 19,712 | 50.0%, 1.250 |  |"

@@ -1,5 +1,7 @@
 """sCT and sCD in training: precision, masks, ranks, the learned weight, checkpoints, bad input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from cm.diffusion.precond import EDMPrecond
 from cm.diffusion.proposals import Proposal
 from cm.diffusion.trigflow import TrigFlow, time_of
 from cm.errors import UserError
-from cm.objectives.base import Draw, Roles
+from cm.objectives.base import Draw, Roles, bare
 from cm.objectives.trigflow import LossWeight, Tangent, TrigFlowObjective
 from cm.runtime import distributed, logger
 from cm.storage.saver import Saver
@@ -85,6 +87,22 @@ def test_student_and_tangent_share_their_masks(monkeypatch):
     torch.testing.assert_close(values[0].detach(), values[-1], rtol=1e-4, atol=1e-5)
 
 
+def test_both_levels_of_a_difference_share_their_masks():
+    """Then it is near the derivative under these masks; with others it is larger by the inverse of the step."""
+    case = Case("sct")
+    case.student.train()
+    for module in case.student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    t = time_of(case.draw.t, SD)
+    x_t, slope = (SCM.tensor(f"sct/{name}") for name in ("x_t", "dxdt"))
+    found = []
+    for step in (0.0, 0.001):
+        torch.manual_seed(0)
+        found.append(case.tangent(1.0, x_t, t, slope, step=step))
+    near(found[1], found[0], 0.05)
+
+
 class OldNetwork(nn.Module):
     """A network with an operation as old extensions write it."""
 
@@ -152,12 +170,34 @@ def weights_after(run_dir, microbatch=-1):
     return found
 
 
+class Bypass(TrigFlowObjective):
+    """What a loss must not do: differentiate the bare network, which DistributedDataParallel does not see."""
+
+    def forward(self, roles, *args, **cond):
+        return super().forward(replace(roles, student=bare(roles.student)), *args, **cond)
+
+
+def weights_and_refusal(run_dir):
+    trainer = make_trainer(run_dir)
+    trainer.objective = Bypass(LAW, Tangent(warmup=2), distillation=True, adaptive=False)
+    try:
+        trainer.run_step(*next(trainer.data))
+        refusal = ""
+    except RuntimeError as error:
+        refusal = str(error)
+    return weights_after(run_dir, 1), refusal
+
+
 def test_ranks_and_microbatches_do_not_change_the_weights(tmp_path):
     """Tangents bypass DistributedDataParallel, gradients do not: of the network, and of the learned weight."""
     alone = weights_after(str(tmp_path / "1"))
-    first, second = run_ranks(
-        "tests.objectives.test_later_trigflow_training:weights_after", 2, str(tmp_path / "2"), 1, timeout=120
+    (first, refusal), (second, _) = run_ranks(
+        "tests.objectives.test_later_trigflow_training:weights_and_refusal",
+        2,
+        str(tmp_path / "2"),
+        timeout=120,
     )
+    assert "gradients differ between ranks" in refusal and "Bypass" in refusal
     for one, two, other in zip(alone, first, second):
         assert (two == other).all()
         torch.testing.assert_close(torch.from_numpy(two), torch.from_numpy(one), rtol=0, atol=1e-5)
