@@ -82,7 +82,7 @@ def test_a_part_of_the_students_and_the_table_of_what_is_there():
         return [Path(words[words.index("--out_dir") + 1]).name for words in lines if "cm_train" in words[0]]
 
     assert models(["tcm"]) == ["tcm1", "tcm"] and models(["sct", "cd"]) == ["cd", "sct"]
-    with pytest.raises(UserError, match="--only must be one of .*ect"):
+    with pytest.raises(UserError, match=r"--only must be one of .*ect"):
         models(["etc"])
     scores = {"onestep": {"accuracy": 0.5, "fid": 1.25}}
     result = {"rows": [{"model": "sct", "starts_from": "teacher", "images": 19712, "scores": scores}]}
