@@ -282,9 +282,15 @@ def size_divisor(image_size: int, channel_mult: tuple[float, ...]) -> int:
     return divisor
 
 
-def _dropouts(p: float, sides: tuple[int, ...] | None, image_size: int, levels: int) -> tuple[float, ...]:
+def _dropouts(
+    dropout: float, sides: tuple[int, ...] | None, image_size: int, levels: int
+) -> tuple[float, ...]:
     """Probability at each level, finest first; sides None: the same everywhere."""
-    return tuple(p if sides is None or image_size >> level in sides else 0.0 for level in range(levels))
+    return tuple(dropout if sides is None or image_size >> level in sides else 0.0 for level in range(levels))
+
+
+def _clock_mlp(features: int, emb_channels: int) -> nn.Sequential:
+    return nn.Sequential(linear(features, emb_channels), SiLU(), linear(emb_channels, emb_channels))
 
 
 class UNetModel(nn.Module):
