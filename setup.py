@@ -16,6 +16,7 @@ EXTRAS = {
     "diffusers": ["diffusers", "safetensors"],
     "safetensors": ["safetensors"],
     "datasets": ["torchvision", "datasets"],
+    "timm": ["timm"],
     "yaml": ["pyyaml"],
     "completion": ["shtab"],
 }

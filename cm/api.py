@@ -338,7 +338,9 @@ def evaluate(
     network = resolve("evaluations.features:load_features")(features, chosen.features, choose_device("auto"))
     how = library.Options(chosen, library.parse_metrics(metrics, chosen), **options)
     images = [library.open_images(path) for path in paths]
-    return library.evaluate(known, images, network, how, strict=strict, force=force)["metrics"]
+    return library.evaluate(known, images, network, how, strict=strict, force=force, seeds=len(images))[
+        "metrics"
+    ]
 
 
 def _line(flags: dict[str, Any]) -> list[str]:

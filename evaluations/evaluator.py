@@ -1,10 +1,13 @@
 """FID, sFID, Inception Score, precision, recall, KID and class accuracy of samples against a reference.
 
-    python -m evaluations.evaluator REF SAMPLES [SAMPLES ...]
+    cm evaluate REF SAMPLES [SAMPLES ...]
+    cm evaluate REF runs/teacher runs/student --seeds 3
 
 REF: an npz of images (`arr_0` uint8, N x H x W x C), of statistics (`mu, sigma, mu_s, sigma_s`, the reference batches
-of guided-diffusion), or both; or a folder or zip of images. SAMPLES: images likewise. Several files of samples, for
-example of three seeds, are reported with their mean and range. Runs in one process or under mpiexec or torchrun.
+of guided-diffusion), or both; or a folder or zip of images. SAMPLES: images likewise, or a model: a run, a checkpoint
+or a file of weights, which draws --num_samples images of --seeds seeds first (flags of `cm sample`, such as
+--sampler heun --steps 18, may follow). Several are compared in one table, seeds of one model by mean and range.
+Runs in one process or under mpiexec or torchrun.
 """
 
 import argparse
@@ -13,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from cm.commands.common import claimed_output
@@ -24,6 +26,8 @@ from cm.data.images import save_json
 from cm.errors import UserError, choose
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
+from evaluations.comparison import compare, comparison_table
+from evaluations.drawn import MOST, is_model, sample_files
 from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference
@@ -86,6 +90,8 @@ class Evaluator:
             lacks = f"{self.reference.path} has no {_LACKS[need]}"  # its images are only a part of the set
         elif need == "images" and not self.reference.images:
             lacks = f"{self.reference.path} has no {_LACKS[need]}"
+        elif metric == "inception_score" and not len(self.network.classifier):
+            lacks = f"{self.network.name} has no classes"
         elif METRICS[metric].labels and not self.network.classes:
             lacks = f"{self.network.name} does not know the samples' classes"
         if lacks:
@@ -143,8 +149,12 @@ def evaluate(
     *,
     strict: bool = True,
     force: bool = False,
+    seeds: int = 0,
 ) -> dict[str, Any]:
     """Measure each set of samples; the result is plain JSON with its provenance. Collective.
+
+    seeds: so many sets in turn are seeds of one model; 0: as their metadata say. `models` has the means; of one model,
+    `metrics` and `summary` have them, too.
 
     UserError when reference and samples do not follow one protocol, unless `force`; then the reasons are notes.
     """
@@ -152,6 +162,8 @@ def evaluate(
     errors = [e for found, _ in checks for e in found]
     if errors and not force:
         raise UserError(f"{errors[0]}; --force True measures anyway")
+    for images in samples:  # before the reference, whose features may take long
+        network.check(images.shape, images.path)
     evaluator = Evaluator(reference, network, options)
     runs = []
     for images, (found, notes) in zip(samples, checks):
@@ -167,7 +179,9 @@ def evaluate(
     }
     if len(runs) == 1:
         return runs[0] | result
-    return {"metrics": _mean(runs), "summary": _summary(runs), "runs": runs} | result
+    models = compare(runs, seeds)
+    of_one = {name: models[0][name] for name in ("metrics", "summary")} if len(models) == 1 else {}
+    return of_one | {"models": models, "runs": runs} | result
 
 
 def _describe_images(images: ImageSet) -> dict[str, Any]:
@@ -182,18 +196,6 @@ def _describe_images(images: ImageSet) -> dict[str, Any]:
 
 def _on_main(compute: Callable[[], str]) -> str:
     return distributed.broadcast_object(compute() if distributed.is_main() else "")
-
-
-def _mean(runs: list[dict]) -> dict[str, float]:
-    return {metric: s["mean"] for metric, s in _summary(runs).items()}
-
-
-def _summary(runs: list[dict]) -> dict[str, dict[str, float]]:
-    columns = {m: [run["metrics"][m] for run in runs] for m in runs[0]["metrics"]}
-    return {
-        m: {"mean": float(np.mean(v)), "min": min(v), "max": max(v), "std": float(np.std(v, ddof=1))}
-        for m, v in columns.items()
-    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -215,10 +217,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  {title:<16}{value:>12.{digits}f}{extra}")
         lines += [f"  {METRICS[name].title:<16}{'-':>12}  {why}" for name, why in run["not_measured"].items()]
         lines += [f"  note: {note}" for note in run["notes"]]
-    for name, s in result.get("summary", {}).items():
-        title, digits = METRICS[name].title, METRICS[name].digits
-        numbers = ", ".join(f"{k} {s[k]:.{digits}f}" for k in ("mean", "min", "max"))
-        lines.append(f"{title:<18}{numbers}")
+    if "models" in result:
+        lines += ["", *comparison_table(result["models"])]
     return "\n".join(lines)
 
 
@@ -245,6 +245,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--bootstrap", type=at_least(0), default=0, help="replicates for a 95 %% interval of the FID; 0: none"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of bootstrap and KID subsets")
+    parser.add_argument(
+        "--seeds",
+        type=at_least(0),
+        default=0,
+        help="seeds drawn of each model; of files, so many in turn are of one model; 0: as the files say",
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=at_least(0),
+        default=0,
+        help="images drawn of a model; 0: the protocol's number, else at most 1000",
+    )
     parser.add_argument("--force", nargs="?", const="True", default="False", choices=("True", "False"))
     parser.add_argument("--out", default="", help="result JSON; empty: beside the samples")
     add_feature_flags(parser)
@@ -253,12 +265,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("reference", metavar="REF")
     parser.add_argument("samples", metavar="SAMPLES", nargs="+")
     add_flags(parser)
-    args = parser.parse_args()
+    args, args.sampling = parser.parse_known_args()
+    if args.sampling and not any(map(is_model, args.samples)):
+        parser.error(f"{args.sampling[0]}: unknown flag (flags of cm sample go with a model)")
     plugins.load(args.plugin)
     distributed.setup_dist()
     if args.bootstrap == 1:
@@ -270,16 +284,31 @@ def main() -> None:
         measure(args, out)
 
 
+def to_measure(args: argparse.Namespace, reference: Reference, protocol: Protocol | None) -> list[str]:
+    """Files of images for all SAMPLES, drawn where they are models. Collective."""
+    count = args.num_samples or (protocol.num_samples if protocol else 0)
+    if not count:
+        count = min(MOST, reference.images.shape[0]) if reference.images else MOST
+    return [
+        file for path in args.samples for file in sample_files(path, count, max(args.seeds, 1), args.sampling)
+    ]
+
+
 def measure(args: argparse.Namespace, out: Path) -> None:
     """Evaluate as the flags say; rank 0 prints the table and writes the result to `out`."""
     reference = open_reference(str(local_copy(args.reference, flag="REF")))
-    samples = [open_images(str(local_copy(path, flag="SAMPLES"))) for path in args.samples]
     wanted = "inception" if args.inception_path else args.features
     protocol, strict = choose_protocol(args.protocol, wanted, reference)
+    drawn = any(map(is_model, args.samples))
+    paths = to_measure(args, reference, protocol if strict else None)
+    samples = [open_images(str(local_copy(path, flag="SAMPLES"))) for path in paths]
     network = features_from_flags(args, protocol.features)
     metrics = parse_metrics(args.metrics, protocol)
     options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
-    result = evaluate(reference, samples, network, options, strict=strict, force=args.force == "True")
+    seeds = 0 if drawn else args.seeds  # what was drawn says which seeds belong together
+    result = evaluate(
+        reference, samples, network, options, strict=strict, force=args.force == "True", seeds=seeds
+    )
     if distributed.is_main():
         print(table(result), flush=True)
         save_json(out, result)

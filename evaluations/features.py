@@ -1,7 +1,6 @@
 """Feature networks by name. A file given with `--features NAME=PATH` brings weights only, never code."""
 
 import argparse
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from cm.config.parsing import at_least
 from cm.errors import UserError
 from cm.models.factory import choose_device
-from evaluations import inception_v3, small_classifier
+from cm.storage.weights import tensors_sha256
+from evaluations import inception_v3, own_features, small_classifier
 from evaluations.inception_weights import FLAG as INCEPTION_FLAG
 from evaluations.inception_weights import load_inception
 
@@ -38,13 +38,11 @@ class FeatureNetwork(Protocol):
         """UserError when images (N, H, W, C) of a file are not for this network."""
 
 
-def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hash of names and values: the same for two files that hold the same weights in different layouts."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+def _check_sha256(network: FeatureNetwork, expected: str) -> None:
+    if not network.sha256.startswith(expected):
+        raise UserError(
+            f"--features {network.name}: SHA-256 is {network.sha256[:16]}, expected {expected[:16]}"
+        )
 
 
 class InceptionFeatures:
@@ -84,10 +82,7 @@ class ClassifierFeatures:
             )
         net, _ = small_classifier.load_classifier(location)
         self.sha256 = tensors_sha256(net.state_dict())
-        if not self.sha256.startswith(sha256):
-            raise UserError(
-                f"--features {self.name}={location}: SHA-256 is {self.sha256[:16]}, expected {sha256[:16]}"
-            )
+        _check_sha256(self, sha256)
         self.net = net.to(device)
         self.device = device
         self.classifier = self.net.output.weight
@@ -109,10 +104,24 @@ class ClassifierFeatures:
             )
 
 
+def _unhashed(make: Callable[[str, torch.device], FeatureNetwork]) -> Callable[..., FeatureNetwork]:
+    """A network of the user's own, whose weights --weights_sha256 may still name."""
+
+    def made(location: str, device: torch.device, sha256: str = "") -> FeatureNetwork:
+        network = make(location, device)
+        _check_sha256(network, sha256)
+        return network
+
+    return made
+
+
 FEATURE_NETWORKS: dict[str, Callable[[str, torch.device, str], FeatureNetwork]] = {
     "inception": InceptionFeatures,
     ClassifierFeatures.name: ClassifierFeatures,
+    "torchscript": _unhashed(own_features.from_torchscript),
+    "timm": _unhashed(own_features.from_timm),
 }
+OF_A_FILE = _unhashed(own_features.from_file)
 
 
 def current_name(name: str) -> str:
@@ -121,18 +130,25 @@ def current_name(name: str) -> str:
 
 
 def load_features(spec: str, default: str, device: torch.device, *, sha256: str = "") -> FeatureNetwork:
-    """The network of `NAME=PATH` or `NAME`; "" stands for `default`."""
+    """The network of `NAME=PATH`, `NAME` or `FILE.py:CLASS`; "" stands for `default`."""
+    if ".py:" in spec:
+        return OF_A_FILE(spec, device, sha256)
     name, _, location = (spec or default).partition("=")
     name = current_name(name)
     if name not in FEATURE_NETWORKS:
-        raise UserError(f"--features {name}: unknown network; choose {', '.join(FEATURE_NETWORKS)}")
+        raise UserError(
+            f"--features {name}: unknown network; choose {', '.join(FEATURE_NETWORKS)}, or FILE.py:CLASS"
+        )
     return FEATURE_NETWORKS[name](location, device, sha256)
 
 
 def add_feature_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a feature network and where it runs."""
     parser.add_argument(
-        "--features", default="", metavar="NAME=PATH", help="feature network and its weights file"
+        "--features",
+        default="",
+        metavar="NAME=PATH",
+        help="feature network: classifier=FILE, torchscript=FILE, timm=NAME, inception=FILE, or FILE.py:CLASS",
     )
     parser.add_argument(
         INCEPTION_FLAG, default="", help="file or URL of the Inception weights; empty: user cache"

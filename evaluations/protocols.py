@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | adm | Inception 2015-12-05, TensorFlow 1 bilinear | 50,000, uint8 by truncation | guided-diffusion's file | Table 2 |
 | cifar10 | the same | 50,000, uint8 by truncation | statistics of the 50,000 training images | Table 1 |
+| any | one's own: `--features FILE.py:CLASS`, torchscript, timm | any | any | runs with the same network |
 | classifier | a small classifier of the data set, no resize | any | any | runs with the same classifier file |
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 from cm.errors import UserError
 from evaluations.features import FeatureNetwork, current_name
 from evaluations.npz_io import ImageSet, Reference
+from evaluations.own_features import PROTOCOL
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ PROTOCOLS = {
         reference="any labelled set, of the classifier's images",
         compare_with="runs that used the same classifier file and reference only",
     ),
+    PROTOCOL: Protocol(
+        name=PROTOCOL,
+        features=PROTOCOL,
+        num_samples=0,
+        quantisation="truncate",
+        split_size=5000,
+        k=3,
+        metrics=("fid", "precision", "recall"),
+        reference="any",
+        compare_with="runs that used the same feature network and reference only",
+    ),
 }
 
 
@@ -84,8 +97,9 @@ def choose_protocol(name: str, features: str, reference: Reference) -> tuple[Pro
         return PROTOCOLS[name], True
     made_for = current_name((reference.meta or {}).get("protocol", ""))
     network = current_name(features.partition("=")[0])
-    candidates = [p for p in PROTOCOLS.values() if p.features == network] or [PROTOCOLS["adm"]]
-    return PROTOCOLS.get(made_for, candidates[0]), False
+    fits = [p for p in PROTOCOLS.values() if p.features == network]
+    default = PROTOCOLS[PROTOCOL if network else "adm"]
+    return PROTOCOLS.get(made_for, fits[0] if fits else default), False
 
 
 def mismatches(
@@ -96,7 +110,7 @@ def mismatches(
     meta, sample_meta = dict(reference.meta or {}), samples.meta or {}
     meta |= {key: current_name(meta[key]) for key in ("protocol", "features") if key in meta}
     errors, notes = [], []
-    if network.name != protocol.features:
+    if protocol.features not in (network.name, PROTOCOL):
         errors.append(
             f"protocol {protocol.name} uses {protocol.features}, {name} would be measured by {network.name}"
         )

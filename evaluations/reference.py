@@ -25,6 +25,7 @@ from cm.storage import filesystem
 from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
 from evaluations.fetch import local_copy
 from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
+from evaluations.own_features import PROTOCOL
 from evaluations.pipeline import extract, gather_rows, image_batches
 from evaluations.protocols import PROTOCOLS, Protocol
 
@@ -145,10 +146,12 @@ def main() -> None:
 def build(args: argparse.Namespace, out: Path) -> None:
     """The reference of DATA, as the flags say."""
     wanted = current_name(args.features.partition("=")[0])
-    default = next((p.name for p in PROTOCOLS.values() if p.features == wanted), "adm")
+    default = next(
+        (p.name for p in PROTOCOLS.values() if p.features == wanted), PROTOCOL if wanted else "adm"
+    )
     protocol = PROTOCOLS[args.protocol or default]
     network = features_from_flags(args, protocol.features)
-    if network.name != protocol.features:
+    if protocol.features not in (network.name, PROTOCOL):
         raise UserError(f"protocol {protocol.name} uses {protocol.features}, --features gives {network.name}")
     images = open_images(str(local_copy(args.data, flag="DATA")), args.image_size)
     sizes = {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size}

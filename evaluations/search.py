@@ -216,6 +216,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         )
     spec = c.features or (f"inception={c.inception_path}" if c.inception_path else "")
     network = load_features(spec, protocol.features, model.device)
+    network.check((1, c.image_size, c.image_size, c.in_channels or 3), "the model's samples")
     options = Options(protocol, ("fid",), c.batch_size)
     evaluator = Evaluator(reference, network, options)
     directory = Path(run_dir(config))

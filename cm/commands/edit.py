@@ -1,7 +1,7 @@
 """Editing images as configured: inputs, tasks, batches over ranks, PNGs, a side-by-side grid, metadata."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from cm.commands.common import claimed_output
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
+from cm.commands.paste import paste_back
 from cm.config.derived import is_consistency, last_known, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
 from cm.config.rows import TASKS
@@ -29,22 +30,27 @@ from cm.seeding import derive_seed
 
 # As in the authors' notebook, which uses all points of a grid of 18. Fewer give visibly worse results.
 DEFAULT_EVALUATIONS = 17
+FULL = "full"  # folder of results at the size of their pictures
 
 
 @dataclass(frozen=True)
 class Edited:
-    """What becomes of an input, as uint8 (n, H, W, C): what the task saw, the results, and the truth (n = 1 or 0)."""
+    """What becomes of an input, as uint8 (n, H, W, C): what the task saw, the results, and the truth (n = 1 or 0).
+
+    pasted: each result at the size of the picture that --resize True shrank.
+    """
 
     index: int
     name: str
     picture: np.ndarray
     results: np.ndarray
     truth: np.ndarray
+    pasted: tuple[np.ndarray, ...] = ()
 
 
 def inpaint_task(config: EditConfig) -> LinearEdit:
     """What --mask does not cover is known."""
-    mask = known_mask(config.mask, config.image_size, config.image_size, config.seed)
+    mask = known_mask(config.mask, config.image_size, config.image_size, config.seed, config.resize)
     if mask.all() or not mask.any():
         what = "nothing to generate" if mask.all() else "nothing known"
         logger.log(f"warning: --mask {config.mask} leaves {what}")
@@ -125,13 +131,17 @@ def write_edits(
     c = model.config
     rows = range(distributed.get_rank(), len(source.names), distributed.get_world_size())
     mine = source.load(rows)
-    shown, done = [], []
+    shown, done, at_full_size = [], [], False
     for edited in progress(edit_all(model, mine, edit, sigmas), total=len(rows), desc=c.task, unit="image"):
         for i, image in enumerate(edited.results):
             save_png(directory / result_name(edited.name, i), to_pil(image))
+        for i, image in enumerate(edited.pasted):
+            (directory / FULL).mkdir(exist_ok=True)
+            save_png(directory / FULL / result_name(edited.name, i), to_pil(image))
         done.append(edited.index)
         if edited.index < c.grid_images:
-            shown.append(edited)
+            shown.append(replace(edited, pasted=()))
+        at_full_size = at_full_size or bool(edited.pasted)
     everything = distributed.all_gather_object((done, shown, source.skipped))
     if not any(part[0] for part in everything):
         raise UserError(f"--input {c.input}: none of the images can be read")
@@ -152,6 +162,7 @@ def write_edits(
         save_json(directory / "edit.json", metadata)
         logger.log(
             f"{len(finished) * c.num_results} results in {directory}; side by side: {directory}/grid.png"
+            + (f"; at the pictures' own sizes: {directory / FULL}" if at_full_size else "")
         )
 
 
@@ -174,7 +185,7 @@ def edit_all(
             known = waiting.setdefault(item.index, (item, picture, []))
             known[2].append(result)
             if len(known[2]) == c.num_results:
-                yield _finished(*waiting.pop(item.index))
+                yield _finished(*waiting.pop(item.index), c.task, edit)
         batch.clear()
 
     for item in inputs:
@@ -186,12 +197,18 @@ def edit_all(
         yield from flush()
 
 
-def _finished(item: Input, picture: Tensor, results: list[Tensor]) -> Edited:
+def _finished(
+    item: Input, picture: Tensor, results: list[Tensor], task: str, edit: LinearEdit | None
+) -> Edited:
     def as_uint8(images: list[Tensor]) -> np.ndarray:
         return to_uint8(torch.stack(images)).numpy()
 
     truth = as_uint8([item.image])[: int(item.truth)]
-    return Edited(item.index, item.name, as_uint8([picture]), as_uint8(results), truth)
+    pasted: tuple[np.ndarray, ...] = ()
+    if item.original is not None:
+        mask = edit.mask if edit and task == "inpaint" else None
+        pasted = tuple(paste_back(item.original, result, task, mask) for result in results)
+    return Edited(item.index, item.name, as_uint8([picture]), as_uint8(results), truth, pasted)
 
 
 def edit_batch(

@@ -28,6 +28,7 @@ class Input:
     key: hash of the pixels, which is what makes results depend on the image and not on its neighbours.
     label: class given to a class-conditional model.
     truth: whether the image itself is what the results should look like.
+    original: uint8 (H, W, C) as it was before --resize True.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Input:
     key: str
     label: int
     truth: bool
+    original: np.ndarray | None = None
 
 
 def result_stems(files: list[str]) -> list[str]:
@@ -83,8 +85,11 @@ class InputFiles:
             return [0]
         if c.classes:
             return list(parse_classes(c.classes, c.num_classes, c.class_names))
+        known = self._source.labels("auto")
+        if known.indices is not None and c.class_names and set(known.classes) <= set(c.class_names):
+            return [c.class_names.index(known.classes[i]) for i in known.indices]
         if isinstance(self._source, StoreSource | NpzSource):
-            stored = self._source.labels("auto").indices
+            stored = known.indices
         if stored is None:
             raise UserError(f"--classes is missing: {c.model_path} is class-conditional")
         if stored.max() >= c.num_classes:
@@ -123,6 +128,8 @@ class InputFiles:
                 "--resize True crops and resizes it as training does"
             )
         pixels = pixels.reshape(*pixels.shape[:2], -1)
+        full = np.asarray(decoded).reshape(decoded.height, decoded.width, -1)
+        same = low or full.shape == pixels.shape
         if low:
             pixels = pixels.repeat(c.factor, axis=0).repeat(c.factor, axis=1)
         grey = c.task == "colorize" and read_header(data, file).grey
@@ -133,4 +140,5 @@ class InputFiles:
             hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
             self._labels[index % len(self._labels)],
             truth=not (low or grey or c.task == "stroke" or getattr(c, "noisy_input", False)),
+            original=None if same else full,
         )

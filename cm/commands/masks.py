@@ -73,26 +73,34 @@ MASKS: dict[str, Callable[[int, int, str, int], Tensor]] = {
 }
 
 
-def known_mask(text: str, height: int, width: int, seed: int = 0) -> Tensor:
-    """(height, width) float, 1 = known: from `--mask`, a name with its argument or the path of a picture."""
+def known_mask(text: str, height: int, width: int, seed: int = 0, resize: bool = False) -> Tensor:
+    """(height, width) float, 1 = known: from `--mask`, a name with its argument or the path of a picture.
+
+    resize: crop and shrink a picture of another size as the images are.
+    """
     name, _, rest = text.partition(":")
     if name in MASKS:
         return 1 - MASKS[name](height, width, rest, seed)
-    return 1 - _picture(text, height, width)
+    return 1 - _picture(text, height, width, resize)
 
 
-def _picture(path: str, height: int, width: int) -> Tensor:
+def _picture(path: str, height: int, width: int, resize: bool) -> Tensor:
     import numpy as np
 
     from cm.data.decode import Decoder
+    from cm.data.transforms import center_crop_arr
     from cm.storage.filesystem import exists, open_file
 
     if not exists(path):
         raise UserError(f"--mask {path}: no such file, and none of {', '.join(MASKS)}")
     with open_file(path, "rb") as file:
         image = Decoder(channels=1)(file.read(), f"--mask {path}")
+    if image.size != (width, height) and resize:
+        # Generated from a quarter on: a pixel that is known in part would show what is to go.
+        return torch.from_numpy(center_crop_arr(image, height) >= 64).float()
     if image.size != (width, height):
-        raise UserError(f"--mask {path} is {image.width} x {image.height}, the images are {width} x {height}")
+        size = f"{image.width} x {image.height}"
+        raise UserError(f"--mask {path} is {size}, the images are {width} x {height}: --resize True")
     return torch.from_numpy(np.asarray(image) >= 128).float()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from cm.config import choices, rows
 from cm.config.registry import Registry
-from cm.errors import UserError, listed
+from cm.errors import UserError, choose, listed
 
 GROUP = "cm.plugins"
 REGISTRIES: tuple[Registry, ...] = tuple(
@@ -49,9 +49,9 @@ def load(text: str) -> None:
         load_one(name)
 
 
-def load_one(name: str) -> Plugin:
-    """Import one plug-in. A file that has changed since is read again, and its old rows go."""
-    path = _find(name)
+def load_one(name: str, flag: str = "plugin") -> Plugin:
+    """Import one plug-in. A file that has changed since is read again, and its old rows go. flag: what names it."""
+    path = _find(name, flag)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     known = _loaded.get(str(path))
     if known is not None and known.sha256 == sha256:
@@ -65,18 +65,28 @@ def load_one(name: str) -> Plugin:
         except Exception as error:
             forget(str(path))
             where = _line_in(error, path)
-            raise UserError(f"--plugin {name}{where}: {type(error).__name__}: {error}") from error
+            raise UserError(f"--{flag} {name}{where}: {type(error).__name__}: {error}") from error
     added = tuple(f"{r.what} {n}" for r in REGISTRIES for n, row in r.items() if row.origin == str(path))
     _loaded[str(path)] = Plugin(name, sha256, added)
     return _loaded[str(path)]
 
 
-def _find(name: str) -> Path:
+def member(text: str, flag: str) -> Any:
+    """What `FILE.py:NAME` stands for: the class or function NAME of the user's file."""
+    file, _, name = text.rpartition(":")
+    module = sys.modules[_module_name(_find(file, flag), load_one(file, flag).sha256)]
+    known = {n: value for n, value in vars(module).items() if callable(value) and not n.startswith("_")}
+    return choose(
+        {n: v for n, v in known.items() if v.__module__ == module.__name__}, name, f"--{flag} {file}:"
+    )
+
+
+def _find(name: str, flag: str) -> Path:
     """The source file of a plug-in."""
     if name.endswith(".py") or "/" in name:
         path = Path(name).expanduser().resolve()
         if not path.is_file():
-            raise UserError(f"--plugin {name}: no such file")
+            raise UserError(f"--{flag} {name}: no such file")
         return path
     module = next((e.module for e in entry_points(group=GROUP) if e.name == name), name)
     try:
@@ -85,7 +95,7 @@ def _find(name: str) -> Path:
         spec = None
     if spec is None or not spec.origin:
         known = listed(e.name for e in entry_points(group=GROUP)) or "none"
-        raise UserError(f"--plugin {name}: no such file or module (installed plug-ins: {known})")
+        raise UserError(f"--{flag} {name}: no such file or module (installed plug-ins: {known})")
     return Path(spec.origin)
 
 
@@ -97,8 +107,7 @@ def _import(name: str, path: Path, sha256: str) -> None:
         else:
             importlib.import_module(module)
         return
-    # A name of its own, so that classes in it can be found again by pickle in a worker process.
-    module_name = f"cm_plugin_{path.stem}_{sha256[:8]}"
+    module_name = _module_name(path, sha256)
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
@@ -107,6 +116,11 @@ def _import(name: str, path: Path, sha256: str) -> None:
     except BaseException:
         del sys.modules[module_name]
         raise
+
+
+def _module_name(path: Path, sha256: str) -> str:
+    """A name of its own, so that classes in it can be found again by pickle in a worker process."""
+    return f"cm_plugin_{path.stem}_{sha256[:8]}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,6 +132,15 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 # Submodule of a student that belongs to its loss: in checkpoints, but no part of the model
 LOSS_MODULE = "loss_weight"
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of names and values: the same for two files that hold the same weights in different layouts."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def without_loss(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,13 +9,15 @@ from PIL import Image
 
 from cm.commands.cli import parse
 from cm.commands.edit import noise_levels, run_image_edit
-from cm.commands.edit_inputs import result_stems
+from cm.commands.edit_inputs import InputFiles, result_stems
 from cm.commands.interpolate import corner_noise, path_between
 from cm.commands.masks import known_mask
+from cm.commands.paste import paste_back
 from cm.config.scripts import EditConfig, configure
-from cm.data.images import from_uint8
+from cm.data.images import from_uint8, to_uint8
 from cm.errors import UserError
 from cm.runtime import distributed, logger
+from cm.sampling.editing import luma
 from cm.sampling.noise import IndexedGenerator
 from cm.storage.weights import load_weights, save_weights
 from tests.helpers.models import save_consistency_model
@@ -315,6 +317,43 @@ def test_other_resolutions_need_resize(models, tmp_path):
         _run(models, tmp_path / "out", "inpaint", "--input", tmp_path / "big.png")
     _run(models, tmp_path / "out", "inpaint", "--input", tmp_path / "big.png", "--resize", "True")
     assert _pixels(tmp_path / "out" / "big_000.png").shape == (SIDE, SIDE, 3)
+    assert _pixels(tmp_path / "out" / "full" / "big_000.png").shape == (20, 12, 3)
+
+
+def test_results_are_pasted_back_at_the_pictures_size():
+    original = np.random.default_rng(0).integers(60, 200, (24, 16, 3), dtype=np.uint8)
+    square = original[4:20]
+    result = torch.rand(3, 8, 8) * 2 - 1
+    mask = torch.ones(8, 8)
+    mask[:, :3] = 0
+    pasted = paste_back(original, result, "inpaint", mask)
+    large = torch.nn.functional.interpolate(result[None], (16, 16), mode="bicubic", antialias=True).clamp(
+        -1, 1
+    )
+    assert (pasted[:4] == original[:4]).all() and (pasted[20:] == original[20:]).all()
+    assert (pasted[4:20, 6:] == square[:, 6:]).all()
+    assert (pasted[4:20, :6] == to_uint8(large)[0].numpy()[:, :6]).all()
+    assert (paste_back(original, result, "stroke")[4:20] == to_uint8(large)[0].numpy()).all()
+    coloured = from_uint8(paste_back(original, 0.1 * result, "colorize")[None, 4:20])
+    assert (luma(coloured) - luma(from_uint8(square[None]))).abs().max() < 0.02
+    assert (coloured - luma(coloured)).abs().max() > 0.02
+
+
+def test_class_folders_name_the_labels(tmp_path):
+    for name in ("c", "a"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((SIDE, SIDE), np.uint8)).save(tmp_path / "in" / name / "x.png")
+    config = configure(
+        EditConfig,
+        task="inpaint",
+        input=str(tmp_path / "in"),
+        image_size=SIDE,
+        in_channels=1,
+        class_cond=True,
+        num_classes=4,
+        class_names=tuple("abcd"),
+    )
+    assert [item.label for item in InputFiles(config).load(range(2))] == [0, 2]
 
 
 def test_unreadable_images_are_named_and_can_be_skipped(models, images, tmp_path, capsys):

@@ -45,6 +45,10 @@ def test_picture_is_inverted_once(tmp_path):
     assert mask[2:].all()
     with pytest.raises(UserError, match=r"is 8 x 6, the images are 8 x 8"):
         known_mask(str(tmp_path / "m.png"), 8, 8)
+    large = np.zeros((32, 48), dtype=np.uint8)
+    large[:, 8:18] = 255  # the crop begins at 8; ten pixels are two and a half of the small image's
+    Image.fromarray(large).save(tmp_path / "m.png")
+    assert known_mask(str(tmp_path / "m.png"), 8, 8, resize=True).sum(0).tolist() == [0, 0, 0] + [8] * 5
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
     with pytest.raises(UserError, match=r"broken\.png: cannot be read"):
         known_mask(str(tmp_path / "broken.png"), 8, 8)

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from evaluations.reference import build_reference, inspect
 from tests.helpers import golden_data
 from tests.helpers.eval_files import stripes, write_classifier, write_npz
 from tests.helpers.inception_files import rule_network, write_openai
+from tests.helpers.models import save_consistency_model
 from tests.helpers.mp import launch, run_ranks
 
 CPU = torch.device("cpu")
@@ -105,14 +107,77 @@ def test_provenance_and_table(files, network):
 def test_several_sets_of_samples_give_a_range(files, network, tmp_path):
     more = [files["samples"], str(write_npz(tmp_path / "b.npz", 40, seed=2)), files["ref"]]
     options = replace(ALL, bootstrap=0, metrics=("fid", "accuracy"))
-    result = evaluate(open_reference(files["ref"]), [open_images(p) for p in more], network, options)
+    images = [open_images(p) for p in more]
+    result = evaluate(open_reference(files["ref"]), images, network, options, seeds=3)
     values = [run["metrics"]["fid"] for run in result["runs"]]
     summary = result["summary"]["fid"]
     assert summary == pytest.approx(
         {"mean": np.mean(values), "min": min(values), "max": max(values), "std": np.std(values, ddof=1)}
     )
-    assert result["metrics"]["fid"] == summary["mean"]
-    assert "mean" in table(result)
+    assert result["metrics"]["fid"] == summary["mean"] and len(result["models"]) == 1
+    assert f"{summary['mean']:.4f} ({summary['min']:.4f} to {summary['max']:.4f})" in table(result)
+    with pytest.raises(UserError, match="--seeds 2: 3 sets"):
+        evaluate(open_reference(files["ref"]), images, network, options, seeds=2)
+
+
+def described(path, model, seed, nfe) -> str:
+    """Samples with the metadata of a model's run."""
+    write_npz(path, 30, seed=seed)
+    meta = {"model_path": f"{model}/checkpoints/step_1/ema.pt", "model_sha256": model, "nfe": nfe}
+    meta["config"] = {"seed": seed, "out_dir": str(path), "sampler": "heun", "steps": 18}
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    return str(path)
+
+
+def test_models_are_compared_in_one_table(files, network, tmp_path):
+    paths = [
+        described(tmp_path / f"{m}{s}.npz", f"runs/{m}", s, n) for m, s, n in (("a", 1, 35), ("b", 1, 1))
+    ]
+    paths += [described(tmp_path / "a2.npz", "runs/a", 2, 35), files["samples"]]
+    options = replace(ALL, bootstrap=0, metrics=("fid",))
+    result = evaluate(open_reference(files["ref"]), [open_images(p) for p in paths], network, options)
+    found = [(m["name"], m["sampler"], m["nfe"], m["seeds"]) for m in result["models"]]
+    assert found == [
+        ("a", "heun 18", 35, 2),
+        ("b", "heun 18", 1, 1),
+        (Path(files["samples"]).name, "", None, 1),
+    ]
+    runs = [run["metrics"]["fid"] for run in result["runs"]]
+    assert result["models"][0]["metrics"]["fid"] == pytest.approx((runs[0] + runs[2]) / 2)
+    assert "metrics" not in result  # a mean over models says nothing
+    lines = table(result).splitlines()[-4:]
+    assert lines[0].split() == ["model", "sampler", "NFE", "images", "FID"] and lines[2].endswith(
+        f"{runs[1]:.4f}"
+    )
+
+
+def test_models_are_drawn_before_they_are_measured(files, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "m.pt"
+    save_consistency_model(model, in_channels=1)
+    argv = ["x", files["ref"], str(model), files["samples"], "--features", f"classifier={files['weights']}"]
+    argv += [
+        "--seeds",
+        "2",
+        "--num_samples",
+        "4",
+        "--metrics",
+        "fid",
+        "--sampler",
+        "onestep",
+        "--grid_images",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluator.main()
+    result = json.loads((tmp_path / f"m_vs_{Path(files['ref']).stem}.json").read_text())
+    assert [m["seeds"] for m in result["models"]] == [2, 1] and result["models"][0]["nfe"] == 1
+    assert [run["samples"]["count"] for run in result["runs"]] == [4, 4, 50]
+    assert result["runs"][0]["samples"]["sha256"] != result["runs"][1]["samples"]["sha256"]
+    assert len(list(tmp_path.glob("samples/*/samples_4x8x8x1.npz"))) == 2
+    monkeypatch.setattr(sys, "argv", ["x", files["ref"], files["samples"], "--sampler", "onestep"])
+    with pytest.raises(SystemExit):
+        evaluator.main()
+    assert "--sampler: unknown flag" in capsys.readouterr().err
 
 
 def test_a_built_reference_gives_the_numbers_of_its_images(files, network, tmp_path):

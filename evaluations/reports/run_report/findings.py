@@ -89,21 +89,22 @@ def _samples(path: Path, meta: dict[str, Any]) -> Finding:
 
 def _measurements(path: Path, content: dict[str, Any], run: Run) -> Iterator[tuple[str, Finding]]:
     """(samples that were measured, result) of a file of the evaluator, of a search, or of the quick start."""
-    if {"metrics", "protocol", "features"} <= content.keys():
-        one = content.get("runs", [content])[0]
-        meta = one.get("samples", {}).get("meta") or {}
-        if belongs(meta, run) and "nfe" in meta:
-            npz = Path(one["samples"]["path"])
-            yield (
-                str(npz.resolve()),
-                replace(
-                    _samples(npz, meta),
-                    count=int(one["samples"]["count"]),
-                    comparable=bool(one["comparable"]),
-                    metrics=numbers(content["metrics"]),
-                    protocol=content["protocol"]["name"],
-                ),
-            )
+    if {"protocol", "features"} <= content.keys() and {"metrics", "models"} & content.keys():
+        runs = content.get("runs", [content])
+        for one in [runs[0] | {"metrics": content["metrics"]}] if "metrics" in content else runs:
+            meta = one.get("samples", {}).get("meta") or {}
+            if belongs(meta, run) and "nfe" in meta:
+                npz = Path(one["samples"]["path"])
+                yield (
+                    str(npz.resolve()),
+                    replace(
+                        _samples(npz, meta),
+                        count=int(one["samples"]["count"]),
+                        comparable=bool(one["comparable"]),
+                        metrics=numbers(one["metrics"]),
+                        protocol=content["protocol"]["name"],
+                    ),
+                )
     elif {"ts", "fid", "nfe"} <= content.keys() and belongs(content, run):
         yield (
             str(path),
