@@ -15,6 +15,8 @@ EXTRAS = {
     "jax": ["msgpack"],
     "diffusers": ["diffusers", "safetensors"],
     "safetensors": ["safetensors"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "hub": ["huggingface_hub"],
     "datasets": ["torchvision", "datasets"],
     "timm": ["timm"],
     "yaml": ["pyyaml"],
@@ -45,7 +47,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["cm", "cm.*", "evaluations", "evaluations.*"]),
-    package_data={"cm": ["py.typed"], "evaluations": ["py.typed", "**/*.json", "**/*.html"]},
+    package_data={"cm": ["py.typed", "**/*.txt"], "evaluations": ["py.typed", "**/*.json", "**/*.html"]},
     entry_points={"console_scripts": ["cm=cm.commands.main:main"]},
     install_requires=[
         "torch>=2.4",

@@ -176,17 +176,22 @@ class Model:
         )
 
     def push(self, folder: str, to: str = "diffusers") -> str:
-        """Write the model for others: to="diffusers" (a folder), "safetensors", "cm" or "legacy"; returns the path."""
-        writers = resolve("cm.tools.convert.formats:WRITERS")
-        if to not in writers:
-            raise ValueError(f"to must be one of {', '.join(writers)}, got {to!r}")
+        """Write the model for others, with a model card; returns the path.
+
+        to: "diffusers" (a folder), "onnx", "safetensors", "cm" or "legacy". folder: where; hf://OWNER/NAME is a
+        repository of the Hugging Face Hub.
+        """
+        exporting = importlib.import_module("cm.tools.convert.export")
+        if to not in exporting.WRITERS:
+            raise ValueError(f"to must be one of {', '.join(exporting.WRITERS)}, got {to!r}")
         state = {name: tensor.detach().float().cpu() for name, tensor in self.network.state_dict().items()}
         names = {*flags_of(type(self.config)), "class_names"}
         stored = {k: v for k, v in (self._model.file.config or {}).items() if k in names}
         own = {
             n: getattr(self.config, n) for n in flags_of(type(self.config)) if n not in ("dry_run", "config")
         }
-        writers[to](str(folder), state, {**own, **stored, "training_mode": self.config.training_mode})
+        config = {**own, **stored, "training_mode": self.config.training_mode}
+        exporting.export(str(folder), to, state, config, self._model.file)
         return str(folder)
 
     def _check(self, x: Tensor) -> None:

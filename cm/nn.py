@@ -87,9 +87,14 @@ def _has_tangent(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
+def on_this_cpu(x: Tensor) -> bool:
+    """Whether x may go the way that is fast on CPUs; a graph for other machines, of any batch, goes the plain way."""
+    return x.device.type == "cpu" and not torch.onnx.is_in_onnx_export()
+
+
 def modulated_norm(norm: GroupNorm32, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) (1 + scale) + shift for x (B, C, *spatial), scale and shift (B, C)."""
-    if x.device.type == "cpu" and x.dtype == norm.weight.dtype and x.is_contiguous():
+    if on_this_cpu(x) and x.dtype == norm.weight.dtype and x.is_contiguous():
         # Every image brings its own weight and bias: as channels of one image, they cost no pass of their own.
         weight = torch.addcmul(norm.weight, norm.weight, scale).flatten()
         bias = torch.addcmul(norm.bias + shift, norm.bias, scale).flatten()

@@ -142,7 +142,7 @@ def test_editing(runs):
         (lambda m: m.sample(1, classes="shoes"), "did you mean"),
         (lambda m: m.sample(1, output="png"), "'tensor' or 'pil'"),
         (lambda m: m.sample(1, steps=40), "18 points"),
-        (lambda m: m.push("x", to="onnx"), "diffusers"),
+        (lambda m: m.push("x", to="tensorflow"), "diffusers"),
     ],
 )
 def test_what_does_not_fit_is_a_value_error_with_both_sides(runs, call, message):

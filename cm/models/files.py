@@ -43,12 +43,12 @@ def load_model_file(model_path: str, weights: str = "", flag: str = "model_path"
 
     weights: raw, ema:RATE, posthoc:LENGTH, target; empty takes the slowest average of a directory.
     """
-    return _read(*_find(model_path, weights, flag))
+    return _read(*find_model_file(model_path, weights, flag))
 
 
 def load_on_main(model_path: str, weights: str = "", flag: str = "model_path") -> ModelFile:
     """As load_model_file, but only rank 0 reads the file; the others get its tensors without values (device meta)."""
-    path, kind = _find(model_path, weights, flag)
+    path, kind = find_model_file(model_path, weights, flag)
     read: list[ModelFile] = []
 
     def shapes() -> ModelFile:
@@ -59,7 +59,7 @@ def load_on_main(model_path: str, weights: str = "", flag: str = "model_path") -
     return read[0] if read else outline
 
 
-def _find(model_path: str, weights: str, flag: str) -> tuple[str, str]:
+def find_model_file(model_path: str, weights: str = "", flag: str = "model_path") -> tuple[str, str]:
     """(path of a weights file, which weights it holds), as rank 0 finds it. All ranks must call it.
 
     A run that is still training may save in between.

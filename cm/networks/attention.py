@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.nn import checkpoint, conv_nd, normalization, zero_module
+from cm.nn import checkpoint, conv_nd, normalization, on_this_cpu, zero_module
 
 
 def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -82,7 +82,7 @@ def pointwise(conv: nn.Module, tokens: Tensor) -> Tensor:
 
 def channel_mix(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear of tokens (B, L, C); on the CPU by oneDNN, up to twice as fast as MKL on processors MKL ignores."""
-    if tokens.device.type != "cpu":
+    if not on_this_cpu(tokens):
         return F.linear(tokens, weight, bias)
     batch, length, channels = tokens.shape
     # With one thread, torch gives oneDNN only 1x1 convolutions of 16 images and more: any cut of the rows will do.

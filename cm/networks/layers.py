@@ -138,7 +138,7 @@ def check_inputs(
     x: Tensor, timesteps: Tensor, y: Tensor | None, in_channels: int, divisor: int, num_classes: int | None
 ) -> None:
     """ValueError unless images, times and labels have the shapes that a U-Net takes; divisor: of the image's sides."""
-    batch = len(x)
+    batch = x.shape[0]  # not len(x), which would fix it in an exported graph
     if x.ndim != 4 or x.shape[1] != in_channels or any(side % divisor for side in x.shape[2:]):
         raise ValueError(
             f"images have shape {tuple(x.shape)}; the network takes (B, {in_channels}, side, side) "

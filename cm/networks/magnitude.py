@@ -22,10 +22,13 @@ SILU_SIZE = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
 
 def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = EPS) -> Tensor:
     """x / (eps + rms(x)), the root mean square taken over `dim`, all but the first by default (EDM2, Eq. 47 and 66)."""
-    dims = tuple(range(1, x.ndim)) if dim is None else dim
+    dims = tuple(range(1, x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else dim
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
-    return x / (eps + length * math.sqrt(length.numel() / x.numel())).to(x.dtype)
+    count = math.prod(
+        x.shape[i] for i in dims
+    )  # not by numel(), which holds the batch, open in an exported graph
+    return x / (eps + length * math.sqrt(1 / count)).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:

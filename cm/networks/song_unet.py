@@ -376,7 +376,7 @@ class SongUNet(nn.Module):
             emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))
         if self.augment_dim:
             # No labels are zeros, so that every parameter takes part, as DistributedDataParallel demands.
-            zeros = emb.new_zeros(len(emb), self.augment_dim)
+            zeros = emb.new_zeros(emb.shape[0], self.augment_dim)
             emb = emb + self.map_augment(zeros if augment_labels is None else augment_labels.to(dtype))
         return emb
 
@@ -384,7 +384,7 @@ class SongUNet(nn.Module):
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, augment_labels: Tensor | None
     ) -> None:
         check_inputs(x, timesteps, y, self.in_channels, self.divisor, self.num_classes)
-        batch = len(x)
+        batch = x.shape[0]
         if augment_labels is not None and augment_labels.shape != (batch, self.augment_dim):
             raise ValueError(
                 f"augmentation labels have shape {tuple(augment_labels.shape)}; a network with augment_dim "

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from cm.errors import UserError
+from cm.tools.findings import find_results
 from cm.tools.runs import read_run
 from evaluations.reports.run_report import command
 from evaluations.reports.run_report.command import differences, main, page, thinned
 from evaluations.reports.run_report.curves import curves
-from evaluations.reports.run_report.findings import find_results
 from tests.helpers.browser import needs_browser, rendered, screenshot
 from tests.helpers.run_files import log_row, make_run
 

@@ -7,6 +7,16 @@ import pytest
 
 
 @pytest.fixture
+def hf_diffusers(monkeypatch):
+    """The library diffusers. It imports torchvision wherever that is installed, even one that does not fit torch."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+    return pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusers]'")
+
+
+@pytest.fixture
 def edm_modules(monkeypatch):
     """The modules that a pickle of EDM's names, for the time of writing one."""
     persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")

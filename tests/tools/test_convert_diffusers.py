@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.precond import ConsistencyPrecond
+from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
 from cm.sampling.consistency import sample_multistep, sample_onestep
+from cm.sampling.registry import run_sampler
 from cm.tools.convert import diffusers as converter
 from cm.tools.convert.formats import READERS, Source, detect
 from cm.tools.convert.layout import AdmShape
@@ -111,7 +112,10 @@ def test_what_diffusers_cannot_hold_is_refused_in_one_line(tmp_path):
     config = adm("imagenet")
     state = network(config).state_dict()
     for change, message in [
-        ({"training_mode": "edm"}, "pipeline for consistency models; this one is of edm"),
+        ({"training_mode": "progdist"}, "consistency models and EDM's denoisers; this one is of progdist"),
+        ({"training_mode": "edm", "precond": "vp"}, "this one is of edm with --precond vp"),
+        ({"boundary": "zero"}, "knows --boundary skip only; this model has --boundary zero"),
+        ({"c_out_formula": "printed"}, "--c_out_formula code only"),
         ({"time_scale": 1.0}, "--time_scale"),
         ({"resblock_updown": False}, "--resblock_updown True only"),
         ({"network": "ncsnpp"}, "ADM U-Nets"),
@@ -160,16 +164,15 @@ class Replay:
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_diffusers_draws_the_same_images(tmp_path, shape):
-    theirs = pytest.importorskip("diffusers")
-    config = adm(shape)
+@pytest.mark.parametrize(("shape", "channels"), [("imagenet", 3), ("imagenet", 1), ("lsun", 3)])
+def test_diffusers_draws_the_same_images(tmp_path, hf_diffusers, shape, channels):
+    config = adm(shape, in_channels=channels)
     net = network(config)
     converter.write_folder(str(tmp_path / "a"), net.state_dict(), config)
-    pipeline = theirs.ConsistencyModelPipeline.from_pretrained(str(tmp_path / "a"))
+    pipeline = hf_diffusers.ConsistencyModelPipeline.from_pretrained(str(tmp_path / "a"))
     pipeline.set_progress_bar_config(disable=True)
     size = config["image_size"]
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     label = [7, 7] if config["class_cond"] else None
     cond = {"y": torch.tensor([7, 7])} if config["class_cond"] else {}
     t = torch.tensor([700.0, -1000.0])
@@ -177,14 +180,10 @@ def test_diffusers_draws_the_same_images(tmp_path, shape):
         expected = pipeline.unet(noise, t, class_labels=cond.get("y")).sample
         torch.testing.assert_close(net(noise, t, **cond), expected, rtol=1e-4, atol=2e-5)
 
-    def draw(**options) -> torch.Tensor:
+    def draw(seed: int = 5, **options) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
         images = pipeline(
-            batch_size=2,
-            class_labels=label,
-            latents=noise.clone(),
-            generator=torch.Generator().manual_seed(5),
-            output_type="pt",
-            **options,
+            batch_size=2, class_labels=label, generator=generator, output_type="pt", **options
         ).images
         return 2 * images - 1
 
@@ -192,17 +191,58 @@ def test_diffusers_draws_the_same_images(tmp_path, shape):
         return Denoiser(net, ConsistencyPrecond())(x, sigma, **cond).clamp(-1, 1)
 
     one = sample_onestep(denoiser, 80 * noise, torch.tensor([80.0, 0.002], dtype=torch.float64))
-    torch.testing.assert_close(draw(num_inference_steps=1), one.clamp(-1, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw(0, num_inference_steps=1), one.clamp(-1, 1), rtol=0, atol=1e-4)
+    if channels == 1:  # the pipeline takes latents of three channels only
+        return
     levels = torch.tensor([80.0, 1.3823680, 0.002], dtype=torch.float64)  # ts 0, 22, 39 of 40
     two = sample_multistep(denoiser, 80 * noise, levels, Replay(5))
     torch.testing.assert_close(
-        draw(num_inference_steps=None, timesteps=[22, 0]), two.clamp(-1, 1), rtol=0, atol=1e-4
+        draw(latents=noise.clone(), num_inference_steps=None, timesteps=[22, 0]),
+        two.clamp(-1, 1),
+        rtol=0,
+        atol=1e-4,
     )
     # What diffusers writes itself is read back as the same network.
     pipeline.save_pretrained(str(tmp_path / "b"))
     found, flags = converter.read_folder(str(tmp_path / "b"))
     assert_same(dict(sorted(found.items())), dict(sorted(net.state_dict().items())))
     assert flags["steps"] == 40 and flags["num_head_channels"] == 32
+
+
+def test_a_teacher_is_drawn_by_edms_euler_steps(tmp_path, hf_diffusers):
+    """The scheduler and the pipeline of the folder against our Euler sampler, and the card's own words."""
+    config = adm("imagenet", training_mode="edm", in_channels=1, sigma_max=60.0)
+    net = network(config)
+    converter.write_folder(str(tmp_path / "t"), net.state_dict(), config)
+    pipeline = hf_diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "t"), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler).__name__ == "EDMEulerScheduler" and pipeline.config.time_scale == 1000
+    noise, labels = torch.randn(2, 1, 16, 16), torch.tensor([7, 3])
+    with torch.no_grad():
+        drawn = pipeline(2, 5, labels, latents=noise, output_type="pt").images
+
+    def denoise(x, sigma):
+        return Denoiser(net, EDMPrecond())(x, sigma, y=labels)
+
+    own = run_sampler("euler", denoise, 60 * noise, None, steps=5, sigma_max=60.0)
+    torch.testing.assert_close(2 * drawn - 1, own.clamp(-1, 1), rtol=0, atol=1e-4)
+    pictures = pipeline(2, 1, [7, 3]).images
+    assert [(p.mode, p.size) for p in pictures] == [("L", (16, 16))] * 2
+
+
+def test_a_teachers_folder_is_read_back(tmp_path):
+    pytest.importorskip("safetensors")
+    config = adm("lsun", training_mode="edm", sigma_max=60.0)
+    state = network(config).state_dict()
+    converter.write_folder(str(tmp_path), state, config)
+    assert (tmp_path / "pipeline.py").read_text().startswith('"""The pipeline of an exported EDM teacher.')
+    found, flags = converter.read_folder(str(tmp_path))
+    assert_same(dict(sorted(found.items())), dict(sorted(state.items())))
+    assert (flags["training_mode"], flags["sigma_max"], flags["time_scale"]) == ("edm", 60.0, 0.0)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["time_scale"]  # a folder of others, whose network takes the scheduler's own times
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert converter.read_folder(str(tmp_path))[1]["time_scale"] == 1.0
 
 
 FIELDS = {

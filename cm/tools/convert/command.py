@@ -2,23 +2,26 @@
 
 In: checkpoints and run directories of this framework, original .pt files, EDM pickles, JAX CIFAR-10 checkpoints,
 diffusers folders, safetensors. Out: cm (weights with their configuration), legacy (a bare state dict), safetensors,
-diffusers (a folder for ConsistencyModelPipeline).
+diffusers (a folder for ConsistencyModelPipeline, or of an EDM teacher with EDMEulerScheduler), onnx (the one-step
+generator, compared with our own by onnxruntime). A model card, README.md, is written beside it.
 
 cm convert checkpoint_80 cd_cifar10.pt --preset cifar10_cd_lpips
+cm convert runs/student student.onnx --to onnx
+cm convert runs/student hf://OWNER/NAME --to diffusers
 """
 
 import argparse
 
 from cm.config.rows import OBJECTIVES, PRECONDS
 
-KINDS = ("cm", "legacy", "safetensors", "diffusers")
+KINDS = ("cm", "legacy", "safetensors", "diffusers", "onnx")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the program."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", help="file or folder to read")
-    p.add_argument("target", help="file or folder to write")
+    p.add_argument("target", help="file or folder to write, or hf://OWNER/NAME")
     p.add_argument("--to", choices=KINDS, default="cm", help="what to write (default cm)")
     p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
     modes = [name for name, row in OBJECTIVES.items() if row.draws]

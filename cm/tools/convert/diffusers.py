@@ -1,4 +1,4 @@
-"""Folders of diffusers' ConsistencyModelPipeline: UNet2DModel and CMStochasticIterativeScheduler, both ways.
+"""Folders of diffusers, both ways: UNet2DModel, with the scheduler of a consistency model or of an EDM teacher.
 
 Only files are read and written; diffusers itself is not needed. Their qkv projections are three matrices; their rows
 are those of ours, ({q, k, v}, head, channel), cut in three.
@@ -9,12 +9,14 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cm.config.derived import is_consistency
+from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.stored import checked
 from cm.errors import UserError
 from cm.runtime.inputs import read_json
@@ -34,6 +36,9 @@ from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
 
 WEIGHTS = "diffusion_pytorch_model"
 FORMAT_VERSION = "0.20.0"  # of diffusers, the first whose scheduler and U-Net have all these fields
+LEVELS = ("sigma_min", "sigma_max", "sigma_data", "rho")
+# The pipeline of teachers in a folder, and its source here: no module of ours, since it imports diffusers
+EDM_PIPELINE, EDM_SOURCE = "pipeline.py", "edm_pipeline.txt"
 
 RESIDUAL = {
     "in_layers.0": "norm1",
@@ -93,7 +98,7 @@ UNET_FIELDS: dict[str, Any] = {
 SCHEDULER_FIELDS: dict[str, Any] = {
     "_class_name": (str,),
     "num_train_timesteps": (int,),
-    **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "rho"), (float, int)),
+    **dict.fromkeys(LEVELS, (float, int)),
 }
 
 
@@ -247,19 +252,26 @@ def read_folder(path: str) -> tuple[State, Config]:
     folder = Path(path)
     unet = _read_json(folder / "unet" / "config.json", UNET_FIELDS)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FIELDS)
-    config = model_flags(unet, f"{path}/unet/config.json") | _scheduler_flags(scheduler, path)
+    index = _read_json(folder / "model_index.json", {"time_scale": (float, int, type(None))})
+    config = model_flags(unet, f"{path}/unet/config.json") | _scheduler_flags(scheduler, index, path)
     checked(config, path)
     return from_diffusers(_read_weights(folder / "unet"), config, path), config
 
 
-def _scheduler_flags(scheduler: dict[str, Any], path: str) -> Config:
+def _scheduler_flags(scheduler: dict[str, Any], index: dict[str, Any], path: str) -> Config:
+    """Flags of objective and grid from the configurations of the scheduler and of the pipeline."""
+    levels = {name: float(scheduler[name]) for name in LEVELS}
+    if scheduler["_class_name"] == "EDMEulerScheduler":
+        # A U-Net without a pipeline of ours is fed with the scheduler's own times.
+        scale = float(index.get("time_scale") or 1.0)
+        own = 0.0 if scale == NETWORKS["adm"].clock else scale
+        return {**levels, "training_mode": "edm", "time_scale": own}
     if scheduler["_class_name"] != "CMStochasticIterativeScheduler":
         raise UserError(
-            f"{path} has the scheduler {scheduler['_class_name']}, not that of a consistency model"
+            f"{path} has the scheduler {scheduler['_class_name']}: neither of a consistency model nor EDM's"
         )
-    names = ("sigma_min", "sigma_max", "sigma_data", "rho")
     return {
-        **{name: float(scheduler[name]) for name in names},
+        **levels,
         # Distillation and training give the same kind of model; the folder does not tell which it was.
         "training_mode": "consistency_training",
         "steps": scheduler["num_train_timesteps"],
@@ -294,42 +306,71 @@ def _read_weights(folder: Path) -> State:
 
 
 def write_folder(path: str, state: State, config: Config) -> None:
-    """Write a folder that ConsistencyModelPipeline.from_pretrained loads; UserError for other models."""
-    if not is_consistency(config["training_mode"]):
-        raise UserError(
-            f"diffusers has a pipeline for consistency models; this one is of {config['training_mode']}"
-        )
+    """Write a folder that diffusers loads; UserError for other models.
+
+    A consistency model is for ConsistencyModelPipeline; an EDM teacher for the EDMPipeline in the folder, with
+    EDMEulerScheduler.
+    """
+    consistency = is_consistency(config["training_mode"])
+    scheduler, pipeline = _consistency(config) if consistency else _teacher(config)
+    contents = {
+        "unet/config.json": unet_config(config),
+        "scheduler/scheduler_config.json": {"_diffusers_version": FORMAT_VERSION, **scheduler},
+        "model_index.json": {
+            "_diffusers_version": FORMAT_VERSION,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DModel"],
+            **pipeline,
+        },
+    }
+    converted, folder = to_diffusers(state, config), Path(path)
+    with _folder_or_nothing(folder):
+        _write_files(folder, converted, contents)
+        if not consistency:
+            write_atomic(
+                folder / EDM_PIPELINE, resources.files(__package__).joinpath(EDM_SOURCE).read_bytes()
+            )
+
+
+def _consistency(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(scheduler, pipeline) of a consistency function by Eq. 5, the only kind that diffusers' scheduler knows."""
+    row = OBJECTIVES[config["training_mode"]]
+    if row.sampler != "onestep":
+        raise UserError(f"diffusers has no pipeline for models of {config['training_mode']}")
     if config.get("time_scale") not in (None, 0, 1000):
         raise UserError("diffusers' scheduler feeds 1000 ln(sigma) / 4; this network's --time_scale differs")
-    converted = to_diffusers(state, config)
+    for name, only in (("boundary", "skip"), ("c_out_formula", "code"), ("precond", "edm")):
+        if config.get(name, only) != only:
+            raise UserError(
+                f"diffusers' scheduler knows --{name} {only} only; this model has --{name} {config[name]}"
+            )
     scheduler = {
         "_class_name": "CMStochasticIterativeScheduler",
-        "_diffusers_version": FORMAT_VERSION,
         "clip_denoised": True,
         "num_train_timesteps": config["steps"],
-        "rho": config["rho"],
         "s_noise": 1.0,
-        "sigma_data": config["sigma_data"],
-        "sigma_max": config["sigma_max"],
-        "sigma_min": config["sigma_min"],
+        **{name: config[name] for name in LEVELS},
     }
-    index = {
-        "_class_name": "ConsistencyModelPipeline",
-        "_diffusers_version": FORMAT_VERSION,
-        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
+    return scheduler, {"_class_name": "ConsistencyModelPipeline"}
+
+
+def _teacher(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(scheduler, pipeline) of a denoiser under EDM's preconditioning."""
+    if config["training_mode"] != "edm" or config.get("precond", "edm") != "edm":
+        kind = f"{config['training_mode']} with --precond {config.get('precond', 'edm')}"
+        raise UserError(f"--to diffusers takes consistency models and EDM's denoisers; this one is of {kind}")
+    scheduler = {
+        "_class_name": "EDMEulerScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "sigma_schedule": "karras",
+        **{name: config[name] for name in LEVELS},
     }
-    folder = Path(path)
-    with _folder_or_nothing(folder):
-        _write_files(
-            folder,
-            converted,
-            {
-                "unet/config.json": unet_config(config),
-                "scheduler/scheduler_config.json": scheduler,
-                "model_index.json": index,
-            },
-        )
+    time_scale = config.get("time_scale") or NETWORKS["adm"].clock
+    return scheduler, {
+        "_class_name": [EDM_PIPELINE.removesuffix(".py"), "EDMPipeline"],
+        "time_scale": time_scale,
+    }
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Conversion of checkpoints: what a file is, how it is read, how it is written.
+"""Conversion of checkpoints: what a file is, and how it is read.
 
-Every reader returns our state dict and the model flags that the file tells; every writer takes both. What a file does
-not tell (how the model was trained, above all) the caller adds.
+Every reader returns our state dict and the model flags that the file tells; every writer (`export`) takes both. What a
+file does not tell (how the model was trained, above all) the caller adds.
 """
 
 import os
@@ -18,18 +18,18 @@ from cm.config.flags import ModelFlags
 from cm.config.rows import OBJECTIVES, PRECONDS
 from cm.config.stored import checked
 from cm.errors import UserError
-from cm.models.files import load_model_file
+from cm.models.files import ModelFile, find_model_file, load_model_file
 from cm.models.guided_diffusion import guessed_precond, guided_to_ours, is_guided
 from cm.models.identify import RELEASED_HEADS, Heads, identify
 from cm.models.wrappers import require_flat, unwrapped
-from cm.runtime.files import writing
 from cm.runtime.inputs import open_regular
 from cm.storage.torch_format import LEGACY
 from cm.storage.unpickle import one_line
-from cm.storage.weights import load_weights, save_weights
+from cm.storage.weights import load_weights
 from cm.tools.convert import diffusers, edm2_layout, edm_layout, edm_pickle, jax_cifar
+from cm.tools.convert.export import export, hub_name
 from cm.tools.convert.layout import Config, State, check_fits
-from cm.tools.convert.tensor_files import is_safetensors, read_safetensors, write_safetensors
+from cm.tools.convert.tensor_files import is_safetensors, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -146,26 +146,6 @@ READERS: dict[str, Callable[[Source], tuple[State, Config]]] = {
 }
 
 
-def _write_cm(target: str, state: State, config: Config) -> None:
-    save_weights(target, state, {"config": config})
-
-
-def _write_legacy(target: str, state: State, config: Config) -> None:
-    save_weights(target, state)
-
-
-def _write_safetensors(target: str, state: State, config: Config) -> None:
-    write_safetensors(target, state, {"config": config})
-
-
-WRITERS: dict[str, Callable[[str, State, Config], None]] = {
-    "cm": _write_cm,
-    "legacy": _write_legacy,
-    "safetensors": _write_safetensors,
-    "diffusers": diffusers.write_folder,
-}
-
-
 def known_flags(preset: str, **given: Any) -> Config:
     """What the caller says of a model: a preset's flags of model, objective and grid, then those given (not empty)."""
     config: Config = {}
@@ -182,6 +162,7 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
     known: flags that the file does not tell, or may not contradict. UserError where the file and they leave open what
     the target needs.
     """
+    hub_name(target)  # a wrong one is said before anything is read
     kind, heads = detect(source.path), _heads(known)
     source = replace(source, precond=known.get("precond", ""), heads=heads or source.heads)
     with one_line(f"{source.path} does not hold a network known here"):
@@ -199,13 +180,20 @@ def convert(source: Source, target: str, to: str, known: Config) -> str:
         k: known[k] for k in ("training_mode", "steps") if k in known
     }
     if to != "legacy":
-        _require_objective(config, source.path, to)
+        _require_objective(config, source.path)
     check_fits(state, config, source.path)
-    with writing(target):
-        WRITERS[to](target, state, config)
+    written = export(target, to, state, config, _origin(source, kind))
     parameters = sum(t.numel() for t in state.values())
     facts = ", ".join([config["network"], f"{parameters:,} values", *_taken(told, known, heads)])
-    return f"{source.path} ({kind}): {facts} -> {target} ({to})"
+    return f"{source.path} ({kind}): {facts} -> {written}"
+
+
+def _origin(source: Source, kind: str) -> ModelFile:
+    """The file that the weights were read from, without them."""
+    if kind == "torch" and os.path.isdir(source.path):
+        path, weights = find_model_file(source.path, "" if source.weights == "ema" else source.weights)
+        return ModelFile(path, weights, {}, None)
+    return ModelFile(source.path, "file", {}, None)
 
 
 def _heads(flags: Config) -> Heads | None:
@@ -233,9 +221,9 @@ def _interchangeable(name: str, told: Config, known: Config) -> bool:
     return name == "training_mode" and all(is_consistency(c[name]) for c in (told, known))
 
 
-def _require_objective(config: Config, path: str, to: str) -> None:
+def _require_objective(config: Config, path: str) -> None:
     if config.get("training_mode") not in OBJECTIVES:
         raise UserError(f"{path} does not say how it was trained: give --training_mode or --preset")
     consistency = is_consistency(config["training_mode"])
-    if "steps" not in config and (consistency or to == "diffusers"):
+    if "steps" not in config and consistency:
         raise UserError(f"{path} does not say how many noise levels its grid has: give --steps or --preset")

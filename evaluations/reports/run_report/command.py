@@ -20,9 +20,9 @@ from cm.config.scripts import SCRIPTS, configuration_class
 from cm.errors import UserError
 from cm.runtime import job, liveness
 from cm.storage.filesystem import write_atomic
+from cm.tools.findings import Finding, find_results, metric_names
 from cm.tools.runs import Run, number, read_run, since
 from evaluations.reports.run_report.curves import COLOURS, Picture, curves, data_uri, fid_by_nfe
-from evaluations.reports.run_report.findings import Finding, find_results, metric_names
 
 PREVIEWS = 40  # steps shown at most: the page holds every picture
 MESSAGES = 40

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+from cm.tools.findings import Finding
 from cm.tools.runs import Run
 from evaluations.reports.plots import new_figure
-from evaluations.reports.run_report.findings import Finding
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one per run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
