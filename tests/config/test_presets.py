@@ -1,5 +1,6 @@
 """Presets against the published command lines, the paper's tables and the facts about each experiment."""
 
+import math
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from cm.commands.cli import parse_config
 from cm.config import presets
-from cm.config.derived import is_consistency
+from cm.config.derived import is_consistency, with_two_steps
 from cm.config.parsing import parse_ts
 from cm.config.presets import __main__ as listing
 from cm.config.presets import released
@@ -199,6 +200,30 @@ def test_cifar10_runs():
         assert (c.optimizer, c.ema_rate, c.weight_schedule) == ("radam", "0.9999", "uniform")
     sample = parse_config(SampleConfig, ["--preset", "cifar10_cd_lpips"])
     assert (sample.ts, sample.steps) == ("0,11,17", 18)
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [
+        ("cifar10_ict", 0.821),
+        ("cifar10_ect", 0.821),
+        ("cifar10_tcm2", 1.0),
+        ("cifar10_sct", 0.98238),
+        ("cifar10_scd", 0.98238),
+        ("imagenet64_ict", 1.526),
+        ("imagenet64_ecm_s", 1.526),
+        ("imagenet64_tcm2_s", 1.526),
+        ("imagenet64_sct_s", 0.98238),
+    ],
+)
+def test_second_levels_of_the_later_methods(name, second):
+    """Those of the papers; sCM's is t = 1.1. A run of a preset takes them by itself."""
+    c = parse_config(SampleConfig, ["--preset", name, "--sampler", "multistep"])
+    assert [float(level) for level in c.sigmas.split(",")] == [80, second]
+    assert second >= getattr(c, "transition_t", 0)
+    own = SampleConfig(sampler="multistep", training_mode=c.training_mode)
+    assert with_two_steps(own, {"preset": name}).sigmas == c.sigmas
+    assert not name.startswith("cifar10_s") or second == pytest.approx(0.5 * math.tan(1.1), abs=1e-5)
 
 
 def test_ict_on_imagenet():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from cm.config.rows import PRECONDS
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.precond import EDMPrecond, TrigFlowPrecond, boundary_precond, denoiser_precond
@@ -342,12 +343,12 @@ def test_tangents_of_a_student_by_hand():
         near(Tangent(SD)(student, x_t, t, slope, float(key.rsplit("_r", 1)[1])), SCM[key])
 
 
-@pytest.mark.parametrize("column", ["edm", "vp", "ve", "iddpm", "trigflow"])
+@pytest.mark.parametrize("column", PRECONDS)
 def test_any_teacher_gives_the_same_velocity(column):
     """The ideal network of each column of EDM's Table 1, through its own scalings."""
     precond = denoiser_precond(column, sigma_data=SD, time_scale=1.0)
     sigma = torch.tensor([0.05, 0.4, 2.0, 40.0])
-    if column == "iddpm":
+    if column in ("iddpm", "ddpm"):
         sigma = precond.round_sigma(sigma)
     x_t = SCM.tensor("data/x0").float()
     x = x_t / append_dims(time_of(sigma.double(), SD).cos().float(), 4)
@@ -369,7 +370,7 @@ def test_any_teacher_gives_the_same_velocity(column):
     near(found, exact, 2e-5)
 
 
-@pytest.mark.parametrize("column", ["edm", "vp", "ve", "iddpm", "trigflow"])
+@pytest.mark.parametrize("column", PRECONDS)
 def test_derivatives_of_students_of_every_column(column):
     """Forward mode against finite differences in float64, the clock included."""
     net = later.network(SCM, "student", torch.float64, "student/teacher")
