@@ -8,7 +8,7 @@ from torch import Tensor
 from cm.models.factory import choose_device
 from cm.tools.bench.runs import Options
 from cm.tools.profiling.report import Row
-from cm.tools.profiling.timing import Timing, interleaved
+from cm.tools.profiling.timing import Timing, beside_peers, interleaved
 from evaluations.fid import frechet_distance
 from evaluations.inception_v3 import InceptionV3
 from evaluations.precision_recall import precision_recall
@@ -79,17 +79,9 @@ def _row(
 ) -> Row:
     """Our figures beside one peer's."""
     timings: dict[str, Timing] = interleaved(runs, device, warmup=1, repeats=options.repeats)
-    ours = timings.pop("cm")
-    ((peer, theirs),) = timings.items()
-    figures = {
-        **ours.summary(),
-        "best_peer": peer,
-        "ratio_to_best_peer": ours.median / theirs.median,
-        "peers": {peer: theirs.summary()},
-    }
-    return Row(
-        f"eval/{name}", config, figures | ({"images_per_second": images / ours.median} if images else {})
-    )
+    figures = beside_peers(timings)
+    median = timings["cm"].median
+    return Row(f"eval/{name}", config, figures | ({"images_per_second": images / median} if images else {}))
 
 
 CASES = {

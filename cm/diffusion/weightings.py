@@ -1,5 +1,7 @@
 """Loss weightings lambda(sigma), as functions of the signal-to-noise ratio 1 / sigma^2 or of the pair (t, r)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,20 @@ def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Ten
     return WEIGHTINGS.load(weight_schedule)(snrs, sigma_data)
 
 
+def make_weight(weight_schedule: str, sigma_data: float) -> Callable[..., Tensor]:
+    """lambda(t, r=None) -> (B,) by name, looked up once; a weighting of pairs refuses single levels t."""
+    pairs, weigh = WEIGHTINGS[weight_schedule].pairs, WEIGHTINGS.load(weight_schedule)
+
+    def weight(t: Tensor, r: Tensor | None = None) -> Tensor:
+        if not pairs:
+            return weigh(get_snr(t), sigma_data)
+        if r is None:
+            raise ValueError(f"{weight_schedule} needs pairs (t, r), and this objective has none")
+        return weigh(t, r, sigma_data)
+
+    return weight
+
+
 def pair_weight(weight_schedule: str, t: Tensor, r: Tensor | None, sigma_data: float) -> Tensor:
     """Loss weights (B,) by name of pairs t > r; r None: of single levels t."""
-    if not WEIGHTINGS[weight_schedule].pairs:
-        return get_weightings(weight_schedule, get_snr(t), sigma_data)
-    if r is None:
-        raise ValueError(f"{weight_schedule} needs pairs (t, r), and this objective has none")
-    return WEIGHTINGS.load(weight_schedule)(t, r, sigma_data)
+    return make_weight(weight_schedule, sigma_data)(t, r)

@@ -12,7 +12,7 @@ from cm.config.fields import arguments_of
 from cm.config.rows import DISTANCES
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import Grid
-from cm.diffusion.weightings import pair_weight
+from cm.diffusion.weightings import make_weight
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import Distance, make_distance
 
@@ -32,7 +32,7 @@ def alpha_sigma_of(config: Any) -> AlphaSigma:
 
 def weight_of(config: Any) -> Weight:
     """lambda(t), or lambda(t, r) of pairs, by --weight_schedule."""
-    return lambda t, r=None: pair_weight(config.weight_schedule, t, r, config.sigma_data)
+    return make_weight(config.weight_schedule, config.sigma_data)
 
 
 def distance_of(config: Any) -> Distance:

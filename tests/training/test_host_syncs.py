@@ -30,10 +30,12 @@ from cm.objectives.curricula import EmaAndScales
 from cm.objectives.edm import EDMObjective
 from cm.objectives.pairs import GridPairs
 from cm.objectives.progressive import ProgressiveObjective
+from cm.sampling.editing import colorize, edit_images, inpaint, superres
 from cm.sampling.levels import karras
 from cm.sampling.noise import DummyGenerator
 from cm.seeding import StepRandom
 from cm.training.meters import LossMeter
+from evaluations.inception_v3 import InceptionV3
 from tests.helpers.models import tiny_unet
 
 
@@ -150,6 +152,27 @@ def test_samplers_copy_nothing_blocking_and_read_nothing(name, precond):
     with BlockingCopies() as copies:
         sample = SAMPLERS.load(sampler)(denoiser, x, sigmas, DummyGenerator(), **WALKS[name])
     assert sample.is_meta and copies.found == []
+
+
+@pytest.mark.parametrize("task", ["inpaint", "superres", "colorize", ""])
+def test_edits_copy_nothing_blocking_but_their_constants(task):
+    """superres and colorize bring one vector each to the device; no number comes back."""
+    edits = {"superres": lambda: superres(2), "colorize": colorize, "": lambda: None}
+    edits["inpaint"] = lambda: inpaint(torch.empty(8, 8, device="meta"))
+    denoiser = clamped(Denoiser(tiny_unet(in_channels=3).to("meta"), SKIP))
+    images = torch.empty(2, 3, 8, 8, device="meta")
+    sigmas = karras(4, 0.002, 80.0, 7.0)[:-1]
+    with BlockingCopies() as copies:
+        edited = edit_images(denoiser, images, sigmas, DummyGenerator(), edits[task]())
+    assert edited.is_meta and edited.shape == images.shape
+    assert set(copies.found) <= {"to"} and (task in ("superres", "colorize") or not copies.found)
+
+
+def test_inception_reads_nothing():
+    net = InceptionV3().to("meta")
+    with BlockingCopies() as copies:
+        pool, spatial = net(torch.empty(2, 3, 64, 64, device="meta"))
+    assert pool.is_meta and spatial.is_meta and copies.found == []
 
 
 def test_a_classifier_guides_without_waiting():

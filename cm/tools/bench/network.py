@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.config.derived import channels_last
-from cm.config.scripts import SampleConfig
+from cm.config.scripts import Config, SampleConfig
 from cm.models.factory import choose_device, create_network
 from cm.networks.attention import AttentionBlock
 from cm.networks.unet import ResBlock
@@ -28,7 +28,7 @@ from cm.tools.bench.runs import Options, randomized
 from cm.tools.convert.diffusers import to_diffusers, unet_config
 from cm.tools.profiling.flops import count
 from cm.tools.profiling.report import Row
-from cm.tools.profiling.timing import Timing, interleaved, peak_memory, product_ceiling
+from cm.tools.profiling.timing import Timing, beside_peers, interleaved, peak_memory, product_ceiling
 from cm.training.optimizers import make_optimizer
 
 # case -> (batch, flags of the network)
@@ -146,8 +146,12 @@ class PlainResBlock(ResBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
         h = conv(self.resample(activation(norm(x))))
-        scale, shift = append_dims(self.emb_layers(emb), x.ndim).chunk(2, dim=1)
-        h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        emb = append_dims(self.emb_layers(emb), x.ndim).to(x.dtype)
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
         return self.skip_connection(self.resample(x)) + h
 
 
@@ -190,21 +194,36 @@ def in_our_format(net: nn.Module, config: SampleConfig, device: torch.device) ->
 
 
 def make_contestants(config: SampleConfig, device: torch.device) -> dict[str, tuple[nn.Module, Network]]:
-    """name -> (module, its call) with equal weights: cm, plain, and diffusers where it is installed."""
+    """name -> (module, its call) with equal weights: cm, plain, and diffusers where it can be imported."""
     cm = randomized(create_network(config)).to(device)
-    plain = make_plain(copy.deepcopy(cm))
-    cm = in_our_format(cm, config, device)
-    found: dict[str, tuple[nn.Module, Network]] = {"cm": (cm, cm), "plain": (plain, plain)}
-    with suppress(ImportError):
-        from diffusers import UNet2DModel
+    found: dict[str, nn.Module] = {"cm": cm, "plain": make_plain(copy.deepcopy(cm))}
+    # Some versions of the package raise other errors than ImportError when one of their own imports fails.
+    with suppress(ImportError, RuntimeError):
+        found["diffusers"] = diffusers_network(found["plain"], config)
+    found["cm"] = in_our_format(cm, config, device)
+    return {name: (net, net) for name, net in found.items()}
 
-        flags = {name: getattr(config, name) for name in config.__dataclass_fields__}
-        given = {k: v for k, v in unet_config(flags).items() if not k.startswith("_")}
-        theirs = UNet2DModel(**given)
-        theirs.load_state_dict(to_diffusers(plain.state_dict(), flags))
-        theirs = theirs.to(device)
-        found["diffusers"] = theirs, lambda x, t: theirs(x, t).sample
-    return found
+
+class DiffusersNetwork(nn.Module):
+    """diffusers' UNet2DModel, called as our networks are."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, times: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.net(x, times, class_labels=y).sample
+
+
+def diffusers_network(net: nn.Module, config: Config) -> nn.Module:
+    """diffusers' network with the weights of ours, on its device, in fp32; ImportError where there is none."""
+    from diffusers import UNet2DModel
+
+    flags = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    given = {k: v for k, v in unet_config(flags).items() if not k.startswith("_")}
+    theirs = UNet2DModel(**given)
+    theirs.load_state_dict(to_diffusers(net.state_dict(), flags))
+    return DiffusersNetwork(theirs.to(next(net.parameters()).device))
 
 
 def forwards(
@@ -235,17 +254,12 @@ def steps(contestants: dict[str, tuple[nn.Module, Network]], x: Tensor, times: T
 
 def compared(timings: dict[str, Timing], peaks: dict[str, int], batch: int) -> dict[str, Any]:
     """Our figures, and the peers' beside them; ratios below 1 are in our favour."""
-    peers = {name: t.median for name, t in timings.items() if name != "cm"}
-    best = min(peers, key=peers.get)
+    found = beside_peers(timings)
+    for name, figures in found["peers"].items():
+        figures["peak_memory_mib"] = peaks[name] / 2**20
     return {
-        **timings["cm"].summary(),
+        **found,
         "images_per_second": batch / timings["cm"].median,
         "peak_memory_mib": peaks["cm"] / 2**20,
-        "best_peer": best,
-        "ratio_to_best_peer": timings["cm"].median / peers[best],
-        "cpu_ratio_to_best_peer": timings["cm"].cpu_median / min(timings[name].cpu_median for name in peers),
         "memory_ratio_to_best_peer": peaks["cm"] / min(p for name, p in peaks.items() if name != "cm"),
-        "peers": {
-            name: {**timings[name].summary(), "peak_memory_mib": peaks[name] / 2**20} for name in peers
-        },
     }

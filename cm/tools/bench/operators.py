@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # What `non_convolution_share` counts as convolution, for the reader of a row
@@ -24,6 +25,8 @@ def time_shares(run: Callable[[], object], device: torch.device, repeats: int = 
             run()
     total = convolution = resampling = 0.0
     for event in record.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time its operator has already
+            continue
         time = event.self_device_time_total if cuda else event.self_cpu_time_total
         total += time
         if event.key.startswith("aten::") and "conv" in event.key:

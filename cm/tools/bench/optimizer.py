@@ -11,7 +11,7 @@ from cm.runtime.cpu import keep_freed_memory
 from cm.tools.bench.network import SIZES
 from cm.tools.bench.runs import Options, description, sample_config, train_config, training
 from cm.tools.profiling.report import Row
-from cm.tools.profiling.timing import Timing, interleaved, timed
+from cm.tools.profiling.timing import Timing, beside_peers, interleaved, timed
 from cm.training.optimizers import make_optimizer
 
 SIZE = "64px"  # of the whole steps, as in the benchmark of networks
@@ -41,7 +41,7 @@ def update_row(case: str, options: Options) -> Row:
     runs = {name: optimizer.step for name, optimizer in optimizers(params).items()}
     timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
     config = {"parameters": sum(p.numel() for p in params), "tensors": len(params)}
-    return Row(f"optimizer/{case}/update", config, figures(timings))
+    return Row(f"optimizer/{case}/update", config, beside_peers(timings))
 
 
 def step_row(case: str, options: Options) -> Row:
@@ -66,7 +66,7 @@ def step_row(case: str, options: Options) -> Row:
     # From the updates within the steps: the rest of a step is the same for all and varies by more than they differ.
     saved = (updates["cm"].cpu_median - updates["adam_fused"].cpu_median) / timings["cm"].cpu_median
     parameters = sum(p.numel() for p in trainer.state.student.master_params)
-    found = {**figures(timings), "update": figures(updates), "fused_would_save": saved}
+    found = {**beside_peers(timings), "update": beside_peers(updates), "fused_would_save": saved}
     return Row(f"optimizer/{case}/step", {"parameters": parameters, **description(config)}, found)
 
 
@@ -95,10 +95,3 @@ def size_flags() -> tuple[str, ...]:
     """Flags of the network and the batch of the whole steps."""
     batch, flags = SIZES[SIZE]
     return tuple(word for k, v in {**flags, "batch_size": batch}.items() for word in (f"--{k}", str(v)))
-
-
-def figures(timings: dict[str, Timing]) -> dict[str, Any]:
-    """Our times, and the others' beside them."""
-    peers = {name: t.summary() for name, t in timings.items() if name != "cm"}
-    best = min(t.median for name, t in timings.items() if name != "cm")
-    return {**timings["cm"].summary(), "ratio_to_best_peer": timings["cm"].median / best, "peers": peers}

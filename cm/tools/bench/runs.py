@@ -97,9 +97,12 @@ def train_config(options: Options, case: str) -> TrainConfig:
 
 @contextmanager
 def training(config: TrainConfig) -> Iterator[Trainer]:
-    """The loop that scripts/edm_train.py or cm_train.py would run, on random images, with random teacher and LPIPS."""
+    """The loop that scripts/edm_train.py or cm_train.py would run, with random teacher and LPIPS.
+
+    On the images of --data_dir, or on random ones where it is empty.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, data_dir=write_images(folder, config), out_dir=folder)
+        config = replace(config, data_dir=config.data_dir or write_images(folder, config), out_dir=folder)
         if (
             isinstance(config, CmTrainConfig)
             and config.loss_norm.startswith("lpips")

@@ -1,8 +1,9 @@
 """Training steps of the real loop: time, time by phase, peak memory, share of the arithmetic ceiling."""
 
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,40 +13,81 @@ from cm.config.derived import precision
 from cm.networks.precision import torso_dtype
 from cm.objectives.base import Roles
 from cm.runtime.distributed import get_world_size
+from cm.tools.bench.peers import PlainLoop, checkout_step, peer_loops
 from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
-from cm.tools.profiling.flops import network_cost, step_cost
+from cm.tools.profiling.flops import StepCost, network_cost, step_cost
 from cm.tools.profiling.report import Row
-from cm.tools.profiling.timing import PhaseClock, Timing, interleaved, peak_memory, product_ceiling
+from cm.tools.profiling.timing import (
+    PhaseClock,
+    Timing,
+    beside_peers,
+    interleaved,
+    peak_memory,
+    product_ceiling,
+)
 from cm.training.trainer import Trainer
+
+# Cases of --preset tiny whose whole step is compared with that of other loops; sizes and batch are flags
+COMPARED = ("edm", "cd", "ct")
 
 
 def bench_train(options: Options) -> list[Row]:
-    """A row per objective of --preset tiny, or one for another preset."""
+    """A row per objective of --preset tiny, or one for another preset; in one process with peers of edm, cd and ct."""
     rows = []
     for case in train_cases(options):
-        config = train_config(options, case)
-        with training(config) as trainer:
-            rows.append(Row(f"train/{case}", description(config), train_figures(trainer, config, options)))
+        rows.append(train_row(case, options, peers=case in COMPARED and get_world_size() == 1))
     return rows
 
 
-def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> dict[str, Any]:
+def train_row(case: str, options: Options, *, peers: bool = False) -> Row:
+    """The row of one objective; with peers, their steps are timed in turns with ours."""
+    config = train_config(options, case)
+    with training(config) as trainer:
+        return Row(f"train/{case}", description(config), train_figures(trainer, config, options, peers=peers))
+
+
+def compare_with_original(options: Options, checkout: str = "") -> Iterator[Row]:
+    """Our step beside the original's arithmetic, and beside the step of a checkout of it where a path is given."""
+    (case,) = train_cases(options)
+    row = train_row(case, options, peers=True)
+    yield row
+    if checkout:
+        config = train_config(options, case)
+        theirs = Timing(checkout_step(checkout, config, options)["seconds"])
+        ratio = row.figures["median_ms"] / (1e3 * theirs.median)
+        yield Row(
+            f"checkout/{case}",
+            description(config),
+            {"median_ms": 1e3 * theirs.median, "ours_over_theirs": ratio, "repeats": len(theirs.seconds)},
+        )
+
+
+def train_figures(
+    trainer: Trainer, config: TrainConfig, options: Options, *, peers: bool = False
+) -> dict[str, Any]:
     """Figures of a training loop; with several ranks also what their communication costs."""
 
     def step() -> None:
         trainer.run_step(*next(trainer.data))
 
     device, world = trainer.device, get_world_size()
-    timing = interleaved({"step": step}, device, warmup=options.warmup, repeats=options.repeats)["step"]
+    loops, left_out = peer_loops(trainer, config) if peers else ({}, {})
+    runs = {"cm": step, **{name: partial(_peer_step, loop, trainer) for name, loop in loops.items()}}
+    timings = interleaved(runs, device, warmup=options.warmup, repeats=options.repeats)
+    timing = timings["cm"]
+    loops.clear()
     peak = peak_memory(step, device)
     images = trainer.batch.total
-    rate = step_cost(config, network_cost(config)).total * images / world / timing.undisturbed(device)
+    cost = step_cost(config, network_cost(config))
+    rate = cost.total * images / world / timing.undisturbed(device)
     ceiling = product_ceiling(device, torso_dtype(precision(config)))
     phases = phase_times(trainer, config, options.repeats)
     figures = {
-        **timing.summary(),
+        **(beside_peers(timings) if len(timings) > 1 else timing.summary()),
+        **({"left_out": left_out} if left_out else {}),
         "images_per_second": images / timing.median,
         "phases_ms": phases,
+        "ceiling_by_phase": share_by_phase(cost, phases, images / world, ceiling),
         "overhead_share": overhead_share(phases),
         "peak_memory_mib": peak / 2**20,
         **state_memory(trainer),
@@ -54,6 +96,25 @@ def train_figures(trainer: Trainer, config: TrainConfig, options: Options) -> di
         "share_of_ceiling": rate / ceiling,
     }
     return figures | (communication(trainer, timing, options.repeats) if world > 1 else {})
+
+
+def _peer_step(loop: PlainLoop, trainer: Trainer) -> None:
+    loop.step(*next(trainer.data))
+
+
+def share_by_phase(
+    cost: StepCost, phases_ms: dict[str, float], images: float, ceiling: float
+) -> dict[str, float]:
+    """Arithmetic of each phase over what the ceiling allows in its time; LPIPS's own backward counts in `backward`."""
+    work = asdict(cost)
+    # A third of a distance's arithmetic is the way back through it.
+    work["backward"] += work["distance"] // 3
+    work["distance"] -= work["distance"] // 3
+    return {
+        name: round(flops * images / (phases_ms[name] / 1e3) / ceiling, 4)
+        for name, flops in work.items()
+        if flops and phases_ms.get(name)
+    }
 
 
 def state_memory(trainer: Trainer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from cm.errors import UserError
 from cm.runtime import distributed
+from cm.runtime.cpu import usable_cores
 from cm.runtime.platform import processor
 from cm.runtime.provenance import versions
 
@@ -105,6 +106,23 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """What is known of the machine before anything is measured."""
+    facts: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        facts |= {
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "multiprocessors": p.multi_processor_count,
+            "capability": f"{p.major}.{p.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "devices": torch.cuda.device_count(),
+            "fp32_products": torch.get_float32_matmul_precision(),
+        }
+    return facts | {"processors": usable_cores()}
 
 
 def _git(*arguments: str) -> str:

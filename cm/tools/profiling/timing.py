@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -68,6 +69,19 @@ def interleaved(
             with timed(timings[name], device):
                 runs[name]()
     return timings
+
+
+def beside_peers(timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Our times (`cm`) and those of its peers; ratios to the fastest one, below 1 in our favour."""
+    ours, peers = timings["cm"], {name: t for name, t in timings.items() if name != "cm"}
+    best = min(peers, key=lambda name: peers[name].median)
+    return {
+        **ours.summary(),
+        "best_peer": best,
+        "ratio_to_best_peer": ours.median / peers[best].median,
+        "cpu_ratio_to_best_peer": ours.cpu_median / min(t.cpu_median for t in peers.values()),
+        "peers": {name: t.summary() for name, t in peers.items()},
+    }
 
 
 @contextmanager
@@ -146,9 +160,14 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+@cache
 def product_ceiling(device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 15) -> float:
-    """FLOP/s of the fastest large matrix product: as torch.mm, and as a 1x1 convolution, which other kernels serve."""
-    size = size or (8192 if device.type == "cuda" else 1024)
+    """FLOP/s of the fastest large matrix product: as torch.mm, and as a 1x1 convolution, which other kernels serve.
+
+    Measured once in a process.
+    """
+    # A CPU without half-precision products takes a second for each large one.
+    size = size or (8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 512)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     kernel = b.t()[..., None, None].contiguous()
     # The same product; 16 images, because with one thread torch leaves smaller batches to another kernel.

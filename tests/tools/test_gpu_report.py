@@ -1,0 +1,87 @@
+"""The GPU report: parts that hang, fail or die cost themselves only, and what was measured before is written."""
+
+import json
+
+import pytest
+
+from cm.tools.bench.gpu import command
+from cm.tools.bench.gpu.page import page
+from cm.tools.bench.gpu.parts import PARTS, Setup
+from cm.tools.profiling.report import load_report
+from tests.helpers import report_parts
+
+ONE_SECOND = 1.0
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report = command.Report(str(folder), report_parts.PARTS, tiny=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "LEAST", ONE_SECOND)
+        names = list(report_parts.PARTS)
+        command.run_parts(Setup("cpu", tiny=True), report, names, 0.5, "tests.helpers.report_parts:PARTS")
+    return folder, report
+
+
+def test_what_became_of_every_part(written):
+    folder, report = written
+    states = {name: state["state"] for name, state in report.states.items()}
+    expected = {"quick": "done", "hangs": "out of time", "fails": "failed", "dies": "failed"}
+    assert states == {**expected, "lacks": "skipped", "again": "done"}
+    assert "no such kernel" in report.states["fails"]["why"] and "exit code 3" in report.states["dies"]["why"]
+    assert "no_such_package" in report.states["lacks"]["why"]
+    assert report.states["hangs"]["seconds"] < 30  # it would sleep for a minute
+    assert json.loads((folder / "gpu_report.json").read_text())["parts"] == report.states
+
+
+def test_rows_are_written_as_they_come(written):
+    folder, report = written
+    assert [row.name for row in load_report(str(folder / "gpu_quick.json")).rows] == ["quick/a", "quick/b"]
+    for part in ("hangs", "fails"):  # what they had measured before they stopped
+        assert [row.name for row in load_report(str(folder / f"gpu_{part}.json")).rows] == [f"{part}/first"]
+    assert "torch" in load_report(str(folder / "gpu_quick.json")).environment["versions"]
+    # A part that did not end well leaves no process behind for the next one.
+    first, last = (report.rows[part][1]["figures"] for part in ("quick", "again"))
+    assert first["pid"] != last["pid"] and first["seconds"] == ONE_SECOND
+
+
+def test_the_page(written):
+    folder, report = written
+    text = (folder / "gpu_report.md").read_text()
+    assert text == page(report, tiny=True)
+    assert "| Hangs | out of time |" in text and "| Fails | failed |" in text and "no such kernel" in text
+    assert "| quick/a |  | 2 |" in text and "say nothing of speed" in text
+
+
+def test_aims_and_details_on_the_page(tmp_path):
+    report = command.Report(str(tmp_path), PARTS)
+    step = {"median_ms": 5.0, "share_of_ceiling": 0.41, "phases_ms": {"student": 2.0, "ema": 0.5}}
+    step |= {"ceiling_by_phase": {"student": 0.5}, "left_out": {"diffusers": "ModuleNotFoundError"}}
+    report.add_row("cd", {"name": "cd/bf16", "config": {}, "figures": step})
+    slow = {"median_ms": 1.0, "share_of_ceiling": 0.5}
+    report.add_row("sample", {"name": "one step/batch 256", "config": {}, "figures": slow})
+    kernels = [{"name": "gemm", "calls": 3.0, "ms": 1.5, "share": 0.75}]
+    report.add_row("profile", {"name": "kernels", "config": {}, "figures": {"kernels": kernels}})
+    text = page(report)
+    assert (
+        "| cd/bf16 | 40% | 41.0% | met |" in text and "| one step/batch 256 | 55% | 50.0% | missed |" in text
+    )
+    assert "| student | 2 | 50% |" in text and "| ema | 0.5 |  |" in text
+    assert "Left out: diffusers (ModuleNotFoundError)" in text and "| gemm | 3 | 1.5 | 75.0% |" in text
+
+
+def test_every_part_measures_something_that_is_known():
+    """The presets and cases that parts name exist, on a GPU and in a trial."""
+    from cm.tools.bench.gpu import parts
+    from cm.tools.bench.runs import train_cases, train_config
+
+    for tiny in (True, False):
+        setup = Setup("cpu", tiny)
+        measured = [parts._cd()(setup), parts._cd(preset=parts.LSUN, batch=8)(setup)]
+        measured += [setup.options("edm", parts.EDM, 128), setup.options("cd", "cifar10_cd_l2", 128)]
+        measured += [setup.options("sct", "cifar10_sct", 128)]
+        for options in measured:
+            (case,) = train_cases(options)
+            config = train_config(options, case)
+            assert config.batch_size > 0 and config.image_size == (8 if tiny else config.image_size)
