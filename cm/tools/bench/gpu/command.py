@@ -163,6 +163,7 @@ def _run_part(worker: Worker, report: Report, name: str, until: float, limit: fl
             else:
                 return kind, content
     except (EOFError, OSError):
+        worker.process.join(10)
         return "failed", f"the process ended (exit code {worker.process.exitcode})"
     return "out of time", f"its limit is {limit:.0f} s"
 
