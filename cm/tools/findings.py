@@ -1,6 +1,7 @@
 """What was drawn and measured with the weights of a run, as the JSON files beside samples and results tell."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,11 +31,20 @@ class Finding:
     picture: Path | None = None
 
 
-def find_results(run: Run, places: Sequence[str | Path] = ()) -> list[Finding]:
-    """Samples and measurements made with a run's weights, by network evaluations. places: further folders."""
-    folders = [run.path, run.path.resolve().parent, *map(Path, places)]
-    files = sorted({p.resolve() for folder in folders for pattern in INSIDE for p in folder.glob(pattern)})
-    contents = [(path, content) for path in files if (content := _object(path)) is not None]
+# What was read of a folder's JSON files, for callers that ask for many runs in it
+Contents = dict[Path, list[tuple[Path, dict[str, Any]]]]
+
+
+def find_results(run: Run, places: Sequence[str | Path] = (), known: Contents | None = None) -> list[Finding]:
+    """Samples and measurements made with a run's weights, by network evaluations. places: further folders.
+
+    known: what was read already; it is added to.
+    """
+    known = {} if known is None else known
+    folders = dict.fromkeys(
+        folder.resolve() for folder in (run.path, run.path.resolve().parent, *map(Path, places))
+    )
+    contents = sorted({path: content for folder in folders for path, content in _read(folder, known)}.items())
     found: dict[str, Finding] = {}
     for path, content in contents:  # first the samples, which results point to
         if "nfe" in content and "sigmas" in content and "ts" not in content and belongs(content, run):
@@ -48,6 +58,20 @@ def find_results(run: Run, places: Sequence[str | Path] = ()) -> list[Finding]:
                 )
             found[f"{key} {path}" if key in found and found[key].metrics else key] = finding
     return sorted(found.values(), key=lambda f: (f.nfe, f.sampler, f.step))
+
+
+def _read(folder: Path, known: Contents) -> list[tuple[Path, dict[str, Any]]]:
+    """Every JSON object near the top of a folder."""
+    if folder not in known:
+        files = sorted({p.resolve() for pattern in INSIDE for p in folder.glob(pattern)})
+        known[folder] = [(path, content) for path in files if (content := _object(path)) is not None]
+    return known[folder]
+
+
+def best_fid(findings: Iterable[Finding]) -> Finding | None:
+    """The finding with the lowest finite FID."""
+    measured = [f for f in findings if math.isfinite(f.metrics.get("fid", math.nan))]
+    return min(measured, key=lambda f: f.metrics["fid"], default=None)
 
 
 def _object(path: Path) -> dict[str, Any] | None:

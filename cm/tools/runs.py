@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import socket
 import sys
 import time
@@ -24,7 +25,9 @@ PASSED_OVER = {"checkpoints", "previews", "heartbeats"}
 # A rank on another host that wrote within this time is taken to be alive (seconds).
 FRESH = 120.0
 RUNNING = "running"
-COLUMNS = ("run", "preset", "step", "loss", "images/s", "status", "age")
+# The run stands last: its name may be long. Columns of numbers are flush right.
+COLUMNS = ("step", "loss", "images/s", "FID", "NFE", "status", "age", "preset", "run")
+NUMBERS = 5
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -87,7 +90,7 @@ def read_run(path: str | Path) -> Run:
     """A run directory; UserError where it is none, or one that this version cannot read."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path} is a file, no run directory" if path.exists() else f"{path}: no such folder")
     if not (path / CONFIG).is_file():
         hint = f"; the runs in it: {', '.join(map(str, runs))}" if (runs := list(find_runs(path))[:3]) else ""
         raise UserError(f"{path} is no run directory: it has no {CONFIG}{hint}")
@@ -147,8 +150,8 @@ def number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def summary(run: Run) -> dict[str, Any]:
-    """What the list says of a run, as plain JSON."""
+def summary(run: Run, best: tuple[float, int] | None = None) -> dict[str, Any]:
+    """What the list says of a run, as plain JSON. best: (FID, network evaluations) of its best samples."""
     return {
         "run": str(run.path),
         "preset": run.config.get("preset") or run.mode,
@@ -156,20 +159,26 @@ def summary(run: Run) -> dict[str, Any]:
         "total": run.total,
         "loss": run.last("loss"),
         "images/s": run.last("images_per_sec"),
+        "fid": best[0] if best else None,
+        "nfe": best[1] if best else None,
         "status": run.status,
         "age": time.time() - run.written,
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The list as text."""
+def table(found: list[dict[str, Any]], folder: str | Path) -> str:
+    """The list as text, with names as they are in the folder."""
     rows = [COLUMNS]
     for s in found:
         steps = f"{s['step']:,}" + (f" / {s['total']:,}" if s["total"] else "")
-        cells = (s["run"], s["preset"], steps, number(s["loss"]), number(s["images/s"]), s["status"])
-        rows.append((*cells, since(s["age"])))
+        name = os.path.relpath(s["run"], folder)
+        numbers = (steps, *(number(s[key]) for key in ("loss", "images/s", "fid", "nfe")))
+        rows.append((*numbers, s["status"], since(s["age"]), s["preset"], s["run"] if name == "." else name))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:{'><'[i >= NUMBERS]}{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,18 +190,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(argv)
     if not Path(options.folder).is_dir():
-        raise UserError(f"{options.folder}: no such folder")
-    found, unread = [], []
+        raise UserError(f"{options.folder}: no such folder (cm runs DIR lists the runs in DIR)")
+    from cm.tools.findings import best_fid, find_results  # it reads runs by this module
+
+    found, unread, known = [], [], {}
     for path in find_runs(options.folder):
         try:
-            found.append(summary(read_run(path)))
+            run = read_run(path)
+            best = best_fid(find_results(run, known=known))
+            found.append(summary(run, (best.metrics["fid"], best.nfe) if best else None))
         except UserError as error:
             unread.append(f"note: {error}")
     found.sort(key=lambda s: s["age"])
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print("\n".join([table(found) if found else f"no run in {options.folder}", *unread]))
+        print("\n".join([table(found, options.folder) if found else f"no run in {options.folder}", *unread]))
 
 
 def program(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from cm.tools.findings import find_results
 from cm.tools.runs import read_run
 from evaluations.reports.run_report import command
 from evaluations.reports.run_report.command import differences, main, page, thinned
-from evaluations.reports.run_report.curves import curves
+from evaluations.reports.run_report.curves import _series, curves, short
 from tests.helpers.browser import needs_browser, rendered, screenshot
 from tests.helpers.run_files import log_row, make_run
 
@@ -91,6 +92,25 @@ def test_numbers_that_are_not_finite_do_not_stop_the_page(tmp_path):
     with open(run / "progress.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     assert "2 step(s) had numbers that were not finite" in page([read_run(run)])
+
+
+def test_rows_that_are_not_finite_are_left_out_of_curves_and_counted(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    run.rows[:] = [log_row(step) | {"loss": float("nan") if step % 3 else 1 / step} for step in range(1, 400)]
+    run.rows[5]["grad_norm"] = float("inf")
+    assert _series(run, "loss")[0] == list(range(3, 400, 3))
+    text = page([run])
+    assert "267 row(s) of the log hold numbers that are not finite" in text and "NaN" not in text
+
+
+def test_long_names_are_cut_in_the_middle_and_told_once(tmp_path):
+    name = "imagenet64_consistency_distillation_lpips_batch2048_seed17"
+    run = read_run(make_run(tmp_path / name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where nothing is left for the plot
+        text = page([run, read_run(make_run(tmp_path / "b"))])
+    assert short(name) == f"imagenet64…{name[-19:]}" and len(short(name)) == 30
+    assert f"<h1>{short(name)}, b</h1>" in text and f"</span>{name}</h3>" in text
 
 
 def test_samples_and_results_are_found_by_the_weights_they_name(pair, tmp_path):

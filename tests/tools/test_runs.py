@@ -34,11 +34,31 @@ def test_runs_are_listed_with_their_numbers(tmp_path, capsys):
     runs.main([str(tmp_path)])
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split() == list(runs.COLUMNS)
-    assert first.split()[1:] == ["digits_edm", "20", "/", "40", "0.05", "128", "finished", "0", "s"]
-    assert second.split()[1:7] == ["consistency_training", "5", "/", "40", "0.2", "128"]
-    assert second.split()[7] == "new" and second.split()[-1] == "d"
+    assert " ".join(first.split()) == "20 / 40 0.05 128 - - finished 0 s digits_edm group/teacher"
+    assert second.split()[:7] == ["5", "/", "40", "0.2", "128", "-", "-"]
+    assert second.split()[7] == "new" and second.split()[-3:] == ["d", "consistency_training", "student"]
+    assert head.index("loss") + len("loss") == first.index("0.05") + len("0.05"), "numbers are flush right"
     runs.main([str(tmp_path), "--json"])
     assert [entry["step"] for entry in json.loads(capsys.readouterr().out)] == [20, 5]
+
+
+def test_the_lowest_fid_of_a_run_stands_in_the_list(tmp_path, capsys):
+    run = make_run(tmp_path / "student", training_mode="consistency_training")
+    make_run(tmp_path / "teacher")
+    for name, nfe, fid in (("a", 1, 7.5), ("b", 2, 3.25), ("c", 4, float("nan"))):
+        meta = {"model_path": str(run / "checkpoints" / "step_000020" / "m.pt"), "nfe": nfe, "config": {}}
+        result = {"metrics": {"fid": fid}, "protocol": {"name": "adm"}, "features": {}, "comparable": True}
+        result["samples"] = {"path": str(tmp_path / name), "count": 1000, "meta": meta}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    runs.main([str(tmp_path), "--json"])
+    found = {entry["run"]: (entry["fid"], entry["nfe"]) for entry in json.loads(capsys.readouterr().out)}
+    assert found == {str(run): (3.25, 2), str(tmp_path / "teacher"): (None, None)}
+
+
+def test_a_run_that_is_asked_for_itself_keeps_its_path(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    runs.main([str(run)])
+    assert capsys.readouterr().out.splitlines()[1].endswith(f"  {run}")
 
 
 def test_the_status_tells_running_lost_and_ended_runs_apart(tmp_path):
@@ -85,6 +105,12 @@ def test_what_is_no_run_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_a_file_is_no_run(tmp_path):
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(UserError, match=r"weights\.pt is a file, no run directory"):
+        runs.read_run(tmp_path / "weights.pt")
+
+
 def test_a_folder_of_runs_is_named_as_such(tmp_path):
     make_run(tmp_path / "a")
     with pytest.raises(UserError, match=r"the runs in it: .*/a$"):
@@ -105,7 +131,11 @@ def test_the_command_needs_no_torch_and_reports_mistakes_in_one_line(tmp_path):
     )
     for folder, (status, out, err) in {
         str(tmp_path): (0, f"no run in {tmp_path}\nFalse\n", ""),
-        str(tmp_path / "x"): (2, "", f"error: {tmp_path / 'x'}: no such folder\n"),
+        str(tmp_path / "x"): (
+            2,
+            "",
+            f"error: {tmp_path / 'x'}: no such folder (cm runs DIR lists the runs in DIR)\n",
+        ),
     }.items():
         done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (status, out, err)

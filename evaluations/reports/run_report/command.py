@@ -8,6 +8,7 @@ A run that is still going on is shown as it is now. Results are looked for in ea
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from cm.runtime import job, liveness
 from cm.storage.filesystem import write_atomic
 from cm.tools.findings import Finding, find_results, metric_names
 from cm.tools.runs import Run, number, read_run, since
-from evaluations.reports.run_report.curves import COLOURS, Picture, curves, data_uri, fid_by_nfe
+from evaluations.reports.run_report.curves import COLOURS, Picture, curves, data_uri, fid_by_nfe, short
 
 PREVIEWS = 40  # steps shown at most: the page holds every picture
 MESSAGES = 40
@@ -45,6 +46,8 @@ def page(runs: Sequence[Run], *, results: Sequence[str] = (), previews: int = PR
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["short"] = short
+    environment.filters["counted"] = "{:,}".format
     strips = [
         strip for run, c in zip(runs, COLOURS * len(runs)) for strip in preview_strips(run, c, previews)
     ]
@@ -87,7 +90,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """The first things to know, as (name, value)."""
     c = run.config
     steps = f"{run.step:,}" + (f" of {run.total:,}" if run.total else "")
-    size = f"{c.get('image_size')} px, {c.get('in_channels') or 3} channel(s)"
+    side, channels = c.get("image_size"), c.get("in_channels") or 3
+    size = f"{side} x {side}, " + {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
     classes = f", {c.get('num_classes')} classes" if c.get("class_cond") else ""
     return [
         ("experiment", c.get("preset") or "-"),
@@ -108,6 +112,10 @@ def notes(run: Run) -> list[str]:
         found.append("No row has been logged yet: the first comes after --log_interval steps.")
     if skipped := int(run.last("skipped") or 0):
         found.append(f"{skipped} step(s) had numbers that were not finite and were skipped.")
+    if odd := sum(
+        any(isinstance(v, float) and not math.isfinite(v) for v in row.values()) for row in run.rows
+    ):
+        found.append(f"{odd} row(s) of the log hold numbers that are not finite; curves leave these out.")
     if run.mode in OBJECTIVES and OBJECTIVES[run.mode].consistency:
         found.append(
             "The consistency loss grows with the number of grid points N(k): it is no measure of quality."
@@ -205,7 +213,7 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
 def grid(run: str, finding: Finding) -> Picture:
     """The picture that image_sample drew beside its samples."""
     return Picture(
-        f"{run}: {described(finding)}", data_uri(finding.picture.read_bytes(), "png"), finding.source
+        f"{short(run)}: {described(finding)}", data_uri(finding.picture.read_bytes(), "png"), finding.source
     )
 
 

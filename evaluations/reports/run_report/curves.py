@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,21 +16,23 @@ from evaluations.reports.plots import new_figure
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one per run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Noise levels from the lowest quartile to the highest
-QUARTILES = ("#fde725", "#35b779", "#31688e", "#440154")
+QUARTILES = ("#d9a400", "#35b779", "#31688e", "#440154")
 LEVELS = ("lowest noise", "low", "high", "highest noise")
 WIDTH, HEIGHT = 4.4, 2.8  # inches
 # Longer curves are drawn thin, with a running median over this part of them on top.
 SMOOTH_FROM, WINDOW = 120, 1 / 40
 MOST_POINTS = 3000
+LONGEST = 30  # letters of a run's name in a title or a legend
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: the column of the log that it shows."""
+    """One plot: the column of the log that it shows. whole: its values are whole numbers."""
 
     title: str
     key: str
     log: bool = False
+    whole: bool = False
     note: str = ""
 
 
@@ -42,7 +45,7 @@ PANELS = (
     Panel("Peak memory (MiB)", "peak_memory_mib"),
     Panel("Share of time spent waiting for data", "data_wait"),
     Panel("Learning rate", "lr"),
-    Panel("Grid points N(k)", "num_scales"),
+    Panel("Grid points N(k)", "num_scales", whole=True),
     Panel("Target decay mu(k)", "target_ema"),
     Panel("Steps skipped for numbers that are not finite", "skipped"),
     Panel("log2 of the loss scale", "lg_loss_scale"),
@@ -57,6 +60,13 @@ class Picture:
     title: str
     uri: str
     note: str = ""
+
+
+def short(name: str) -> str:
+    """A run's name where there is little room: its middle is left out, for its end tells runs of a sweep apart."""
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST // 3]}…{name[LONGEST // 3 + 1 - LONGEST :]}"
 
 
 def curves(runs: Sequence[Run]) -> list[Picture]:
@@ -80,14 +90,16 @@ def _other_keys(runs: Iterable[Run]) -> list[str]:
 
 
 def _series(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of a column; long ones are thinned out evenly."""
-    rows = [row for row in run.rows if isinstance(row.get(key), int | float)]
+    """(steps, values) of a column, its finite ones; long ones are thinned out evenly."""
+    rows = [row for row in run.rows if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
     rows = rows[:: max(1, len(rows) // MOST_POINTS)]
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
 def _panel(panel: Panel, runs: Sequence[Run]) -> Picture | None:
-    series = [(run.name, colour, *_series(run, panel.key)) for run, colour in zip(runs, cycle(COLOURS))]
+    series = [
+        (short(run.name), colour, *_series(run, panel.key)) for run, colour in zip(runs, cycle(COLOURS))
+    ]
     series = [s for s in series if s[-1]]
     # A column that never changes is told by the configuration, or says nothing.
     if len({value for *_, y in series for value in y}) < 2:
@@ -95,6 +107,8 @@ def _panel(panel: Panel, runs: Sequence[Run]) -> Picture | None:
     figure, axes = _axes("step")
     for name, colour, x, y in series:
         _draw(axes, x, y, colour, name)
+    if panel.whole:
+        axes.yaxis.get_major_locator().set_params(integer=True)
     _finish(axes, [v for *_, y in series for v in y], log=panel.log, legend=len(runs) > 1)
     return Picture(panel.title, _svg(figure), panel.note)
 
@@ -109,7 +123,7 @@ def _by_noise_level(run: Run, *, several: bool) -> Iterable[Picture]:
         if y:
             _draw(axes, x, y, colour, name)
     _finish(axes, [v for _, y in series for v in y], log=True, legend=True)
-    title = "Loss by noise level" + (f": {run.name}" if several else "")
+    title = "Loss by noise level" + (f": {short(run.name)}" if several else "")
     yield Picture(title, _svg(figure), "Four bands of equal width in ln sigma.")
 
 
@@ -119,7 +133,8 @@ def fid_by_nfe(findings: dict[str, list[Finding]]) -> Picture | None:
     for run, found in findings.items():
         for f in found:
             if "fid" in f.metrics and f.nfe:
-                groups.setdefault(f"{run} ({f.protocol})" if f.protocol else run, []).append(f)
+                named = f"{short(run)} ({f.protocol})" if f.protocol else short(run)
+                groups.setdefault(named, []).append(f)
     if not groups:
         return None
     figure, axes = _axes("network evaluations per image")
@@ -137,9 +152,11 @@ def fid_by_nfe(findings: dict[str, list[Finding]]) -> Picture | None:
     axes.set_ylabel("FID")
     values = [f.metrics["fid"] for found in groups.values() for f in found]
     _finish(axes, values, log=True, legend=True)
-    return Picture(
-        "FID against network evaluations", _svg(figure), "Lower is better. Lines join the best results."
+    note = (
+        "Lower is better; lines join the best results. In brackets: the protocol, and numbers of different "
     )
+    note += "protocols do not compare."
+    return Picture("FID against network evaluations", _svg(figure), note)
 
 
 def _axes(x_label: str) -> tuple[Any, Any]:
@@ -178,7 +195,7 @@ def _finish(axes, values: Sequence[float], *, log: bool, legend: bool) -> None:
 
 def _svg(figure) -> str:
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return data_uri(file.getvalue(), "svg+xml")
 
 
