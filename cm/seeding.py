@@ -6,6 +6,8 @@ sampling is in `cm.sampling.noise`.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from operator import index
 
 import torch
@@ -23,7 +25,7 @@ class StepRandom:
 
     Scalars are drawn for the whole global batch from one stream and sliced to rows [start, stop), so that
     any split over ranks gives the same numbers. Noise images are drawn row by row, the local rows only.
-    Each call uses a new stream: the same sequence of calls gives the same numbers.
+    Each call uses a new stream: the same sequence of calls gives the same numbers. ahead: draws noise in advance.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class StepRandom:
         stop: int,
         global_batch: int,
         device: torch.device | str = "cpu",
+        ahead: "NoiseAhead | None" = None,
     ):
         if not 0 <= start <= stop <= global_batch:
             raise ValueError(f"rows [{start}, {stop}) are not inside a global batch of {global_batch}")
         self.seed, self.step, self.start, self.stop = seed, step, start, stop
         self.global_batch, self.device = global_batch, torch.device(device)
+        self.ahead = ahead
         self._calls = 0
 
     def _scalars(self, kind: str, draw: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
@@ -72,10 +76,54 @@ class StepRandom:
     def noise(self, shape: Sequence[int]) -> torch.Tensor:
         """(stop - start, *shape) float32 standard normal; row k belongs to row start + k of the global batch."""
         # Drawn on the CPU, so that the numbers do not depend on the device; pinned, so that the copy can overlap.
-        rows = torch.empty(self.stop - self.start, *shape, pin_memory=self.device.type == "cuda")
-        generator = torch.Generator()
-        for k, row in enumerate(rows):
-            generator.manual_seed(derive_seed(self.seed, "noise", self._calls, self.step, self.start + k))
-            torch.randn(row.shape, generator=generator, out=row)
+        wanted = NoiseOf(self.seed, self._calls, self.step, self.start, self.stop, tuple(shape))
+        pinned = self.device.type == "cuda"
+        rows = self.ahead.take(wanted, pinned) if self.ahead else wanted.draw(pinned)
         self._calls += 1
         return rows.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class NoiseOf:
+    """What one draw of noise images is a function of: the call within a step, and the rows [start, stop) of a shape."""
+
+    seed: int
+    call: int
+    step: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    def draw(self, pinned: bool = False) -> torch.Tensor:
+        """(stop - start, *shape) float32 standard normal in host memory."""
+        rows = torch.empty(self.stop - self.start, *self.shape, pin_memory=pinned)
+        generator = torch.Generator()
+        for k, row in enumerate(rows):
+            generator.manual_seed(derive_seed(self.seed, "noise", self.call, self.step, self.start + k))
+            torch.randn(row.shape, generator=generator, out=row)
+        return rows
+
+
+class NoiseAhead:
+    """Draws the noise of the next step in a thread while this one is computed. The numbers are the same.
+
+    Every draw that is taken begins that of the next step; one that nobody takes is forgotten a step later.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
+        self._begun: dict[NoiseOf, Future[torch.Tensor]] = {}
+
+    def take(self, wanted: NoiseOf, pinned: bool) -> torch.Tensor:
+        """The noise, drawn before if it was foreseen, else now."""
+        begun = self._begun.pop(wanted, None)
+        rows = wanted.draw(pinned) if begun is None else begun.result()
+        self._begun = {key: future for key, future in self._begun.items() if key.step >= wanted.step}
+        following = replace(wanted, step=wanted.step + 1)
+        self._begun[following] = self._thread.submit(following.draw, pinned)
+        return rows
+
+    def close(self) -> None:
+        """End the thread."""
+        self._begun.clear()
+        self._thread.shutdown(cancel_futures=True)

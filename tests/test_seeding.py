@@ -1,9 +1,12 @@
 """Draws of training are functions of (seed, step, row of the global batch): splits over ranks do not matter."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from cm import seeding
 from cm.seeding import StepRandom, derive_seed
 
 
@@ -99,3 +102,37 @@ def test_step_random_rows():
 def test_step_random_rejects_rows_outside_the_batch():
     with pytest.raises(ValueError, match="global batch of 4"):
         StepRandom(0, 0, 2, 5, 4)
+
+
+def test_noise_drawn_ahead_is_the_same(monkeypatch):
+    """Two calls in each of four steps, a step that is taken again, another shape; most of it is foreseen."""
+    plan = [(0, (3, 4)), (1, (3, 4)), (2, (3, 4)), (2, (3, 4)), (7, (3, 4)), (8, (2,))]
+    at_once = []
+    original = seeding.NoiseOf.draw
+
+    def draw(self, pinned=False):
+        if threading.current_thread() is threading.main_thread():
+            at_once.append((self.step, self.call))
+        return original(self, pinned)
+
+    expected = []
+    for step, shape in plan:
+        random = StepRandom(5, step, 2, 6, 8)
+        expected += [random.noise(shape), random.noise(shape)]
+    monkeypatch.setattr(seeding.NoiseOf, "draw", draw)
+    ahead, found = seeding.NoiseAhead(), []
+    for step, shape in plan:
+        random = StepRandom(5, step, 2, 6, 8, ahead=ahead)
+        found += [random.noise(shape), random.noise(shape)]
+    ahead.close()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert at_once == [(0, 0), (0, 1), (2, 0), (2, 1), (7, 0), (7, 1), (8, 0), (8, 1)]
+    assert not ahead._begun
+
+
+def test_noise_ahead_forgets_what_nobody_takes():
+    ahead = seeding.NoiseAhead()
+    for step in range(5):
+        StepRandom(0, step, 0, 2, 2, ahead=ahead).noise((step + 1,))
+    assert {wanted.shape for wanted in ahead._begun} == {(4,), (5,)}
+    ahead.close()

@@ -21,7 +21,7 @@ from cm.runtime import distributed, logger
 from cm.runtime.liveness import FINISHED
 from cm.runtime.preemption import SAVE_FAILED
 from cm.runtime.progress import progress
-from cm.seeding import StepRandom, derive_seed
+from cm.seeding import NoiseAhead, StepRandom, derive_seed
 from cm.storage.checkpoint import read_state, verify_checkpoint
 from cm.storage.saver import Saver
 from cm.training.anomalies import NanGuard
@@ -83,6 +83,8 @@ class Trainer:
         self.guard = NanGuard(optimization.max_bad_steps)
         self.meter = LossMeter(*sigma_range)
         self.clock = RunClock(step=0, saved_step=-1)
+        # On a CPU the step itself has the cores.
+        self._ahead = NoiseAhead() if self.device.type == "cuda" else None
 
     @property
     def finished(self) -> bool:
@@ -125,6 +127,9 @@ class Trainer:
         finally:
             bar.close()
             self.saver.join()
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
             if hasattr(self.data, "close"):
                 self.data.close()  # ends its worker processes
         return FINISHED if self.finished else stop
@@ -196,7 +201,7 @@ class Trainer:
                 f"rank {rank} got a batch of {local_batch}, but its rows of {global_batch} are {len(rows)}"
             )
         step = self.state.step
-        return StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device)
+        return StepRandom(self.seed, step, rows.start, rows.stop, global_batch, self.device, self._ahead)
 
     def _choose_masks(self, random: StepRandom, part: slice) -> None:
         """Dropout masks of the next micro-batch: functions of the row, whatever the ranks and micro-batches."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cm.tools.bench import host
 from cm.tools.bench.checkpoint import bench_checkpoint
 from cm.tools.bench.data import bench_data
 from cm.tools.bench.noise import COUNTS, KINDS
@@ -62,6 +63,17 @@ def test_noise_rows_for_few_and_for_many_samples():
     rows = by_name(bench_sample(Options(cases=("noise",), **ONCE)))
     assert set(rows) == {f"noise/{kind}_{count}" for kind in KINDS for count in COUNTS}
     assert all(rows[f"noise/{kind}_{COUNTS[0]}"].figures["ratio_to_fewest"] == 1 for kind in KINDS)
+
+
+def test_host_rows_are_shares_of_expected_steps(monkeypatch):
+    monkeypatch.setattr(host, "BATCH", 4)
+    rows = {row.name: row.figures for row in host.bench_host(Options(**ONCE))}
+    assert list(rows) == [f"host/{case}" for case in host.CASES]
+    for found in rows.values():
+        assert found["cpu_ms"] > 0
+        assert found["share_of_step"]["cifar10_ddpmpp"] == pytest.approx(
+            found["cpu_ms"] / 180, rel=0.01, abs=1e-6
+        )
 
 
 def test_edit_rows_are_shares_of_the_network():

@@ -3,9 +3,9 @@
 cm benchmark WHAT [--preset P|tiny] [--case NAME ...] [--device auto] [--out FILE.json] [FLAGS]
 cm benchmark --compare BEFORE.json AFTER.json
 
-WHAT: train, sample, edit, eval, data, checkpoint, startup, network, optimizer, precision. Flags that are not listed
-here are passed on to the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64. Under
-mpiexec or torchrun, train also measures communication.
+WHAT: train, sample, edit, eval, data, checkpoint, startup, network, optimizer, precision, host. Flags that are not
+listed here are passed on to the configuration that is measured, e.g. --precision bf16 --compile True --batch_size 64.
+Under mpiexec or torchrun, train also measures communication.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 from cm.config.registry import resolve
 
 WHATS = ["train", "sample", "edit", "eval", "data", "checkpoint", "startup", "network", "optimizer"]
-WHATS += ["precision"]
+WHATS += ["precision", "host"]
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from cm.tools.bench.checkpoint import bench_checkpoint
 from cm.tools.bench.data import bench_data
+from cm.tools.bench.host import bench_host
 from cm.tools.bench.network import bench_network
 from cm.tools.bench.optimizer import bench_optimizer
 from cm.tools.bench.precision import bench_precision
@@ -23,4 +24,5 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "network": bench_network,
     "optimizer": bench_optimizer,
     "precision": bench_precision,
+    "host": bench_host,
 }

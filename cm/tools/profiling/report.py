@@ -22,6 +22,7 @@ COLUMNS = {
     "images_per_second": ("img/s", "{:.4g}"),
     "median_ms": ("ms", "{:.4g}"),
     "spread_ms": ("quartiles", "{}"),
+    "cpu_ms": ("cpu ms", "{:.4g}"),
     "ratio_to_best_peer": ("time / best peer", "{:.2f}"),
     "share_of_network": ("of network", "{:.3%}"),
     "share_of_ceiling": ("of ceiling", "{:.0%}"),
