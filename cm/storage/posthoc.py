@@ -119,6 +119,8 @@ def plan(run: str | os.PathLike, sigma_rel: float, step: int = 0) -> list[tuple[
     Those up to `step` take part, so that the average stays what it is while the run goes on. A profile ends with a
     jump, so one of the snapshots must be of that step. UserError where there is none, or they do not give the length.
     """
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: there is no such run directory")
     snapshots = find_snapshots(run)
     if not snapshots:
         raise UserError(f"{run} has no snapshots: averages of any length need a run with --ema_profiles")

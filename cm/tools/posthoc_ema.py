@@ -7,6 +7,7 @@ Sampling does the same by itself: `--model_path runs/edm2 --weights posthoc:0.12
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from cm.storage.posthoc import reconstruct
 from cm.storage.weights import save_weights
@@ -20,11 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", help="run directory")
     parser.add_argument("--sigma_rel", type=float, required=True, help="relative length of the average")
     parser.add_argument("--step", type=int, default=0, help="step of the run (default: its last snapshot)")
-    parser.add_argument("--out", required=True, help="model file to write")
+    parser.add_argument("--out", default="", help="model file to write (default: RUN/average_LENGTH_STEP.pt)")
     flags = parser.parse_args(argv)
     state, meta, used = reconstruct(flags.run, flags.sigma_rel, flags.step)
-    save_weights(flags.out, state, {**(meta or {}), "ema_sigma_rel": flags.sigma_rel})
-    print(f"{flags.out}: {len(used)} snapshots of steps {used[0][0].step} to {used[-1][0].step}")
+    out = flags.out or str(Path(flags.run, f"average_{flags.sigma_rel:g}_{used[-1][0].step:06d}.pt"))
+    save_weights(out, state, {**(meta or {}), "ema_sigma_rel": flags.sigma_rel})
+    print(f"{out}: {len(used)} snapshots of steps {used[0][0].step} to {used[-1][0].step}")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def test_lengths_and_steps_that_the_snapshots_do_not_span(tmp_path):
         assert "\n" not in str(caught.value)
 
     refuses("need a run with --ema_profiles", 0.1)
+    with pytest.raises(UserError, match="there is no such run directory"):
+        posthoc.plan(tmp_path / "elsewhere", 0.1)
     write_run(tmp_path, 4)
     refuses("the 8 snapshots of lengths 0.05, 0.1 up to step 4 do not span an average of length 0.2 ", 0.2)
     refuses("do not span an average of length 0.01", 0.01)
@@ -226,6 +228,10 @@ def test_the_tool_writes_a_model_file(tmp_path, capsys):
     state, meta = load_weights(out)
     assert torch.equal(state["bias"], posthoc.reconstruct(tmp_path / "run", 0.08, 12)[0]["bias"])
     assert meta == {"config": {"network": "toy"}, "ema_sigma_rel": 0.08}
+    posthoc_ema.main([str(tmp_path / "run"), "--sigma_rel", "0.08", "--step", "12"])
+    beside, _ = load_weights(tmp_path / "run" / "average_0.08_000012.pt")
+    assert torch.equal(beside["bias"], state["bias"])
+    assert len(posthoc.find_snapshots(tmp_path / "run")) == 32, "it is no snapshot itself"
 
 
 def test_a_bank_goes_on_bitwise_and_begins_anew():
