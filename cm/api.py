@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cm.commands import edit as editing
 from cm.commands import words
 from cm.commands.cli import parse
-from cm.commands.sample import class_labels, load_guide, noise_levels, sample_batches, solver_options
+from cm.commands.sample import class_labels, noise_levels, sample_batches, solver_options, with_guide
 from cm.commands.train import run_train
 from cm.config.derived import is_consistency, last_known, run_dir, with_two_steps
 from cm.config.fields import flags_of
@@ -34,6 +34,7 @@ from cm.data.images import to_pil, to_uint8
 from cm.errors import UserError
 from cm.models.factory import choose_device
 from cm.models.files import ModelFile
+from cm.models.guides import TrainedClassifier
 from cm.models.pretrained import Pretrained, load_pretrained, pretrained_from
 from cm.runtime import logger
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, slerp, superres
@@ -107,7 +108,8 @@ class Model:
         steps: int = 0,
         seed: int = 0,
         sampler: str = "",
-        guidance: str | tuple[str, float] = "",
+        guidance: float | str = 1.0,
+        guide: str = "",
         batch_size: int = 64,
         output: str = "tensor",
         **options: Any,
@@ -115,19 +117,23 @@ class Model:
         """n images: a tensor (n, C, H, W) in [-1, 1] on the CPU, or a list of Pillow images with output="pil".
 
         classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model (0: 1), or
-        points of a denoiser's grid (0: 18). guidance: a classifier's file or run, or (file, scale). options: flags of
-        the sampler, such as s_churn=40. Image i depends on (seed, i) only.
+        points of a denoiser's grid (0: 18). guidance: its scale, or a text with the noise levels at which it acts,
+        "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the model itself without a class.
+        options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i) only.
         """
         if output not in ("tensor", "pil"):
             raise ValueError(f"output must be 'tensor' or 'pil', got {output!r}")
-        path, scale = (guidance, 1.0) if isinstance(guidance, str) else guidance
+        options |= {
+            "guidance": f"{guidance:g}" if isinstance(guidance, float | int) else guidance,
+            "guide": guide,
+        }
         model = replace(self._model, config=self._sampling(n, steps, seed, sampler, classes, options))
-        model = replace(model, config=changed(model.config, classifier_path=path, classifier_scale=scale))
-        guide = load_guide(model)
+        model, guide = with_guide(model)
+        classifier = guide if isinstance(guide, TrainedClassifier) else None
         sigmas = model.denoiser.precond.round_sigma(noise_levels(model.config))
         generator = IndexedGenerator(seed)
-        labels = class_labels(model.config, guide.num_classes if guide else 0)
-        draw = sample_batches(model, generator, sigmas, None, solver_options(model), guide)
+        labels = class_labels(model.config, classifier.num_classes if classifier else 0)
+        draw = sample_batches(model, generator, sigmas, None, solver_options(model), classifier)
         images = []
         for start in range(0, n, batch_size):
             rows = range(start, min(start + batch_size, n))

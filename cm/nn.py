@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 NORM_GROUPS = 32
+NO_CLASS = -1  # the label of an image whose class is not told
 
 CONVOLUTIONS = {
     1: nn.Conv1d,

@@ -1,4 +1,4 @@
-"""Train a classifier of noisy images, which guides image_sample by --classifier_path.
+"""Train a classifier of noisy images, which guides image_sample by --guide.
 
 python scripts/classifier_train.py --preset digits_classifier --data_dir DATA
 """

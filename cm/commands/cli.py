@@ -38,6 +38,8 @@ FORMER = {
     *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
     *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
 }
+# Flags of earlier versions under the names that they have now; None: gone
+RENAMED = {"classifier_path": "guide", "classifier_scale": "guidance", "classifier_noise_schedule": None}
 # What --dry_run and a run's config.json add to the flags, and what belongs to one command line alone
 NOT_FROM_FILE = {"num_parameters", "dry_run", "config", "script", "plugins", "class_names"}
 
@@ -174,8 +176,10 @@ def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dic
     """Flags from a JSON object as --dry_run prints it; unknown names and wrong types are a UserError."""
     flags, values = flags_of(cls), {}
     for name, value in content.items():
-        if name in NOT_FROM_FILE or name in FORMER:
+        if name in NOT_FROM_FILE or name in FORMER or (RENAMED.get(name, "") is None and not value):
             continue
+        if new := RENAMED.get(name):
+            name, value = new, f"{value:g}" if isinstance(value, float) else value
         if name in flags:
             values[name] = _converted(name, value, type(flags[name].default), path)
             continue
@@ -232,6 +236,8 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[s
 def _unknown_flag(word: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:
     """What to say of an argument that is no flag of this configuration."""
     name = word.lstrip("-").partition("=")[0]
+    if (new := RENAMED.get(name)) in flags_of(cls):
+        return f"--{name} is called --{new} now"
     if whose := _whose(name, cls, chosen):
         return f"--{name} is {whose}"
     hint = nearest(name, flags_of(cls), prefix="--") if word.startswith("--") else ""

@@ -1,7 +1,8 @@
 """Drawing samples from a model as configured: npz, PNG grid, metadata."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from cm import __version__
 from cm.commands.common import claimed_output
 from cm.config.derived import run_dir
 from cm.config.fields import arguments_of
-from cm.config.parsing import parse_classes, parse_sigmas, parse_ts
+from cm.config.parsing import parse_classes, parse_guidance, parse_sigmas, parse_ts
 from cm.config.rows import SAMPLERS
 from cm.config.scripts import SampleConfig, resolved
 from cm.data.images import SampleWriter, save_grid, save_json
 from cm.diffusion.denoiser import DenoiseFn
+from cm.diffusion.guidance import GuidedDenoiser, guided, limited
 from cm.diffusion.sde import create_sde
 from cm.errors import UserError
-from cm.models.pretrained import Model, TrainedClassifier, load_classifier, load_pretrained
+from cm.models.guides import Guide, TrainedClassifier, guided_by, load_guide, provenance
+from cm.models.pretrained import Model, Pretrained, load_pretrained
 from cm.runtime import distributed, logger
 from cm.sampling.driver import option_names
 from cm.sampling.finite import FiniteWatch
 from cm.sampling.generate import Labels, SampleBatch, generate
-from cm.sampling.guidance import guided
 from cm.sampling.levels import grid_levels
 from cm.sampling.noise import SampleGenerator, get_generator
 from cm.sampling.registry import run_sampler
@@ -41,11 +43,12 @@ def run_image_sample(config: SampleConfig) -> None:
         write_samples(model, stem)
 
 
-def write_samples(model: Model[SampleConfig], stem: Path) -> None:
+def write_samples(model: Pretrained[SampleConfig], stem: Path) -> None:
     """Draw the samples with all ranks; rank 0 writes stem.npz, a picture of the first and what they were made with."""
     c = model.config
     sigmas = model.denoiser.precond.round_sigma(noise_levels(c))
-    classifier = load_guide(model)
+    model, guide = with_guide(model)
+    classifier = guide if isinstance(guide, TrainedClassifier) else None
     logger.log(f"{model.file.path}: weights {model.file.kind}, {c.training_mode}, sampler {c.sampler}")
     if c.sampler == "multistep" and not {"ts", "sigmas"} & c.explicit:
         logger.log(
@@ -79,7 +82,7 @@ def write_samples(model: Model[SampleConfig], stem: Path) -> None:
         save_grid(stem.with_suffix(".png"), kept, c.grid_columns)
     metadata = {
         **model.provenance(),
-        **(classifier.provenance() if classifier else {}),
+        **provenance(guide),
         "config": resolved(c),
         "sigmas": sigmas.tolist(),
         "nfe": counter.per_batch,
@@ -116,18 +119,17 @@ def solver_options(model: Model[SampleConfig]) -> dict[str, Any]:
     return {**own_flags(model.config), "round_sigma": model.denoiser.precond.round_sigma}
 
 
-def load_guide(model: Model[SampleConfig]) -> TrainedClassifier | None:
-    """The classifier of --classifier_path, checked against the model."""
+def with_guide(model: Pretrained[SampleConfig]) -> tuple[Pretrained[SampleConfig], Guide | None]:
+    """(the model, which follows --guidance unless a classifier does that step by step; what --guide names)."""
     c = model.config
-    if not c.classifier_path:
-        return None
-    return load_classifier(
-        c,
-        image_size=c.image_size,
-        channels=c.in_channels or 3,
-        num_classes=c.num_classes if c.class_cond else 0,
-        device=model.device,
+    guidance = parse_guidance(c.guidance)
+    guide = load_guide(c.guide, c, model.device) if c.guide else None
+    if isinstance(guide, TrainedClassifier) or (guide is None and guidance.plain):
+        return model, guide
+    steered = guided_by(
+        model.denoiser, guidance, guide, source=model.file, class_cond=c.class_cond, lazy=True
     )
+    return replace(model, denoiser=steered), guide
 
 
 def complete_ts(config: SampleConfig) -> list[int] | None:
@@ -161,11 +163,11 @@ class CallCounter:
         self.per_batch = 0
         self._counting = True
 
-    def wrap(self, denoise: DenoiseFn) -> DenoiseFn:
-        """The same function, counted."""
+    def wrap(self, denoise: DenoiseFn, cost: Callable[[Tensor], int] = lambda sigma: 1) -> DenoiseFn:
+        """The same function, counted. cost: network evaluations of a call at these noise levels."""
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
-            self.per_batch += self._counting
+            self.per_batch += cost(sigma) if self._counting else 0
             return denoise(x, sigma)
 
         return counted
@@ -193,10 +195,13 @@ def sample_batches(
 
     @torch.no_grad()
     def draw(count: int, labels: Tensor | None) -> Tensor:
-        denoise = counter.wrap(model.denoise(labels, c.clip_denoised, watch.wrap))
+        cost = model.denoiser.evaluations if isinstance(model.denoiser, GuidedDenoiser) else lambda sigma: 1
+        denoise = counter.wrap(model.denoise(labels, c.clip_denoised, watch.wrap), cost)
         own = dict(options or {})
         if classifier is not None:
-            gradient = classifier.model.gradient(labels.to(model.device), c.classifier_scale)
+            guidance = parse_guidance(c.guidance)
+            gradient = classifier.model.gradient(labels.to(model.device), guidance.low)
+            gradient = limited(gradient, guidance)
             if "gradient" in option_names(SAMPLERS.load(c.sampler)):
                 own["gradient"] = gradient
             else:

@@ -25,6 +25,7 @@ from cm.runtime.watchdog import record_end, supervised
 from cm.storage.mirror import Mirror
 from cm.storage.saver import Saver
 from cm.training.compilation import can_compile, configure_torch
+from cm.training.conditions import conditions_of
 from cm.training.factory import create_optimization
 from cm.training.meters import module_summary
 from cm.training.options import BatchSize, Execution, Reports, Supervision
@@ -184,6 +185,7 @@ def build_trainer(
             channels_last=channels_last(config, device.type),
         ),
         supervision=supervision,
+        conditions=conditions_of(config),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from cm.config import plugins, presets
 from cm.config.flags import ModelFlags
+from cm.config.parsing import Guidance, parse_guidance
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import (
     CmTrainConfig,
@@ -67,6 +68,12 @@ def has_two_times(config: Config) -> bool:
 def learns_from(config: TrainConfig) -> str:
     """What a teacher of this run is: `denoiser` or `consistency`."""
     return OBJECTIVES[training_mode(config)].learns_from
+
+
+def guidance_of(config: TrainConfig) -> Guidance | None:
+    """How the teacher of a run is guided; None where it is not."""
+    guidance = parse_guidance(getattr(config, "guidance", "1"))
+    return None if guidance.plain else guidance
 
 
 def channels_last(config: Config, device_type: str) -> bool:

@@ -206,6 +206,12 @@ class DataFlags:
         "background under transparent pixels; drop forgets the alpha channel",
         choices=("drop", "white", "black"),
     )
+    label_dropout: float = flag(
+        0.0,
+        "probability with which training hides the class of an image, for --guidance",
+        low=0,
+        below=1,
+    )
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     skip_unreadable: bool = flag(False, "leave out damaged images instead of stopping at the first")
@@ -419,14 +425,16 @@ class SamplingFlags(ChurnOptions):
 
 @dataclass(frozen=True)
 class GuidanceFlags:
-    """Classifier guidance"""
+    """Guidance"""
 
-    classifier_path: str = flag(
-        "", "classifier of noisy images: file or run directory; empty: no guidance", main=True
+    guidance: str = flag(
+        "1",
+        "scale of guidance, of samples or of the teacher; 2,0.3,5: only between these noise levels; 1:4: drawn between "
+        "these and told to the student; 1: a model as it is, or a classifier's own gradient; see --guide",
+        main=True,
     )
-    classifier_scale: float = flag(1.0, "weight of the classifier's gradient", main=True, low=0)
-    classifier_noise_schedule: str = flag(
+    guide: str = flag(
         "",
-        "guided-diffusion's classifier: schedule of its times; empty: cosine for 64 pixels, else linear",
-        choices=("", "cosine", "linear"),
+        "file or run that guides: a classifier of noisy images, or a smaller or earlier model; empty: the model "
+        "itself without a class, after --label_dropout",
     )

@@ -95,7 +95,7 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     plugins.require(stored, source)
     mode = stored.get("training_mode")
     if mode in OBJECTIVES and not OBJECTIVES[mode].draws:
-        raise UserError(f"{source} is a {mode}, which draws no images: it goes with --classifier_path")
+        raise UserError(f"{source} is a {mode}, which draws no images: it goes with --guide")
     lowest = [OBJECTIVES[mode].lowest] if mode in OBJECTIVES and OBJECTIVES[mode].lowest else []
     for name in (*MUST_AGREE, *lowest):
         if name in config.explicit and name in stored and getattr(config, name) != stored[name]:
@@ -118,7 +118,7 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     if isinstance(merged, SearchConfig) and lowest and "end" not in config.explicit:
         merged = replace(merged, end=str(last_known(merged, merged.steps)))
     validate(merged)
-    guided = getattr(merged, "classifier_path", "")
+    guided = getattr(merged, "guide", "")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
     return merged

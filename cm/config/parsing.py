@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -182,6 +183,44 @@ def _class_of(word: str, text: str, num_classes: int, names: Sequence[str] | Non
         raise UserError(f"--classes {word}: no class is called so{nearest(word, names)} (there are {shown})")
     last = f"..{num_classes - 1}" if num_classes else " and up"
     raise UserError(f"--classes must be labels 0{last}, got {text!r}")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """--guidance: its scale, between `low` and `high` where it is drawn, and the noise levels at which it acts."""
+
+    low: float = 1.0
+    high: float = 1.0
+    sigma_low: float = 0.0
+    sigma_high: float = math.inf
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a range of scales instead of one."""
+        return self.low < self.high
+
+    @property
+    def plain(self) -> bool:
+        """Scale 1 throughout: a model as it is."""
+        return self.low == self.high == 1
+
+
+def parse_guidance(text: str) -> Guidance:
+    """SCALE or LOW:HIGH, and perhaps the noise levels between which it acts: 2, 1:4, 2,0.3,5."""
+    scale, *levels = text.split(",")
+    try:
+        low, _, high = scale.partition(":")
+        found = Guidance(float(low), float(high or low), *map(float, levels))
+    except (ValueError, TypeError):
+        found = Guidance(math.nan)
+    if len(levels) not in (0, 2) or not 0 <= found.low <= found.high < math.inf:
+        raise UserError(
+            f"--guidance must be a scale of at least 0, or LOW:HIGH, perhaps with the noise levels between which it "
+            f"acts: 2 or 1:4 or 2,0.3,5; got {text!r}"
+        )
+    if not 0 <= found.sigma_low < found.sigma_high:
+        raise UserError(f"--guidance {text}: its noise levels must increase, from 0 at least")
+    return found
 
 
 def parse_weights(text: str) -> tuple[str, float]:

@@ -77,6 +77,7 @@ class ClassifierConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     network: str = fixed("adm")
     precond: str = fixed("edm")
     class_cond: bool = fixed(True)
+    label_dropout: float = fixed(0.0)
     preview_count: int = fixed(0)
     preview_interval: int = fixed(0)
     diffusion_schedule: str = fixed("")
@@ -86,7 +87,7 @@ class ClassifierConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
 
 
 @dataclass(frozen=True)
-class CmTrainConfig(ConsistencyFlags, LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
+class CmTrainConfig(ConsistencyFlags, GuidanceFlags, LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     """Train a consistency model: distillation, training in isolation, or progressive distillation."""
 
 

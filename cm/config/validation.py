@@ -89,6 +89,8 @@ def _check_column(config: ModelFlags) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
+    if config.label_dropout and not config.class_cond:
+        raise UserError(f"--label_dropout {config.label_dropout} needs --class_cond True")
     parsing.parse_ema_rates(config.ema_rate)
     parsing.parse_ema_profiles(config.ema_profiles)
     if config.lr_schedule == "inverse_sqrt" and not config.lr_anneal_steps:
@@ -152,6 +154,7 @@ def _check_consistency(config: CmTrainConfig) -> None:
             f"--diffusion_schedule {config.diffusion_schedule} is for edm_train and --training_mode progdist, "
             f"not for {config.training_mode}"
         )
+    _check_teacher_guidance(config)
     rules.check_scales(
         target_ema_mode=config.target_ema_mode,
         start_ema=config.start_ema,
@@ -159,6 +162,21 @@ def _check_consistency(config: CmTrainConfig) -> None:
         start_scales=config.start_scales,
         end_scales=config.end_scales,
     )
+
+
+def _check_teacher_guidance(config: CmTrainConfig) -> None:
+    """Only a denoiser that stays the teacher can be guided; a stage's student has learned the guidance already."""
+    guidance = parsing.parse_guidance(config.guidance)
+    if guidance.plain and config.guide:
+        raise UserError(f"--guide {config.guide} does nothing at --guidance 1: give a larger scale")
+    if guidance.drawn:
+        raise UserError(f"--guidance {config.guidance}: no network here is told the scale; give one number")
+    known = [n for n, r in OBJECTIVES.items() if r.teacher and not r.stages and r.learns_from == "denoiser"]
+    if not guidance.plain and config.training_mode not in known:
+        raise UserError(
+            f"--guidance {config.guidance} is for the teacher of --training_mode {' or '.join(known)}, not of "
+            f"{config.training_mode}"
+        )
 
 
 def _check_continuous(config: CmTrainConfig, distillation: bool) -> None:
@@ -202,11 +220,11 @@ def _check_solver(config: SampleConfig) -> None:
     if "sampler" in config.explicit:
         if config.time_steps and not SAMPLERS[config.sampler].other_grids:
             _refuse_for_sampler(config, "time_steps", lambda row: row.other_grids)
-        if config.classifier_path and not SAMPLERS[config.sampler].guidance:
-            _refuse_for_sampler(config, "classifier_path", lambda row: row.guidance)
-    for name, field in flags_of(GuidanceFlags).items():
-        if getattr(config, name) != field.default and not config.classifier_path:
-            raise UserError(f"--{name} {getattr(config, name)} needs --classifier_path")
+        for name, field in flags_of(GuidanceFlags).items():
+            if getattr(config, name) != field.default and not SAMPLERS[config.sampler].guidance:
+                _refuse_for_sampler(config, name, lambda row: row.guidance)
+    if parsing.parse_guidance(config.guidance).drawn:
+        raise UserError(f"--guidance {config.guidance}: samples have one scale")
 
 
 def _refuse_for_sampler(config: SampleConfig, flag: str, reads: Callable[[Sampler], bool]) -> NoReturn:

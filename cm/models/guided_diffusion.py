@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm.config.flags import GuidanceFlags
 from cm.diffusion.denoiser import NoisyClassifier
 from cm.diffusion.precond import DDPMPrecond, IDDPMPrecond, Precond
 from cm.errors import UserError
@@ -21,7 +20,7 @@ from cm.networks.attention import qkv_legacy_to_new
 from cm.storage.unpickle import one_line
 from cm.storage.weights import check_matching
 
-# --classifier_noise_schedule: iDDPM's cosine, DDPM's linear
+# iDDPM's cosine, DDPM's linear
 SCHEDULES: dict[str, Precond] = {
     "cosine": IDDPMPrecond(),
     "linear": DDPMPrecond(),
@@ -74,7 +73,7 @@ def encoder_flags(state: dict[str, Tensor], source: str, image_size: int) -> dic
     total = count_blocks(shapes, "input_blocks")
     if coarsest << (levels - 1) != image_size or total % levels or total // levels < 2:
         raise UserError(
-            f"--classifier_path {source} does not fit images of {image_size} pixels: its coarsest level has {coarsest}"
+            f"--guide {source} does not fit images of {image_size} pixels: its coarsest level has {coarsest}"
         )
     stride, base = total // levels, shapes["time_embed.0.weight"][1]
     firsts = [f"input_blocks.{1 + level * stride}" for level in range(levels)]
@@ -92,10 +91,13 @@ def encoder_flags(state: dict[str, Tensor], source: str, image_size: int) -> dic
 
 
 def released_classifier(
-    state: dict[str, Tensor], flags: GuidanceFlags, *, image_size: int, source: str
+    state: dict[str, Tensor], *, image_size: int, source: str
 ) -> tuple[NoisyClassifier, int]:
-    """(classifier on the CPU, number of classes) of a bare state dict; UserError names what does not fit the flags."""
-    with one_line(f"--classifier_path {source} is no classifier of guided-diffusion"), torch.device("meta"):
+    """(classifier on the CPU, number of classes) of a bare state dict; UserError names what does not fit.
+
+    Its times are those that the released ones were trained with at this size.
+    """
+    with one_line(f"--guide {source} is no classifier of guided-diffusion"), torch.device("meta"):
         num_classes = len(state["out.2.c_proj.weight"])
         network = build_network(
             Architecture(
@@ -106,8 +108,8 @@ def released_classifier(
             classifier=True,
         )
         state = guided_to_ours(state, "legacy")
-    check_matching(network, state, f"--classifier_path {source}")
+    check_matching(network, state, f"--guide {source}")
     network = network.to_empty(device="cpu").float()
     network.load_state_dict(state)
-    schedule = flags.classifier_noise_schedule or ("cosine" if image_size == COSINE_SIZE else "linear")
+    schedule = "cosine" if image_size == COSINE_SIZE else "linear"
     return NoisyClassifier(network, SCHEDULES[schedule]), num_classes

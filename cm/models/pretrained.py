@@ -1,22 +1,20 @@
 """A trained model ready for use: found, identified, loaded strictly, and put under its preconditioning."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cm.config import plugins
 from cm.config.derived import channels_last, is_consistency, lowest_level, precision
-from cm.config.flags import GuidanceFlags
+from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
-from cm.config.scripts import ClassifierConfig, ModelFlags, configure, flags_of
-from cm.diffusion.denoiser import DenoiseFn, Denoiser, NoisyClassifier, clamped
-from cm.errors import UserError, masked
+from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
+from cm.errors import masked
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
-from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.identify import identify
 from cm.networks.precision import torso_dtype
 from cm.runtime import logger
@@ -88,64 +86,6 @@ class Pretrained(Model[ConfigType]):
         }
 
 
-@dataclass(frozen=True)
-class TrainedClassifier:
-    """A classifier of noisy images with its file."""
-
-    model: NoisyClassifier
-    file: ModelFile
-    num_classes: int
-
-    def provenance(self) -> dict[str, str]:
-        """Where the weights came from, for metadata of results."""
-        return {
-            "classifier_path": masked(self.file.path),
-            "classifier_weights": self.file.kind,
-            "classifier_sha256": self.file.sha256,
-        }
-
-
-def load_classifier(
-    flags: GuidanceFlags, *, image_size: int, channels: int, num_classes: int, device: torch.device
-) -> TrainedClassifier:
-    """The classifier of --classifier_path, in eval mode; UserError where it does not fit the images or the classes.
-
-    num_classes: those of the model that is guided; 0 for an unconditional one, which takes any.
-    """
-    path = flags.classifier_path
-    file = load_model_file(path, flag="classifier_path")
-    if file.config is None and is_classifier(file.state):
-        model, classes = released_classifier(file.state, flags, image_size=image_size, source=path)
-        found = {"image_size": image_size, "in_channels": 3, "num_classes": classes}
-    else:
-        model, found = _own_classifier(file, flags)
-    for name, wanted in (("image_size", image_size), ("in_channels", channels), ("num_classes", num_classes)):
-        if wanted and found[name] != wanted:
-            raise UserError(f"--classifier_path {path} has --{name} {found[name]}, the model {wanted}")
-    network = model.net.to(device).eval().requires_grad_(False)
-    return TrainedClassifier(replace(model, net=network), file, found["num_classes"])
-
-
-def _own_classifier(file: ModelFile, flags: GuidanceFlags) -> tuple[NoisyClassifier, dict[str, Any]]:
-    """A classifier of classifier_train and its stored configuration."""
-    path, stored = flags.classifier_path, file.config or {}
-    if stored.get("training_mode") != "classifier":
-        trained = f"was trained by {stored['training_mode']}" if "training_mode" in stored else "does not say"
-        raise UserError(f"--classifier_path {path} is no classifier of classifier_train: it {trained}")
-    for name, field in flags_of(GuidanceFlags).items():
-        if name not in ("classifier_path", "classifier_scale") and getattr(flags, name) != field.default:
-            raise UserError(
-                f"--{name} is for classifiers of guided-diffusion; --classifier_path {path} describes itself"
-            )
-    known = flags_of(ClassifierConfig)
-    config = configure(ClassifierConfig, **{name: value for name, value in stored.items() if name in known})
-    with torch.device("meta"):
-        check_matching(create_network(config), file.state, f"--classifier_path {file.path}")
-    network = create_network(config)
-    network.load_state_dict(file.state)
-    return NoisyClassifier(network, create_precond(config, consistency=False)), stored
-
-
 def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     """The model of --model_path, in eval mode on --device.
 
@@ -155,8 +95,8 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
     return pretrained_from(config, load_model_file(config.model_path, config.weights))
 
 
-def pretrained_from(config: ConfigType, file: ModelFile) -> Pretrained[ConfigType]:
-    """As `load_pretrained`, of weights that are read already."""
+def pretrained_from(config: ConfigType, file: ModelFile, flag: str = "model_path") -> Pretrained[ConfigType]:
+    """As `load_pretrained`, of weights that are read already. flag: what named them."""
     size = config.image_size if "image_size" in config.explicit else 0
     fully_given = size and {"num_channels", "num_res_blocks"} <= config.explicit
     stored = file.config
@@ -170,7 +110,7 @@ def pretrained_from(config: ConfigType, file: ModelFile) -> Pretrained[ConfigTyp
     config = inherit(config, stored, config.model_path)
     device = choose_device(config.device)
     with torch.device("meta"):  # compared before memory is taken
-        check_matching(create_network(config), file.state, f"--model_path {file.path}")
+        check_matching(create_network(config), file.state, f"--{flag} {file.path}")
     network = create_network(config)
     network.load_state_dict(file.state)
     return prepare_for_sampling(config, file, network, device)

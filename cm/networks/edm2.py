@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.networks.attention import count_heads
-from cm.networks.layers import check_inputs
+from cm.networks.layers import check_inputs, one_hot
 from cm.networks.magnitude import (
     MPConv,
     MPFourier,
@@ -260,9 +260,8 @@ class EDM2UNet(nn.Module):
         emb = layer(self.emb_pos(times) if self.double_norm else self.emb_fourier(times))
         if y is not None:
             # Vectors of length sqrt(num_classes), so that an entry has unit variance; zeros for the label -1.
-            one_hot = F.one_hot(y + 1, self.num_classes + 1)[:, 1:].to(emb.dtype)
-            labels = self.emb_label(one_hot * math.sqrt(self.num_classes))
-            emb = mp_sum(emb, labels, self.label_balance)
+            labels = one_hot(y, self.num_classes, emb.dtype) * math.sqrt(self.num_classes)
+            emb = mp_sum(emb, self.emb_label(labels), self.label_balance)
         return mp_silu(emb)
 
 

@@ -134,6 +134,11 @@ def xavier_(layer: nn.Module, scale: float = 1.0) -> nn.Module:
     return layer
 
 
+def one_hot(y: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """(B, num_classes): 1 at the label y (B,) int64, and zeros for the label -1, no class."""
+    return F.one_hot(y + 1, num_classes + 1)[:, 1:].to(dtype)
+
+
 def check_inputs(
     x: Tensor, timesteps: Tensor, y: Tensor | None, in_channels: int, divisor: int, num_classes: int | None
 ) -> None:

@@ -26,6 +26,7 @@ from cm.networks.layers import (
     UpConv,
     check_inputs,
     group_norm,
+    one_hot,
     pixel_norm,
     xavier_,
 )
@@ -333,9 +334,9 @@ class SongUNet(nn.Module):
     ) -> Tensor:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
-        timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels. augment_labels (B, augment_dim): what
-        was done to the images; None means nothing, and so do zeros. second (B,): the second clock, of a network
-        that has one.
+        timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels; -1 stands for none. augment_labels
+        (B, augment_dim): what was done to the images; None means nothing, and so do zeros. second (B,): the second
+        clock, of a network that has one.
         """
         self._check_inputs(x, timesteps, y, augment_labels)
         check_second(second, timesteps, self.second_clock)
@@ -372,8 +373,7 @@ class SongUNet(nn.Module):
         dtype = emb.dtype
         if y is not None:
             # One-hot vectors of length sqrt(num_classes), so that an entry has unit variance.
-            one_hot = F.one_hot(y, self.num_classes).to(dtype)
-            emb = emb + self.map_label(one_hot * math.sqrt(self.num_classes))
+            emb = emb + self.map_label(one_hot(y, self.num_classes, dtype) * math.sqrt(self.num_classes))
         if self.augment_dim:
             # No labels are zeros, so that every parameter takes part, as DistributedDataParallel demands.
             zeros = emb.new_zeros(emb.shape[0], self.augment_dim)

@@ -402,7 +402,7 @@ class UNetModel(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, second: Tensor | None = None
     ) -> Tensor:
-        """Prediction for images `x` (B, in_channels, *spatial) at times (B,), given labels y (B,) int64.
+        """Prediction for images `x` (B, in_channels, *spatial) at times (B,), given labels y (B,) int64; -1: none.
 
         second (B,): the second clock, of a network that has one. The result is (B, out_channels, *spatial) in the
         dtype of the output layer: fp32 whatever the torso's.
@@ -424,7 +424,7 @@ class UNetModel(nn.Module):
 
     def _embed(self, mlp: nn.Sequential, times: Tensor, y: Tensor | None) -> Tensor:
         emb = mlp(timestep_embedding(times, self.model_channels).to(mlp[0].weight.dtype))
-        return emb if y is None else emb + self.label_emb(y)
+        return emb if y is None else emb + self.label_emb(y.clamp_min(0)) * (y >= 0).to(emb)[:, None]
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:

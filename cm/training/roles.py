@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cm.config import plugins
-from cm.config.derived import augmentation_labels, channels_last, init_source, learns_from
+from cm.config.derived import augmentation_labels, channels_last, guidance_of, init_source, learns_from
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.data import ImageData
@@ -12,6 +12,7 @@ from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
 from cm.models.factory import create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
+from cm.models.guides import TrainedClassifier, guided_by, load_guide
 from cm.networks.second_clock import widened
 from cm.objectives.base import Objective, Roles
 from cm.runtime import distributed
@@ -82,6 +83,11 @@ def create_roles(
         load_into(network, teacher_file, "--teacher_model_path", config)
         consistency = learns_from(config) == "consistency"
         teacher = Denoiser(network, create_precond(config, consistency=consistency))
+        if (guidance := guidance_of(config)) is not None:
+            guide = load_guide(config.guide, config, device) if config.guide else None
+            if isinstance(guide, TrainedClassifier):
+                raise UserError(f"--guide {config.guide} is a classifier: a teacher is guided by a denoiser")
+            teacher = guided_by(teacher, guidance, guide, source=teacher_file, class_cond=config.class_cond)
     objective.attach(student)
     return objective, Roles(Denoiser(student, precond), target, teacher)
 

@@ -26,6 +26,7 @@ from cm.storage.checkpoint import read_state, verify_checkpoint
 from cm.storage.saver import Saver
 from cm.training.anomalies import NanGuard
 from cm.training.compilation import compile_in_place, uncompiled
+from cm.training.conditions import Conditions
 from cm.training.meters import LossMeter, RunClock, peak_memory_mib
 from cm.training.options import BatchSize, Execution, Optimization, Reports, Supervision
 from cm.training.setup import distribute, initial_state
@@ -53,6 +54,7 @@ class Trainer:
         sigma_range: tuple[float, float] = (0.002, 80.0),
         execution: Execution | None = None,
         supervision: Supervision | None = None,
+        conditions: Conditions | None = None,
     ):
         ranks = distributed.get_world_size()
         if batch.total < ranks:
@@ -61,6 +63,7 @@ class Trainer:
             )
         self.execution = execution or Execution()
         self.supervision = supervision or Supervision()
+        self.conditions = conditions or Conditions()
         self.objective = objective
         self.data = data
         self.batch = batch
@@ -167,7 +170,7 @@ class Trainer:
         x0 = batch.to(self.device, non_blocking=True, memory_format=layout)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         random = self._random(len(x0))
-        x0, cond = self.objective.prepare(x0, cond, random)
+        x0, cond = self.objective.prepare(x0, self.conditions(cond, random), random)
         draw = self.objective.draw(x0, self.state.step, random)
         self.state.student.zero_grad()
         size = self.batch.micro if self.batch.micro > 0 else len(x0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cm
 from cm.commands.cli import parse, parse_config
 from cm.commands.likelihood import run_likelihood
 from cm.commands.sample import run_image_sample
@@ -23,14 +24,19 @@ from cm.config.scripts import (
     SampleConfig,
     configure,
 )
+from cm.data.images import to_uint8
+from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.noise_schedules import iddpm_levels
 from cm.diffusion.precond import BoundaryPrecond
 from cm.errors import UserError
-from cm.models.pretrained import load_classifier, load_pretrained
+from cm.models.guides import load_guide
+from cm.models.pretrained import load_pretrained
+from cm.nn import NO_CLASS
 from cm.objectives.alpha_sigma import AlphaSigmaObjective, AlphaSigmaProgressive
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights, save_weights
 from cm.training.factory import create_objective
+from cm.training.roles import create_roles, load_teacher
 
 ROOT = Path(__file__).parents[2]
 
@@ -214,7 +220,7 @@ def test_a_classifier_trains_and_guides(classifier, teachers, data_dir, tmp_path
         2,
         "classifier_train",
     )
-    options = ["--classes", "1,0", "--classifier_path", classifier]
+    options = ["--classes", "1,0", "--guide", classifier]
     for sampler in ("ancestral", "euler", "heun"):
         runs = [
             sample(
@@ -223,37 +229,27 @@ def test_a_classifier_trains_and_guides(classifier, teachers, data_dir, tmp_path
                 "--sampler",
                 sampler,
                 *options,
-                "--classifier_scale",
+                "--guidance",
                 scale,
             )
             for scale in ("0", "10000")
         ]
         (free, labels, _), (pulled, _, meta) = runs
-        assert labels.tolist() == [1, 0, 1] and meta["classifier_path"].endswith(".pt")
+        assert labels.tolist() == [1, 0, 1] and meta["guide_path"].endswith(".pt")
         assert np.abs(free.astype(int) - pulled).max() > 2, sampler
 
 
 def test_classifiers_that_do_not_fit(classifier, teachers, data_dir, tmp_path):
     def load(**changes):
-        wanted = {"image_size": 8, "channels": 1, "num_classes": 0, "device": torch.device("cpu"), **changes}
-        return lambda: load_classifier(SampleConfig(classifier_path=classifier), **wanted)
+        like = configure(SampleConfig, **{"image_size": 8, "in_channels": 1, **changes})
+        return lambda: load_guide(classifier, like, torch.device("cpu"))
 
-    assert load(num_classes=2)().num_classes == 2
-    refuses("--classifier_path .* has --image_size 8, the model 16", load(image_size=16))
-    refuses("--classifier_path .* has --in_channels 1, the model 3", load(channels=3))
-    refuses("--classifier_path .* has --num_classes 2, the model 10", load(num_classes=10))
-    refuses(
-        "--classifier_path .* is no classifier",
-        lambda: load_classifier(
-            SampleConfig(classifier_path=teachers("edm")),
-            image_size=8,
-            channels=1,
-            num_classes=0,
-            device=torch.device("cpu"),
-        ),
-    )
+    assert load(num_classes=2, class_cond=True)().num_classes == 2
+    refuses("--guide .* has --image_size 8, the model 16", load(image_size=16))
+    refuses("--guide .* has --in_channels 1, the model 3", load(in_channels=3))
+    refuses("--guide .* has --num_classes 2, the model 10", load(num_classes=10, class_cond=True))
     refuses("is a classifier, which draws no images", lambda: sample(classifier, tmp_path / "s"))
-    options = ["--classes", "5", "--classifier_path", classifier]
+    options = ["--classes", "5", "--guide", classifier]
     refuses("--classes", lambda: sample(teachers("edm"), tmp_path / "t", *options))
     refuses(
         "unknown argument --class_cond",
@@ -272,6 +268,74 @@ def test_classifiers_that_do_not_fit(classifier, teachers, data_dir, tmp_path):
             CmTrainConfig, data_dir, tmp_path / "cd", "--teacher_model_path", classifier, "--loss_norm", "l2"
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def told_some(data_dir, tmp_path_factory):
+    """A class-conditional denoiser that was not told half of the classes."""
+    flags = ["--class_cond", "True", "--label_dropout", "0.5", "--preview_count", "0"]
+    return train(EdmTrainConfig, data_dir, tmp_path_factory.mktemp("told"), *flags)
+
+
+def test_models_guide_themselves_and_others(told_some, teachers, tmp_path):
+    options = ["--sampler", "euler", "--classes", "1,0"]
+    runs = {
+        name: sample(told_some, tmp_path / str(i), *options, *flags.split())
+        for i, (name, flags) in enumerate(
+            {
+                "plain": "",
+                "itself": "--guidance 3",
+                "at 20 and above": "--guidance 3,20,100",
+                "nowhere": "--guidance 3,100,200",
+                "by a weaker one": f"--guidance 3 --guide {teachers('edm')}",
+            }.items()
+        )
+    }
+    assert {name: meta["nfe"] for name, (_, _, meta) in runs.items()} == {
+        "plain": 4, "itself": 8, "at 20 and above": 5, "nowhere": 4, "by a weaker one": 8,
+    }  # fmt: skip
+    images = {name: found[0] for name, found in runs.items()}
+    assert np.array_equal(images["plain"], images["nowhere"])
+    assert not np.array_equal(images["plain"], images["by a weaker one"])
+    assert len(runs["by a weaker one"][2]["guide_sha256"]) == 64
+    student = cm.load(told_some)
+    drawn = student.sample(3, sampler="euler", steps=4, guidance="3,20,100", classes=[1, 0], seed=42)
+    assert np.array_equal(to_uint8(drawn).numpy(), images["at 20 and above"])
+
+
+def test_guidance_that_has_nothing_to_hold_on_to(told_some, teachers, data_dir, tmp_path):
+    refuses("knows no classes", lambda: sample(teachers("edm"), tmp_path / "a", "--guidance", "2"))
+    always = train(
+        EdmTrainConfig, data_dir, tmp_path / "always", "--class_cond", "True", "--preview_count", "0"
+    )
+    refuses("without --label_dropout", lambda: sample(always, tmp_path / "b", "--guidance", "2"))
+    refuses(
+        "does nothing at --guidance 1", lambda: sample(told_some, tmp_path / "c", "--guide", teachers("edm"))
+    )
+    guided = ["--guidance", "2", "--guide", told_some]
+    refuses("knows classes, and the model does not", lambda: sample(teachers("edm"), tmp_path / "d", *guided))
+
+
+@pytest.mark.parametrize("mode", ["consistency_distillation", "scd"])
+def test_guided_teachers(mode, told_some, teachers, data_dir, tmp_path):
+    """By itself and by another model; one-step samples of the student take no guidance again."""
+    flags = ["--training_mode", mode, "--teacher_model_path", told_some, "--class_cond", "True"]
+    flags += ["--loss_norm", "l2", "--start_scales", "4", "--preview_count", "0", "--guidance", "2,0.01,50"]
+    flags += ["--boundary", "zero", "--guide", teachers("edm")] if mode == "scd" else []
+    run = train(CmTrainConfig, data_dir, tmp_path / "run", *flags)
+    config = parse_config(CmTrainConfig, [*MODEL, *TRAIN, *flags, "--num_classes", "2", "--in_channels", "1"])
+    _, roles = create_roles(config, load_teacher(told_some), torch.device("cpu"))
+    roles.teacher.net.eval()  # as the trainer does
+    x, sigma, y = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 5.0]), torch.tensor([0, 1])
+    for p in roles.teacher.net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    plain = Denoiser(roles.teacher.net, roles.teacher.precond)
+    weaker = roles.teacher.baseline(x, sigma, y=y)
+    if mode == "consistency_distillation":
+        torch.testing.assert_close(weaker, plain(x, sigma, y=torch.full_like(y, NO_CLASS)))
+    expected = 2 * plain(x, sigma, y=y) - weaker
+    torch.testing.assert_close(roles.teacher(x, sigma, y=y), expected, rtol=1e-4, atol=1e-4)
+    refuses("--guidance is for --sampler heun", lambda: sample(run, tmp_path / "x", "--guidance", "2"))
 
 
 # ---- (alpha, sigma) ----------------------------------------------------------------------------------

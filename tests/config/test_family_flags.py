@@ -103,8 +103,11 @@ def test_levels_of_the_samplers():
         ("--sampler general --solver_order 3", "--solver_order must be at most 2"),
         ("--sampler general --solver_alpha 0", "--solver_alpha must be positive"),
         ("--sampler rk45 --tolerance 0", "--tolerance must be positive"),
-        ("--classifier_scale 2", "--classifier_scale 2.0 needs --classifier_path"),
-        ("--sampler onestep --classifier_path x", "--classifier_path is for --sampler heun"),
+        ("--classifier_scale 2", "--classifier_scale is called --guidance now"),
+        ("--sampler onestep --guidance 2", "--guidance is for --sampler heun"),
+        ("--guidance 1:4", "samples have one scale"),
+        ("--guidance 2,5,1", "noise levels must increase"),
+        ("--sampler onestep --guide x", "--guide is for --sampler heun"),
     ],
 )
 def test_bad_sampler_flags(flags, match):
@@ -120,6 +123,15 @@ def test_bad_sampler_flags(flags, match):
             "--schedule_sampler uniform",
         ),
         (CmTrainConfig, "--diffusion_schedule cosine", "--diffusion_schedule cosine is for"),
+        (CmTrainConfig, "--guide x", "--guide x does nothing at --guidance 1"),
+        (CmTrainConfig, "--training_mode tcm --boundary zero --guidance 2", "not of tcm"),
+        (
+            CmTrainConfig,
+            "--training_mode progdist --scale_mode progdist --start_scales 4 --guidance 2",
+            "not of progdist",
+        ),
+        (EdmTrainConfig, "--label_dropout 0.1", "--label_dropout 0.1 needs --class_cond True"),
+        (EdmTrainConfig, "--label_dropout 1 --class_cond True", "--label_dropout must be below 1"),
         (EdmTrainConfig, "--diffusion_schedule quadratic", "--diffusion_schedule must be one of"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cm.commands.cli import FORMER, parse_config
+from cm.commands.cli import FORMER, RENAMED, parse_config
 from cm.config.scripts import SCRIPTS, resolved
 
 KNOWN = json.loads((Path(__file__).parents[1] / "fixtures" / "resolved_flags.json").read_text())
@@ -21,7 +21,7 @@ def check(script: str, argv: list[str], differs: dict) -> None:
     missing = {name for name in then if name not in now}
     assert not missing & set(differs), f"{missing & set(differs)} were set and are gone"
     assert {n: now[n] for n in then if n in now} == {n: v for n, v in then.items() if n in now}
-    assert missing <= FORMER | OPTIONAL[script]
+    assert missing <= FORMER | RENAMED.keys() | OPTIONAL[script]
 
 
 # What belongs to one row each now

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from cm.commands.cli import parse, parse_config
+from cm.commands.cli import parse
 from cm.commands.sample import run_image_sample
 from cm.commands.train import run_train
-from cm.config.scripts import EdmTrainConfig, SampleConfig
+from cm.config.scripts import EdmTrainConfig, SampleConfig, configure
 from cm.errors import UserError
 from cm.models.guided_diffusion import SCHEDULES, is_classifier
-from cm.models.pretrained import load_classifier
+from cm.models.guides import load_guide, provenance
 from cm.networks.classifier import EncoderUNetModel
 from cm.storage.weights import save_weights
 
-PLACE = {"image_size": 8, "channels": 3, "num_classes": 0, "device": torch.device("cpu")}
+PLACE = {"image_size": 8, "in_channels": 3}
 
 
 def network(**changes) -> EncoderUNetModel:
@@ -53,8 +53,9 @@ def as_released(model: EncoderUNetModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def flags(path, *more) -> SampleConfig:
-    return parse_config(SampleConfig, ["--classifier_path", str(path), *more])
+def load(path, **model):
+    """The guide of a model that is described by flags."""
+    return load_guide(str(path), configure(SampleConfig, **PLACE | model), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -85,13 +86,11 @@ def test_times_are_the_steps_of_the_schedule(schedule):
     assert SCHEDULES[schedule](torch.tensor([1e-4, 1e6])).c_noise.tolist() == [0, 999]
 
 
-@pytest.mark.parametrize(("given", "schedule"), [("", "linear"), ("linear", "linear"), ("cosine", "cosine")])
-def test_a_released_file_gives_the_logits_of_its_network(released, given, schedule):
-    more = ["--classifier_noise_schedule", given] if given else []
-    loaded = load_classifier(flags(released, *more), **PLACE)
-    assert loaded.num_classes == 4 and loaded.provenance()["classifier_path"] == str(released)
+def test_a_released_file_gives_the_logits_of_its_network(released):
+    loaded = load(released)
+    assert loaded.num_classes == 4 and provenance(loaded)["guide_path"] == str(released)
     x, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)), [0, 300, 700]
-    sigma = torch.tensor([sigma_at(schedule, k) for k in t])
+    sigma = torch.tensor([sigma_at("linear", k) for k in t])
     expected = network()(x / (1 + sigma**2).sqrt()[:, None, None, None], torch.tensor(t, dtype=torch.float32))
     torch.testing.assert_close(loaded.model.logits(x, sigma), expected, rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in loaded.model.net.parameters())
@@ -110,7 +109,7 @@ def test_shapes_tell_the_published_classifier_of_64_pixels(tmp_path):
     state = as_released(model)
     assert is_classifier(state)
     save_weights(tmp_path / "c.pt", {name: torch.zeros(t.shape) for name, t in state.items()})
-    loaded = load_classifier(flags(tmp_path / "c.pt"), **{**PLACE, "image_size": 64, "num_classes": 1000})
+    loaded = load(tmp_path / "c.pt", image_size=64, num_classes=1000, class_cond=True)
     assert loaded.model.precond == SCHEDULES["cosine"] and loaded.num_classes == 1000
 
 
@@ -128,7 +127,7 @@ def test_shapes_tell_the_published_classifier_of_64_pixels(tmp_path):
 def test_shapes_tell_every_network(changes, tmp_path):
     model = network(**changes)
     save_weights(tmp_path / "c.pt", as_released(model))
-    loaded = load_classifier(flags(tmp_path / "c.pt"), **PLACE).model.net
+    loaded = load(tmp_path / "c.pt").model.net
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, 500.0])
     torch.testing.assert_close(loaded(x, t), model(x, t), rtol=1e-4, atol=1e-5)
 
@@ -137,30 +136,22 @@ def test_what_does_not_fit_is_named(released, tmp_path):
     with pytest.raises(
         UserError, match=r"8x8_classifier.pt does not fit images of 24 pixels: .* level has 4"
     ):
-        load_classifier(flags(released), **{**PLACE, "image_size": 24})
+        load(released, image_size=24)
     state = as_released(network())
     state["out.0.weight"] = torch.ones(3)
     save_weights(tmp_path / "odd.pt", state)
     with pytest.raises(UserError, match=r"odd.pt does not fit the model: out.0.weight: \(3,\) in the file"):
-        load_classifier(flags(tmp_path / "odd.pt"), **PLACE)
+        load(tmp_path / "odd.pt")
     with pytest.raises(UserError, match="has --in_channels 3, the model 1"):
-        load_classifier(flags(released), **{**PLACE, "channels": 1})
+        load(released, in_channels=1)
     with pytest.raises(UserError, match="has --num_classes 4, the model 10"):
-        load_classifier(flags(released), **{**PLACE, "num_classes": 10})
-    with pytest.raises(UserError, match="--classifier_noise_schedule linear needs --classifier_path"):
-        parse_config(SampleConfig, ["--classifier_noise_schedule", "linear"])
-    save_weights(tmp_path / "unet.pt", {"w": torch.ones(2)})
-    with pytest.raises(UserError, match="is no classifier of classifier_train: it does not say"):
-        load_classifier(flags(tmp_path / "unet.pt"), **PLACE)
-
-
-def test_a_classifier_that_describes_itself_takes_no_flags(tmp_path):
-    meta = {"config": {"training_mode": "classifier", "image_size": 8, "in_channels": 3, "num_classes": 4}}
-    save_weights(tmp_path / "own.pt", {"w": torch.ones(2)}, meta)
-    with pytest.raises(
-        UserError, match=r"--classifier_noise_schedule is for classifiers of guided-diffusion; .*own\.pt"
-    ):
-        load_classifier(flags(tmp_path / "own.pt", "--classifier_noise_schedule", "linear"), **PLACE)
+        load(released, num_classes=10, class_cond=True)
+    save_weights(tmp_path / "odd.pt", {"w": torch.ones(2)})
+    with pytest.raises(UserError, match="is not the state dict of an ADM U-Net"):
+        load(tmp_path / "odd.pt")
+    save_weights(tmp_path / "cd.pt", {"w": torch.ones(2)}, {"config": {"training_mode": "sct"}})
+    with pytest.raises(UserError, match=r"cd\.pt was trained by sct: a guide is a classifier"):
+        load(tmp_path / "cd.pt")
 
 
 def test_it_guides_a_model(released, tmp_path):
@@ -184,10 +175,10 @@ def test_it_guides_a_model(released, tmp_path):
             )
 
     free, _, _ = sample("free")
-    guide = ["--classifier_path", str(released)]
-    steered, labels, meta = sample("steered", *guide, "--classifier_scale", "30", "--classes", "0,1,2,3")
+    guide = ["--guide", str(released)]
+    steered, labels, meta = sample("steered", *guide, "--guidance", "30", "--classes", "0,1,2,3")
     assert labels.tolist() == [0, 1, 2, 3] and not np.array_equal(free, steered)
-    assert meta["classifier_path"] == str(released) and len(meta["classifier_sha256"]) == 64
+    assert meta["guide_path"] == str(released) and len(meta["guide_sha256"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -204,5 +195,5 @@ def test_it_guides_a_model(released, tmp_path):
 def test_tensors_of_unlikely_shapes_are_no_classifier(tmp_path, change):
     save_weights(tmp_path / "c.pt", {**as_released(network()), **change})
     with pytest.raises(UserError, match=r"c\.pt") as caught:
-        load_classifier(flags(tmp_path / "c.pt"), **PLACE)
+        load(tmp_path / "c.pt")
     assert "\n" not in str(caught.value)

@@ -112,7 +112,8 @@ def training(config: TrainConfig) -> Iterator[Trainer]:
         device = configure_torch(config.device, deterministic=config.deterministic)
         logger.configure(folder, ["csv"])
         dataset = train.open_training_data(config)
-        teacher = ModelFile("random", "file", create_network(config).state_dict(), None)
+        told = {"label_dropout": 0.1} if config.class_cond else None  # it may guide itself
+        teacher = ModelFile("random", "file", create_network(config).state_dict(), told)
         saver = train.create_saver(config, folder, dataset.fingerprint)
         trainer = train.build_trainer(config, *create_roles(config, teacher, device), saver)
         trainer.data = iter(train.open_stream(config, dataset, 0, device.type))

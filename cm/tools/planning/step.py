@@ -7,11 +7,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from cm.config.derived import is_consistency, precision
+from cm.config.derived import guidance_of, is_consistency, learns_from, precision
 from cm.config.fields import is_fixed
-from cm.config.flags import ConsistencyFlags
+from cm.config.flags import ConsistencyFlags, GuidanceFlags
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.guidance import GuidedDenoiser, unconditional
 from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
 from cm.networks.precision import torso_dtype
 from cm.objectives.base import Draw, Objective, Roles
@@ -25,7 +26,13 @@ META = torch.device("meta")
 # Batches that are traced; what others need is linear in their size.
 SIZES = (4, 16)
 # Flags that a trace may depend on, beside those of the chosen rows
-TRACED = (*flags_of(ModelFlags), *flags_of(ConsistencyFlags), "precision", "schedule_sampler")
+TRACED = (
+    *flags_of(ModelFlags),
+    *flags_of(ConsistencyFlags),
+    *flags_of(GuidanceFlags),
+    "precision",
+    "schedule_sampler",
+)
 # What never changes it: traces are made once for all values.
 UNTRACED = ("total_training_steps", "distill_steps_per_iter", "teacher_model_path", "init")
 
@@ -43,14 +50,15 @@ class Weights:
 class StepTrace:
     """Forward and backward pass of a step. weights: of one network. distance: bytes of LPIPS's weights.
 
-    target, teacher: whether there is one; teacher_follows: whether it takes over the student's weights at some time.
+    target: whether there is one. teacher: how many networks teach, with one that guides. teacher_follows: whether it
+    takes over the student's weights at some time.
     """
 
     trace: Trace
     weights: Weights
     distance: int
     target: bool
-    teacher: bool
+    teacher: int
     teacher_follows: bool
 
 
@@ -131,7 +139,7 @@ def _traced_step(config: TrainConfig, images: int, keep_gradients: bool) -> Step
         weigh(student),
         _distance_bytes(objective),
         objective.needs_target,
-        objective.needs_teacher,
+        objective.needs_teacher + bool(getattr(config, "guide", "")),
         objective.stage(0) is not None,
     )
 
@@ -174,7 +182,12 @@ def _roles(config: TrainConfig, objective: Objective, student: nn.Module) -> Rol
     teacher = None
     if objective.needs_teacher:
         network = make_network(config, train=False)
-        teacher = Denoiser(network, create_precond(config, consistency=False))
+        teacher = Denoiser(network, create_precond(config, consistency=learns_from(config) == "consistency"))
+        if (guidance := guidance_of(config)) is not None:
+            # What guides is planned for as if it were as large.
+            other = replace(teacher, net=make_network(config, train=False)) if config.guide else teacher
+            baseline = unconditional(teacher) if config.class_cond and not config.guide else other
+            teacher = GuidedDenoiser(network, teacher.precond, baseline, guidance)
     return Roles(Denoiser(student, precond), target, teacher)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.config.derived import precision, training_mode
+from cm.config.derived import guidance_of, precision, training_mode
 from cm.config.registry import Objective
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import Config
@@ -112,8 +112,10 @@ def _teacher_calls(row: Objective, config: Config) -> int:
     """Evaluations of the teacher in a step: two Euler steps of a stage, one slope or target, or --ode_solver's."""
     if not row.teacher:
         return 0
+    guided = guidance_of(config) is not None
     solves = not row.continuous and row.learns_from == "denoiser"
-    return 2 if row.stages or (solves and config.ode_solver == "heun") else 1
+    calls = 2 if row.stages or (solves and config.ode_solver == "heun") else 1
+    return calls * (2 if guided else 1)
 
 
 def step_cost(config: Config, network: NetworkCost) -> StepCost:

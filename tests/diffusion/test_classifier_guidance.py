@@ -8,13 +8,13 @@ import torch
 
 from cm.diffusion.denoiser import Denoiser, NoisyClassifier
 from cm.diffusion.grid import karras_sigmas
+from cm.diffusion.guidance import guided
 from cm.diffusion.noise_levels import ve_levels
 from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.networks.classifier import EncoderUNetModel
 from cm.objectives.base import Draw, Roles
 from cm.objectives.classifier import ClassifierObjective
 from cm.sampling.ancestral import sample_euler_ancestral
-from cm.sampling.guidance import guided
 from cm.sampling.noise import get_generator
 from cm.sampling.ode import sample_euler, sample_heun
 from cm.sampling.registry import run_sampler
