@@ -28,6 +28,7 @@ from cm.config.derived import is_consistency, last_known, run_dir, with_two_step
 from cm.config.fields import flags_of
 from cm.config.parsing import parse_classes
 from cm.config.registry import resolve
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, EditConfig, SampleConfig, changed, configuration_class, configure
 from cm.config.validation import validate
 from cm.data.images import to_pil, to_uint8
@@ -117,9 +118,9 @@ class Model:
         """n images: a tensor (n, C, H, W) in [-1, 1] on the CPU, or a list of Pillow images with output="pil".
 
         classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model (0: 1), or
-        points of a denoiser's grid (0: 18). guidance: its scale, or a text with the noise levels at which it acts,
-        "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the model itself without a class.
-        options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i) only.
+        points of a denoiser's grid (0: 18, or as it was trained for). guidance: its scale, or a text with the noise
+        levels at which it acts, "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the model itself
+        without a class. options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i) only.
         """
         if output not in ("tensor", "pil"):
             raise ValueError(f"output must be 'tensor' or 'pil', got {output!r}")
@@ -149,7 +150,8 @@ class Model:
         if sampler or not self.is_consistency:
             flags["sampler"] = sampler or c.sampler
             if steps or not self.is_consistency:
-                flags["steps"] = steps or 18
+                row = OBJECTIVES[c.training_mode]
+                flags["steps"] = steps or (c.steps if row.stages or row.segments else 18)
         elif steps > 1:
             ts = spread(steps, c.steps, last_known(c, c.steps))
             if len(ts) <= steps:

@@ -24,6 +24,15 @@ ODE_SOLVERS = simple(
     "ode_solver",
     {"heun": "cm.objectives.consistency:heun_step", "euler": "cm.objectives.consistency:euler_step"},
 )
+# How much a prediction is too smooth: the variance that aDDIM adds back
+ADDIM_VARIANCES = simple(
+    "addim_variance",
+    {
+        "snr": "cm.diffusion.ddim:of_snr",
+        "error": "cm.diffusion.ddim:of_error",
+        "none": "cm.diffusion.ddim:none",
+    },
+)
 # Sources of noise for sampling: make(num_samples, seed)
 GENERATORS = simple(
     "generator",

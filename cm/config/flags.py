@@ -118,7 +118,8 @@ class ModelFlags:
     )
     diffusion_schedule: str = flag(
         "",
-        "edm_train, progdist: train in z = alpha x + sigma e with time uniform on this schedule; empty: in x + sigma e",
+        "edm_train, progdist, multistep: train in z = alpha x + sigma e with time uniform on this schedule; empty: in "
+        "x + sigma e",
         choices=lambda: ("", *DIFFUSION_SCHEDULES),
     )
     sigma_min: float = flag(
@@ -386,7 +387,7 @@ class ConsistencyFlags:
     )
     start_scales: int = flag(
         40,
-        "grid points N, s0 of N(k), or first number of intervals of progdist; continuous: of its samples",
+        "grid points N, s0 of N(k), or first number of intervals of progdist; continuous and multistep: of its samples",
         main=True,
         low=1,
     )

@@ -3,7 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from cm.config.choices import CORRECTORS, NOISE_SCHEDULES, PRECISIONS, PREDICTORS, SDES, STATE_SCALES
+from cm.config.choices import (
+    ADDIM_VARIANCES,
+    CORRECTORS,
+    NOISE_SCHEDULES,
+    PRECISIONS,
+    PREDICTORS,
+    SDES,
+    STATE_SCALES,
+)
 from cm.config.fields import fixed, flag
 
 
@@ -178,6 +186,35 @@ class TrigFlowOptions:
         low=0,
     )
     adaptive_weight: bool = flag(True, "learn the weight of each noise level beside the network")
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """Multistep consistency models"""
+
+    teacher_steps: int = flag(64, "intervals of the fine grid at the beginning", low=1)
+    teacher_steps_end: int = flag(1280, "intervals of the fine grid in the end", low=1)
+    teacher_steps_ramp: int = flag(100000, "length of the way from the one to the other", unit="steps", low=0)
+
+
+@dataclass(frozen=True)
+class SegmentDistillationOptions(SegmentOptions):
+    """Multistep consistency models"""
+
+    addim_variance: str = flag(
+        "snr",
+        "what the teacher's aDDIM steps add back: 0.1 / (2 + SNR), 0.75 of its squared error, or nothing (DDIM)",
+        choices=ADDIM_VARIANCES.names,
+    )
+
+
+@dataclass(frozen=True)
+class AddimOptions:
+    """Sampler addim"""
+
+    addim_eta: float = flag(
+        0.1, "eta of the variance eta / (2 + SNR) that is added back", low=0, argument="eta"
+    )
 
 
 @dataclass(frozen=True)

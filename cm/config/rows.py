@@ -55,6 +55,19 @@ OBJECTIVES: Registry[Objective] = Registry(
             stages=True,
             recipe="cm.config.auto:progressive",
         ),
+        "multistep_distillation": Objective(
+            make="cm.objectives.multistep:distillation",
+            teacher=True,
+            sampler="progdist",
+            segments=True,
+            options=options.SegmentDistillationOptions,
+        ),
+        "multistep_training": Objective(
+            make="cm.objectives.multistep:training",
+            sampler="progdist",
+            segments=True,
+            options=options.SegmentOptions,
+        ),
         "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train", recipe="cm.config.auto:edm"),
         "tcm": Objective(
             make="cm.objectives.truncated:truncated",
@@ -110,6 +123,9 @@ SAMPLERS: Registry[Sampler] = Registry(
             guidance=False,
         ),
         "progdist": Sampler(make="cm.sampling.consistency:sample_progdist", grid="intervals", guidance=False),
+        "addim": Sampler(
+            make="cm.sampling.ode:sample_addim", order=1, other_grids=True, options=options.AddimOptions
+        ),
         "general": Sampler(
             make="cm.sampling.general:sample_general",
             order=2,
@@ -230,6 +246,7 @@ WEIGHTINGS: Registry[Weighting] = Registry(
         "truncated-snr": Weighting(make="cm.diffusion.weightings:truncated_snr"),
         "uniform": Weighting(make="cm.diffusion.weightings:uniform"),
         "inverse-gap": Weighting(make="cm.diffusion.weightings:inverse_gap", pairs=True),
+        "jump": Weighting(make="cm.diffusion.weightings:jump", pairs=True),
     },
 )
 

@@ -149,9 +149,15 @@ def _check_consistency(config: CmTrainConfig) -> None:
         _check_continuous(config, row.teacher)
     if (lowest := getattr(config, "transition_t", config.sigma_min)) >= config.sigma_max:
         raise UserError(f"--transition_t {lowest} must be below --sigma_max {config.sigma_max}")
-    if config.diffusion_schedule and not row.stages:
+    if row.segments and config.scale_mode != "fixed":
         raise UserError(
-            f"--diffusion_schedule {config.diffusion_schedule} is for edm_train and --training_mode progdist, "
+            f"--training_mode {config.training_mode} has --start_scales segments throughout: --scale_mode must be "
+            f"fixed, got {config.scale_mode}"
+        )
+    if config.diffusion_schedule and not (row.stages or row.segments):
+        known = " or ".join(name for name, r in OBJECTIVES.items() if r.stages or r.segments)
+        raise UserError(
+            f"--diffusion_schedule {config.diffusion_schedule} is for edm_train and --training_mode {known}, "
             f"not for {config.training_mode}"
         )
     _check_teacher_guidance(config)

@@ -38,6 +38,11 @@ def inverse_gap(t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
     return 1 / (t - r)
 
 
+def jump(t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+    """1 / (1 - r/t)^2: undoes the factor of the network's prediction in a jump from t to r (Kim et al. 2024)."""
+    return (1 - r / t) ** -2.0
+
+
 def get_snr(sigmas: Tensor) -> Tensor:
     """Signal-to-noise ratio 1 / sigma^2 of x = x0 + sigma * noise."""
     return sigmas**-2

@@ -12,7 +12,7 @@ from cm.config.derived import channels_last, is_consistency, lowest_level, preci
 from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
-from cm.errors import masked
+from cm.errors import UserError, masked
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
 from cm.models.identify import identify

@@ -35,7 +35,7 @@ class Draw:
 
     def __getitem__(self, rows: slice) -> "Draw":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[rows] for k, v in values.items() if v is not None})
+        return replace(self, **{k: v[rows] for k, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cm.diffusion.ddim import addim, of_snr
 from cm.nn import append_dims
 from cm.sampling.driver import Denoise, Step, Walk, sampler
 from cm.sampling.noise import SampleGenerator, skip_draw
@@ -55,6 +56,22 @@ def sample_euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: SampleG
         denoised = denoise(x, sigma)
         yield Step(x, sigma, denoised)
         x = x + (sigma_next - sigma) * to_d(x, sigma, denoised)
+    return x
+
+
+@sampler
+def sample_addim(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, generator: SampleGenerator, *, eta: float = 0.1
+) -> Walk:
+    """aDDIM (Heek et al. 2024, Algorithm 3): Euler's steps with a longer noise. One evaluation each; draws nothing.
+
+    eta 0 is `sample_euler`.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        yield Step(x, sigma, denoised)
+        t, r = (level.to(x).expand(len(x)) for level in (sigma, sigma_next))
+        x = addim(x, denoised, t, r, of_snr(t, eta=eta))
     return x
 
 

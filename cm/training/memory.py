@@ -30,7 +30,9 @@ def bytes_of_weights(config: TrainConfig) -> int:
     copies = 4 + (0 if config.ema_device == "cpu" else len(parse_ema_rates(config.ema_rate)))
     if isinstance(config, CmTrainConfig):
         row = OBJECTIVES[config.training_mode]
-        copies += row.teacher + (row.consistency and config.start_ema > 0)
+        copies += (
+            row.teacher + bool(config.guide) + ((row.consistency or row.segments) and config.start_ema > 0)
+        )
     return 4 * parameters * copies
 
 

@@ -53,7 +53,10 @@ class Preview:
         """(name, images in [-1, 1]) of each way to sample that suits the objective."""
         objective, done = trainer.objective, trainer.state.step
         row = OBJECTIVES[training_mode(self.config)]
-        if row.stages:
+        if row.segments:
+            steps = self.config.start_scales
+            yield f"{row.sampler}{steps}", self._draw(trainer, row.sampler, steps)
+        elif row.stages:
             steps = min(objective.num_scales(max(done - 1, 0)), MAX_STEPS)
             yield f"{row.sampler}{steps}", self._draw(trainer, row.sampler, steps)
         elif not row.consistency:

@@ -113,7 +113,7 @@ def _teacher_calls(row: Objective, config: Config) -> int:
     if not row.teacher:
         return 0
     guided = guidance_of(config) is not None
-    solves = not row.continuous and row.learns_from == "denoiser"
+    solves = not (row.continuous or row.segments) and row.learns_from == "denoiser"
     calls = 2 if row.stages or (solves and config.ode_solver == "heun") else 1
     return calls * (2 if guided else 1)
 
@@ -131,7 +131,7 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     return StepCost(
         student=passes * network.forward,
         backward=backwards * network.backward,
-        target=network.forward if row.consistency and not row.continuous else 0,
+        target=network.forward if (row.consistency or row.segments) and not row.continuous else 0,
         teacher=_teacher_calls(row, config) * network.forward,
         distance=distance,
     )
