@@ -31,7 +31,8 @@ EDIT_LEVELS = 17
 RESULTS = 4
 MOST = 64  # images at a time
 IN_TURN = -1  # in place of a class
-SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+# Titles stand above pictures: a label of gradio's would cover their corner
+SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"], "show_label": False}
 EXACT = 1e-6  # to_uint8 truncates: without it a known pixel may lose a grey level to rounding
 # Sides of pictures on the page, about: the one that is painted on, and those of a row of results [pixels]
 EDITOR, ROW = 256, 160
@@ -46,6 +47,20 @@ class Tried:
         self.classes = c.num_classes if c.class_cond else 0
         self.consistency = is_consistency(c.training_mode)
         self.factors = [f for f in range(2, self.side) if self.side % f == 0]
+
+    @property
+    def title(self) -> str:
+        """What the model is, in one line."""
+        c = self.model.config
+        kind = {1: "grey", 3: "colour"}.get(self.channels, f"{self.channels} channels")
+        classes = f", {self.classes} classes" if self.classes else ""
+        return f"{c.training_mode.replace('_', ' ')}: {kind}, {self.side} x {self.side}{classes}"
+
+    @property
+    def class_choices(self) -> list[tuple[str, int]]:
+        """(what a class is called, its number); the first takes them in turn."""
+        names = self.model.config.class_names
+        return [("in turn", IN_TURN), *((names[i] if names else str(i), i) for i in range(self.classes))]
 
     @property
     def columns(self) -> list[str]:
@@ -65,20 +80,20 @@ class Tried:
         ts = spread(evaluations, c.steps, last_known(c, c.steps))
         return ts_to_sigmas(ts, c.steps, c.sigma_min, c.sigma_max, c.rho)
 
-    def draw(self, seed: float, label: int, count: float) -> list[Any]:
+    def draw(self, seed: float | None, label: int, count: float) -> list[Any]:
         """A grid per column, all from the same noise; label IN_TURN takes the classes in turn."""
         count = max(1, min(MOST, int(count)))
         return [grid(self.sample(n, seed, label, count)) for n in self._ways()]
 
-    def draw_one(self, seed: float, label: int) -> np.ndarray:
+    def draw_one(self, seed: float | None, label: int) -> np.ndarray:
         """One image (H, W, C) uint8, drawn with the most steps that the page shows."""
         return to_uint8(self.sample(self._ways()[-1], seed, label, 1))[0].cpu().numpy()
 
     @torch.no_grad()
-    def sample(self, way: int, seed: float, label: int, count: int) -> Tensor:
+    def sample(self, way: int, seed: float | None, label: int, count: int) -> Tensor:
         """Images (count, C, H, W) in [-1, 1], by so many evaluations, or points of a denoiser's grid."""
         c = self.model.config
-        generator = IndexedGenerator(int(seed), "demo")
+        generator = IndexedGenerator(int(seed or 0), "demo")
         generator.set_rows(range(count))
         x = (
             generator.randn(count, self.channels, self.side, self.side, device=self.model.device)
@@ -97,18 +112,18 @@ class Tried:
         in_turn = torch.arange(count) % self.classes
         return in_turn if label == IN_TURN else torch.full((count,), int(label))
 
-    def complete(self, picture: np.ndarray, painted: np.ndarray, label: int, seed: float) -> Any:
+    def complete(self, picture: np.ndarray, painted: np.ndarray, label: int, seed: float | None) -> Any:
         """What is painted (H, W) is drawn anew, all other pixels of the fitted picture stay: seen | results."""
         image = self.fit(picture)
         unknown = torch.from_numpy(fitted(painted.astype(np.uint8)[..., None] * 255, self.side)[..., 0] > 0)
         return self.edit(inpaint((~unknown).double()), image, label, seed, unknown)
 
     def edit(
-        self, task: LinearEdit, image: Tensor, label: int, seed: float, unknown: Tensor | None = None
+        self, task: LinearEdit, image: Tensor, label: int, seed: float | None, unknown: Tensor | None = None
     ) -> Any:
         """A row of pictures: what the task sees of an image (C, H, W), then results."""
         images = image.expand(RESULTS, -1, -1, -1).to(self.model.device)
-        generator = IndexedGenerator(int(seed), "demo edit")
+        generator = IndexedGenerator(int(seed or 0), "demo edit")
         generator.set_rows(range(RESULTS))
         denoise = self.model.denoise(self._labels(label, RESULTS))
         results = edit_images(
@@ -156,24 +171,23 @@ def page(tried: Tried) -> Any:
     except ImportError:
         raise UserError("the page needs gradio: pip install '.[demo]'") from None
 
-    c = tried.model.config
-    title = f"{c.training_mode}, {tried.channels} x {tried.side} x {tried.side}"
-    choices = [("in turn", IN_TURN), *((str(i), i) for i in range(tried.classes))]
-
     def chosen_class() -> Any:
-        return gr.Dropdown(choices, value=IN_TURN, label="class", visible=bool(tried.classes))
+        return gr.Dropdown(tried.class_choices, value=IN_TURN, label="class", visible=bool(tried.classes))
 
-    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {title}\n{tried.model.file.path}")
+    file = tried.model.file
+    with gr.Blocks(title=tried.title, analytics_enabled=False) as blocks:
+        gr.Markdown(f"## {tried.title}\n{file.path}" + f" ({file.kind})" * (file.kind != "file"))
         with gr.Tab("Draw"):
             with gr.Row():
                 seed, label = gr.Number(0, label="seed", precision=0), chosen_class()
                 count = gr.Slider(1, MOST, value=16, step=1, label="images")
             button = gr.Button("Draw", variant="primary", elem_id="draw")
+            shown = []
             with gr.Row():
-                shown = [
-                    gr.Image(label=name, **SHOWN, elem_id=f"drawn{i}") for i, name in enumerate(tried.columns)
-                ]
+                for i, name in enumerate(tried.columns):
+                    with gr.Column(min_width=ROW):
+                        gr.Markdown(f"**{name}**")
+                        shown.append(gr.Image(label=name, **SHOWN, elem_id=f"drawn{i}"))
             drawing = {"fn": tried.draw, "inputs": [seed, label, count], "outputs": shown}
             button.click(**drawing, api_name="draw")
             blocks.load(**drawing, api_visibility="private")
@@ -186,48 +200,63 @@ def edit_tabs(gr: Any, tried: Tried, chosen_class: Any) -> None:
     """The tabs of tasks that start from a picture."""
     zoom = max(1, EDITOR // tried.side)
 
-    def start(seed: float, label: int) -> np.ndarray:
+    def start(seed: float | None, label: int) -> np.ndarray:
         drawn = tried.draw_one(seed, label).repeat(zoom, 0).repeat(zoom, 1)
         return drawn.repeat(3 // drawn.shape[-1], -1)
 
+    def choices(name: str) -> tuple[Any, Any, Any]:
+        """Seed, class, and the button that brings a picture of the model."""
+        with gr.Row(equal_height=True):
+            seed, label = gr.Number(0, label="seed", precision=0), chosen_class()
+            return seed, label, gr.Button("A picture of the model", elem_id=name)
+
+    def result(name: str) -> Any:
+        gr.Markdown("**what the model sees, then what it makes of it**")
+        return gr.Image(label="result", **SHOWN, elem_id=name)
+
     with gr.Tab("Complete"):
         gr.Markdown("Paint on the picture: what is painted is drawn anew, every other pixel stays.")
-        with gr.Row():
-            seed, label = gr.Number(0, label="seed", precision=0), chosen_class()
-            fresh = gr.Button("A picture of the model", elem_id="fresh")
-        editor = gr.ImageEditor(
-            type="numpy", label="picture", brush=gr.Brush(colors=["#ff0000"], color_mode="fixed")
-        )
+        seed, label, fresh = choices("fresh")
+        brush = gr.Brush(colors=["#ff0000"], color_mode="fixed")
+        editor = gr.ImageEditor(type="numpy", label="picture", show_label=False, brush=brush)
         button = gr.Button("Complete", variant="primary", elem_id="complete")
-        result = gr.Image(label="seen, then results", **SHOWN, elem_id="completed")
+        completed = result("completed")
         fresh.click(start, [seed, label], editor, api_name="picture")
 
-        def complete(value: dict[str, Any] | None, label: int, seed: float) -> Any:
-            if value is None or value["background"] is None:
-                raise gr.Error("first load a picture, or take one of the model")
+        def complete(value: dict[str, Any] | None, label: int, seed: float | None) -> Any:
+            background = given(gr, value and value["background"])
             layers = [layer[..., 3] > 0 for layer in value["layers"]]
-            painted = np.any(layers, axis=0) if layers else np.zeros(value["background"].shape[:2], bool)
-            return tried.complete(value["background"], painted, label, seed)
+            painted = np.any(layers, axis=0) if layers else np.zeros(background.shape[:2], bool)
+            return tried.complete(background, painted, label, seed)
 
-        button.click(complete, [editor, label, seed], result, api_name="complete")
-    with gr.Tab("Colour and enlarge"):
-        picture, label = gr.Image(type="numpy", label="picture"), chosen_class()
-        seed = gr.Number(0, label="seed", precision=0)
-        factor = gr.Dropdown(
-            tried.factors, value=tried.factors[0], label="factor", visible=bool(tried.factors)
-        )
-        result = gr.Image(label="seen, then results", **SHOWN)
+        button.click(complete, [editor, label, seed], completed, api_name="complete")
+    with gr.Tab("Colour and enlarge" if tried.channels == 3 else "Enlarge"):
+        seed, label, fresh = choices("fresh2")
+        picture = gr.Image(type="numpy", label="picture", show_label=False, height=EDITOR + 40, format="png")
+        factors, visible = tried.factors, bool(tried.factors)
+        factor = gr.Dropdown(factors, value=(factors or [None])[0], label="factor", visible=visible)
 
-        def enlarge(picture: np.ndarray, label: int, seed: float, factor: int) -> Any:
-            return tried.edit(superres(int(factor)), tried.fit(picture), label, seed)
+        def enlarge(picture: np.ndarray | None, label: int, seed: float | None, factor: int) -> Any:
+            return tried.edit(superres(int(factor)), tried.fit(given(gr, picture)), label, seed)
 
-        def colour(picture: np.ndarray, label: int, seed: float) -> Any:
-            return tried.edit(colorize(), tried.fit(picture), label, seed)
+        def colour(picture: np.ndarray | None, label: int, seed: float | None) -> Any:
+            return tried.edit(colorize(), tried.fit(given(gr, picture)), label, seed)
 
         with gr.Row():
-            gr.Button("Enlarge").click(enlarge, [picture, label, seed, factor], result, api_name="enlarge")
-            if tried.channels == 3:
-                gr.Button("Colour").click(colour, [picture, label, seed], result, api_name="colour")
+            larger = gr.Button("Enlarge", variant="primary", elem_id="enlarge", visible=visible)
+            coloured = gr.Button("Colour", variant="primary", visible=tried.channels == 3)
+        made = result("enlarged")
+        fresh.click(start, [seed, label], picture, api_visibility="private")
+        larger.click(enlarge, [picture, label, seed, factor], made, api_name="enlarge")
+        if tried.channels == 3:
+            coloured.click(colour, [picture, label, seed], made, api_name="colour")
+
+
+def given(gr: Any, picture: np.ndarray | None) -> np.ndarray:
+    """The picture of an edit; where there is none, the page says so."""
+    if picture is None:
+        raise gr.Error("first load a picture, or take one of the model", duration=8, print_exception=False)
+    return picture
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -96,6 +96,7 @@ def image_page(path: str | os.PathLike, blocks: Sequence[Block]) -> Figure:
     heights = [TITLE + tile * block.groups[0].shape[0] for block in blocks]
     columns = max(sum(group.shape[1] for group in block.groups) for block in blocks)
     figure = new_figure(tile * (columns + 0.6), sum(heights))
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0)
     strips = figure.subfigures(len(blocks), squeeze=False, height_ratios=heights)[:, 0]
     for block, strip in zip(blocks, strips):
         strip.suptitle(block.title, x=0.002, ha="left", fontsize=9)

@@ -4,6 +4,7 @@ import io
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cm.config.scripts import SampleConfig, configure
+from cm.config.scripts import SampleConfig, changed, configure
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
 from cm.tools import demo
@@ -117,6 +118,30 @@ def test_enlarging_keeps_the_means_and_colouring_the_luma(colour):
     assert (seen[..., 0] == seen[..., 1]).all() and len(results) == demo.RESULTS
 
 
+def test_what_the_page_says_of_a_model(tried, colour):
+    assert tried.title == "consistency distillation: grey, 8 x 8, 3 classes"
+    assert colour.title == "consistency distillation: colour, 8 x 8"
+    assert tried.class_choices == [("in turn", IN_TURN), ("0", 0), ("1", 1), ("2", 2)]
+    named = replace(tried.model, config=changed(tried.model.config, class_names=("cat", "dog", "owl")))
+    assert Tried(named).class_choices[1:] == [("cat", 0), ("dog", 1), ("owl", 2)]
+
+
+def test_an_empty_seed_is_the_first_one(tried):
+    assert torch.equal(tried.sample(1, None, 0, 2), tried.sample(1, 0, 0, 2))
+
+
+def test_an_edit_without_a_picture_is_said_on_the_page():
+    class Page:
+        """Where gradio's error would be."""
+
+        class Error(Exception):
+            def __init__(self, message, **kwargs):
+                super().__init__(message)
+
+    with pytest.raises(Page.Error, match="first load a picture"):
+        demo.given(Page, None)
+
+
 def test_without_gradio_one_line_names_the_extra(tried, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"gradio.*\.\[demo\]"):
@@ -168,4 +193,7 @@ def test_in_a_browser_a_click_draws_and_a_painted_mask_is_respected(served, trie
         assert 0 < unknown.sum() < 40, "nothing, or too much, was painted"
         assert all((result[~unknown] == seen[~unknown]).all() for result in results)
         assert any((result[unknown] != results[0][unknown]).any() for result in results[1:])
+        window.click("button[role=tab]:nth-of-type(3)")
+        window.click("#enlarge")  # there is no picture yet
+        window.until("return document.body.innerText.includes('first load a picture')")
         assert window.console() == []
