@@ -85,8 +85,10 @@ def load_weights(
         check_size(state, os.path.getsize(local), "it")
         state = map_tensors(state, lambda tensor: tensor.to(map_location))
     except Refused as error:
+        # Of NVIDIA's EDM and EDM2, whose models are read by a reader of their own.
+        hint = "; cm convert makes a model of it" if "torch_utils.persistence" in str(error) else ""
         raise UserError(
-            f"{path} holds more than tensors and plain values; it was not loaded ({error})"
+            f"{path} holds more than tensors and plain values; it was not loaded ({error}){hint}"
         ) from None
     except UserError:
         raise

@@ -103,6 +103,8 @@ def test_a_pickle_becomes_a_model_that_samples(tmp_path, edm_modules, protocol, 
     path = tmp_path / "edm2-img8-xs-1073741-0.075.pkl"
     path.write_bytes(pickle.dumps(pickled(net, turned=turned), protocol=protocol))
     assert detect(str(path)) == "edm"
+    with pytest.raises(UserError, match=r"it was not loaded .*; cm convert makes a model of it"):
+        load_weights(path)
     line = convert(Source(str(path)), str(tmp_path / "edm2.pt"), "cm", {})
     assert "edm2, " in line
     state, meta = load_weights(tmp_path / "edm2.pt")
