@@ -6,6 +6,7 @@
 | cifar10 | the same | 50,000, uint8 by truncation | statistics of the 50,000 training images | Table 1 |
 | any | one's own: `--features FILE.py:CLASS`, torchscript, timm | any | any | runs with the same network |
 | classifier | a small classifier of the data set, no resize | any | any | runs with the same classifier file |
+| small | the same | 10,000, uint8 by truncation | the 10,000 test images | runs with the same classifier file |
 """
 
 from dataclasses import asdict, dataclass
@@ -81,6 +82,17 @@ PROTOCOLS = {
         metrics=("fid", "precision", "recall"),
         reference="any",
         compare_with="runs that used the same feature network and reference only",
+    ),
+    "small": Protocol(
+        name="small",
+        features="classifier",
+        num_samples=10_000,
+        quantisation="truncate",
+        split_size=5000,
+        k=3,
+        metrics=("fid", "kid", "precision", "recall", "accuracy"),
+        reference="the test images of the data set, which neither the model nor the classifier was trained on",
+        compare_with="runs with the same classifier file and as many samples: python -m evaluations.study",
     ),
 }
 

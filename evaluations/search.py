@@ -214,8 +214,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         raise UserError(
             f"--ref_batch {reference.path} has {size}-px images, the model draws {c.image_size}-px images"
         )
-    spec = c.features or (f"inception={c.inception_path}" if c.inception_path else "")
-    network = load_features(spec, protocol.features, model.device)
+    network = load_features(c.features, protocol.features, model.device)
     network.check((1, c.image_size, c.image_size, c.in_channels or 3), "the model's samples")
     options = Options(protocol, ("fid",), c.batch_size)
     evaluator = Evaluator(reference, network, options)

@@ -21,25 +21,31 @@ from cm.runtime.progress import progress
 from cm.storage.weights import load_weights, save_weights
 
 FEATURE_DIM = 64
+LARGE = 16  # pixels: of larger images patches of 2 x 2 are channels, which quarters the work
 _BATCH = 128
 # What a file of this module calls itself, and what older ones did
 NAME, OLD_NAME = "classifier", "digits"
 
 
 class SmallClassifier(nn.Module):
-    """(B, C, H, W) floats in [-1, 1] -> (features (B, 64), logits (B, num_classes))."""
+    """(B, C, H, W) floats in [-1, 1] -> (features (B, 64), logits (B, num_classes)).
 
-    def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32):
+    patch: pixels of such patches are channels of the first layer.
+    """
+
+    def __init__(self, image_size: int, channels: int, num_classes: int, width: int = 32, patch: int = 1):
         super().__init__()
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.patch = patch
+        self.conv1 = nn.Conv2d(channels * patch**2, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1)
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
         self.hidden = nn.Linear(32 * width, FEATURE_DIM)
         self.output = nn.Linear(FEATURE_DIM, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        x = F.relu(self.conv1(F.pixel_unshuffle(x, self.patch)))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.adaptive_avg_pool2d(F.relu(self.conv3(x)), 4)
         # Normalised, so that distances between features have the same scale for every classifier.
         features = F.relu(F.layer_norm(self.hidden(x.flatten(1)), (FEATURE_DIM,)))
@@ -71,7 +77,9 @@ def train_classifier(
     test, train = order[: int(held_out * len(x))], order[int(held_out * len(x)) :]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SmallClassifier(images.shape[1], images.shape[3], int(y.max()) + 1)
+        side = images.shape[1]
+        patch = 2 if side > LARGE and side % 2 == 0 else 1
+        net = SmallClassifier(side, images.shape[3], int(y.max()) + 1, patch=patch)
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train) // _BATCH))
         with progress(total=epochs * len(train), desc="classifier", unit="image", enabled=show) as bar:
@@ -86,7 +94,7 @@ def train_classifier(
                 bar.update(len(rows))
     net.eval().requires_grad_(False)
     correct = (net(x[test])[1].argmax(1) == y[test]).double().mean() if len(test) else torch.nan
-    meta = {"network": NAME, "image_size": net.image_size, "channels": net.channels}
+    meta = {"network": NAME, "image_size": net.image_size, "channels": net.channels, "patch": net.patch}
     meta |= {"num_classes": net.num_classes, "seed": seed, "epochs": epochs, "train_images": len(train)}
     return net, meta | {"held_out_images": len(test), "held_out_accuracy": round(float(correct), 4)}
 
@@ -96,7 +104,8 @@ def load_classifier(path: str) -> tuple[SmallClassifier, dict]:
     state, meta = load_weights(path)
     if not meta or meta.get("network") not in (NAME, OLD_NAME):
         raise UserError(f"--features {NAME}={path}: not written by cm classifier")
-    net = SmallClassifier(meta["image_size"], meta["channels"], meta["num_classes"])
+    shape = (meta["image_size"], meta["channels"], meta["num_classes"])
+    net = SmallClassifier(*shape, patch=meta.get("patch", 1))
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

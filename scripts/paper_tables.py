@@ -9,6 +9,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
+SIZES = ("cifar10", "digits", "fashion")
 TABLES = {"cifar10": 1, "imagenet64": 2, "lsun_bedroom256": 2, "lsun_cat256": 2}
 
 
@@ -22,9 +23,7 @@ def parse() -> argparse.Namespace:
         "--out", default="", help="folder for tables.md and pictures; empty: print the tables only"
     )
     parser.add_argument("--figure", default="", help="only this figure, e.g. 3c")
-    parser.add_argument(
-        "--size", default="cifar10", choices=("cifar10", "digits"), help="size of the figures' runs"
-    )
+    parser.add_argument("--size", default=SIZES[0], choices=SIZES, help="size of the figures' runs")
     parser.add_argument("--preset", default="", help="with --commands: the table rows of this preset")
     parser.add_argument(
         "--commands", default="False", choices=("True", "False"), help="print what to type, and exit"

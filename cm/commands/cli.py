@@ -33,8 +33,9 @@ from cm.errors import UserError, nearest
 from cm.runtime.inputs import JSON_LIMIT, read_regular
 
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
-# Written by earlier versions; what they said is read off the classifier's file now.
+# Written by earlier versions; what they said is read off the classifier's file now, or given by --features.
 FORMER = {
+    "inception_path",
     *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
     *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
 }

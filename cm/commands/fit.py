@@ -11,6 +11,7 @@ from cm.config.fields import flags_of
 from cm.config.inherit import adopt_teacher
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
+from cm.config.rules import inside_patches
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.config.validation import validate
 from cm.data.facts import DataFacts, describe
@@ -84,7 +85,7 @@ def choose(config: TrainConfig, facts: DataFacts, teacher: dict[str, Any]) -> di
     gpu = choose_device(config.device).type == "cuda"
     ranks = distributed.get_world_size()
     flags = flags_of(type(config))
-    found = {} if teacher else architecture(config.image_size, gpu)
+    found = {} if teacher else architecture(inside_patches(config).image_size, gpu)
     found = open_flags(config.explicit, found)
     steps = config.total_training_steps if "total_training_steps" in config.explicit else 0
     found |= training(
@@ -149,9 +150,10 @@ def warnings(config: TrainConfig) -> list[str]:
                 "that average will hold its initial weights; give --ema_warmup True or a smaller rate"
             )
     if NETWORKS[config.network].levels:
-        mult = parse_channel_mult(config.channel_mult, config.image_size)
-        if not parse_attention(config.attention_resolutions, config.image_size, len(mult)):
-            known = ", ".join(str(config.image_size // 2**i) for i in range(len(mult)))
+        side = inside_patches(config).image_size
+        mult = parse_channel_mult(config.channel_mult, side)
+        if not parse_attention(config.attention_resolutions, side, len(mult)):
+            known = ", ".join(str(side // 2**i) for i in range(len(mult)))
             found.append(
                 f"note: no level has attention: --attention_resolutions may name {known} (the middle has it always)"
             )

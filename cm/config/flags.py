@@ -131,6 +131,13 @@ class ModelFlags:
     image_size: int = flag(
         64, "side of the images; 0: from the data or the model", unit="pixels", main=True, low=0
     )
+    patch_size: int = flag(
+        1,
+        "side of the patches whose pixels are the network's channels: 2 quarters the work; 1: none. Levels and "
+        "--attention_resolutions count patches",
+        unit="pixels",
+        low=1,
+    )
     in_channels: int = flag(0, "image channels, 1 or 3; 0: from the data", low=0)
     num_classes: int = flag(0, "number of classes with --class_cond; 0: from the data", low=0)
     num_channels: int = flag(128, "width of the network's finest level", unit="channels", main=True, low=1)

@@ -32,7 +32,8 @@ MUST_AGREE = (
 
 # What a student shares with its teacher beside the network's own options, so that it can start from its weights.
 SHARED = (
-    *("network", "image_size", "in_channels", "num_classes", "class_cond", "augment_dim", "learn_sigma"),
+    *("network", "image_size", "patch_size", "in_channels", "num_classes", "class_cond", "augment_dim"),
+    "learn_sigma",
     *("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_head_channels"),
     *("num_heads", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "time_scale"),
     *("precond", "sigma_data", "sigma_min", "sigma_max", "rho"),

@@ -1,5 +1,6 @@
 """Which networks and schedules are possible: rules that flags and library share, naming the flag. Pure Python."""
 
+from dataclasses import replace
 from typing import Any
 
 from cm.config.parsing import parse_attention, parse_channel_mult
@@ -8,16 +9,28 @@ from cm.config.rows import DISTANCES, NETWORKS
 from cm.errors import UserError
 
 
+def inside_patches(architecture: Any) -> Any:
+    """The flags as the network within --patch_size has them: a smaller side; UserError where patches do not fit."""
+    side, size = architecture.image_size, architecture.patch_size
+    if size == 1:
+        return architecture
+    if side % size:
+        raise UserError(f"--image_size {side} is not a multiple of --patch_size {size}")
+    return replace(architecture, image_size=side // size, patch_size=1)
+
+
 def check_architecture(architecture: Any) -> None:
     """Raise UserError where the flags of a network do not fit each other; `architecture` has them as attributes."""
-    a = architecture
+    a = inside_patches(architecture)
     row = NETWORKS[a.network]
     if row.levels:
         mult = parse_channel_mult(a.channel_mult, a.image_size)
         divisor = 2 ** (len(mult) - 1)
         if a.image_size % divisor:
+            patches = f" / --patch_size {architecture.patch_size}" if a is not architecture else ""
             raise UserError(
-                f"--image_size {a.image_size} is not a multiple of {divisor}, which the {len(mult)} levels of "
+                f"--image_size {architecture.image_size}{patches} is not a multiple of {divisor}, which the "
+                f"{len(mult)} levels of "
                 f"--channel_mult {','.join(map(str, mult))} need"
             )
         parse_attention(a.attention_resolutions, a.image_size, len(mult))

@@ -137,10 +137,12 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
     points: int = flag(1, "time points to search, one after the other", main=True, low=1)
     coarse: int = flag(0, "images per candidate in a first, coarse search; 0: none", unit="images", low=0)
     protocol: str = flag(
-        "adm", "evaluation protocol", choices=("adm", "cifar10", "classifier", "digits"), main=True
+        "adm", "evaluation protocol", choices=("adm", "cifar10", "classifier", "small", "digits"), main=True
     )
-    features: str = flag("", "NAME=PATH of another feature network; empty: the protocol's")
-    inception_path: str = flag("", "file or URL of the Inception weights; empty: the user cache")
+    features: str = flag(
+        "",
+        "feature network and its weights, NAME=PATH or inception=URL; empty: the protocol's",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Networks by name: the arguments that flags give, turned into a module."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -9,10 +9,11 @@ from torch import nn
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ints
 from cm.config.registry import resolve
 from cm.config.rows import NETWORKS
-from cm.config.rules import check_architecture
+from cm.config.rules import check_architecture, inside_patches
 from cm.errors import UserError
 from cm.networks.classifier import EncoderUNetModel
 from cm.networks.edm2 import LOGVAR_CHANNELS, EDM2UNet
+from cm.networks.patches import patched
 from cm.networks.second_clock import ADDED, JOINED
 from cm.networks.song_unet import SongUNet
 from cm.networks.unet import UNetModel
@@ -27,6 +28,7 @@ class Architecture:
 
     network: str = "adm"
     image_size: int
+    patch_size: int = 1
     num_channels: int
     num_res_blocks: int
     channel_mult: str = ""
@@ -224,8 +226,10 @@ def build_network(
     """
     row = NETWORKS[architecture.network]
     check_architecture(architecture)
+    size = architecture.patch_size
+    seen = replace(inside_patches(architecture), in_channels=architecture.in_channels * size**2)
     if not classifier:
-        return row.load()(architecture, **(options or {}))
+        return patched(row.load()(seen, **(options or {})), size)
     if not row.classifier:
         raise UserError(f"network {architecture.network} has no classifier; adm has")
-    return resolve(row.classifier)(architecture)
+    return patched(resolve(row.classifier)(seen), size, images=False)

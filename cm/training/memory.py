@@ -10,6 +10,7 @@ import torch
 from cm.config.derived import global_batch, precision
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
+from cm.config.rules import inside_patches
 from cm.config.scripts import CmTrainConfig, TrainConfig
 from cm.models.factory import DEFAULT_CHANNELS, create_network
 from cm.runtime.platform import available_memory
@@ -40,11 +41,12 @@ def bytes_per_image(config: TrainConfig) -> int:
     """What one image of a microbatch keeps; 0 for networks without levels, of which nothing is known."""
     if not NETWORKS[config.network].levels:
         return 0
-    mult = parse_channel_mult(config.channel_mult, config.image_size)
-    factors = parse_attention(config.attention_resolutions, config.image_size, len(mult))
+    side = inside_patches(config).image_size
+    mult = parse_channel_mult(config.channel_mult, side)
+    factors = parse_attention(config.attention_resolutions, side, len(mult))
     blocks, values = config.num_res_blocks, 0.0
     for level, m in enumerate(mult):
-        each = config.num_channels * m * (config.image_size // 2**level) ** 2
+        each = config.num_channels * m * (side // 2**level) ** 2
         extra = 1 if config.resblock_updown and level else 0
         tensors = (blocks + extra) * DOWN + (blocks + 1 + extra) * UP
         tensors += (2 * blocks + 1) * ATTENTION if 2**level in factors else 0

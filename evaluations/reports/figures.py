@@ -1,15 +1,15 @@
 """Figures 3, 4 and 5 of the paper: which runs they need, the commands of these runs, and the plots of their results.
 
-Every run is a preset. Each figure exists in two sizes: on CIFAR-10 as in the paper, and on handwritten digits in
-minutes, where it shows the same comparison and not the same numbers.
+Every run is a preset. Each figure exists in three sizes: on CIFAR-10 as in the paper, and on handwritten digits and
+Fashion-MNIST in minutes, where it shows the same comparison and not the same numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cm.config.presets import PRESETS
-from cm.config.presets.figures import CIFAR_N, CIFAR_SOLVER_N, DIGITS_FIXED_N, DIGITS_N, DIGITS_SOLVER_N
+from cm.config.presets.figures import CIFAR_N, CIFAR_SOLVER_N, SMALL_FIXED_N, SMALL_N, SMALL_SOLVER_N
 from cm.errors import UserError
 from evaluations.npz_io import open_images
 from evaluations.reports.paper_tables import needs_teacher, sampling_flags
@@ -17,6 +17,12 @@ from evaluations.reports.plots import Block, Series, image_page, line_plot
 from evaluations.reports.results import Measurement, best_of
 
 COLUMNS = 12  # pictures in a row of Figure 5
+# What the samples of a size are compared with; data/fashion holds the four IDX files of the data set
+REFERENCES = {
+    "cifar10": "references/cifar10.npz",
+    "digits": "data/digits",
+    "fashion": "data/fashion/t10k-images-idx3-ubyte.gz",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,13 @@ def _solvers(prefix: str, sizes: Iterable[int]) -> tuple[Curve, ...]:
 
 _STEPS = (1, 2, 3, 4)
 _PD_STEPS = (1, 2, 4)
+MINIATURES = ("digits", "fashion")
+
+
+def _miniatures(make: Callable[[str], tuple[Curve, ...]]) -> dict[str, tuple[Curve, ...]]:
+    """The curves of a figure in each small size, from the beginning of its presets' names."""
+    return {size: make(size) for size in MINIATURES}
+
 
 FIGURES: dict[str, Figure] = {
     "3a": Figure(
@@ -54,20 +67,23 @@ FIGURES: dict[str, Figure] = {
         "step",
         {
             "cifar10": tuple(Curve(d.upper(), (f"cifar10_cd_{d}",)) for d in ("l1", "l2", "lpips")),
-            "digits": tuple(Curve(d, (f"digits_fig3a_{d}",)) for d in ("l1", "l2")),
+            **_miniatures(lambda size: tuple(Curve(d, (f"{size}_fig3a_{d}",)) for d in ("l1", "l2"))),
         },
     ),
     "3b": Figure(
         "Figure 3b: ODE solver and N",
         "step",
-        {"cifar10": _solvers("cifar10", CIFAR_SOLVER_N), "digits": _solvers("digits", DIGITS_SOLVER_N)},
+        {
+            "cifar10": _solvers("cifar10", CIFAR_SOLVER_N),
+            **_miniatures(lambda size: _solvers(size, SMALL_SOLVER_N)),
+        },
     ),
     "3c": Figure(
         "Figure 3c: N with Heun's solver",
         "N",
         {
             "cifar10": (Curve("CD, Heun", tuple(f"cifar10_fig3c_n{n}" for n in CIFAR_N)),),
-            "digits": (Curve("CD, Heun", tuple(f"digits_fig3c_n{n}" for n in DIGITS_N)),),
+            **_miniatures(lambda size: (Curve("CD, Heun", tuple(f"{size}_fig3c_n{n}" for n in SMALL_N)),)),
         },
     ),
     "3d": Figure(
@@ -78,9 +94,11 @@ FIGURES: dict[str, Figure] = {
                 Curve("adaptive", ("cifar10_ct",)),
                 Curve("N = 120, mu = 0.99", ("cifar10_ct_fixed",)),
             ),
-            "digits": (
-                Curve("adaptive", ("digits_fig3d_adaptive",)),
-                *(Curve(f"N = {n}, mu = 0.9", (f"digits_fig3d_n{n}",)) for n in DIGITS_FIXED_N),
+            **_miniatures(
+                lambda size: (
+                    Curve("adaptive", (f"{size}_fig3d_adaptive",)),
+                    *(Curve(f"N = {n}, mu = 0.9", (f"{size}_fig3d_n{n}",)) for n in SMALL_FIXED_N),
+                )
             ),
         },
     ),
@@ -94,9 +112,11 @@ FIGURES: dict[str, Figure] = {
                 Curve("CD, l2", ("cifar10_cd_l2",), _STEPS),
                 Curve("CD, LPIPS", ("cifar10_cd_lpips",), _STEPS),
             ),
-            "digits": (
-                Curve("PD, l2", ("digits_fig4_pd",), _PD_STEPS),
-                Curve("CD, l2", ("digits_cd",), _STEPS),
+            **_miniatures(
+                lambda size: (
+                    Curve("PD, l2", (f"{size}_fig4_pd",), _PD_STEPS),
+                    Curve("CD, l2", (f"{size}_cd",), _STEPS),
+                )
             ),
         },
     ),
@@ -109,7 +129,7 @@ FIGURES: dict[str, Figure] = {
                 Curve("CT, one step", (f"{size}_ct",), (1,)),
                 Curve("CT, two steps", (f"{size}_ct",), (2,)),
             )
-            for size in ("cifar10", "digits")
+            for size in ("cifar10", *MINIATURES)
         },
     ),
 }
@@ -179,14 +199,15 @@ def commands(name: str, size: str) -> list[str]:
     """What to type for a figure: data, teacher, then training, samples and evaluation of each run."""
     fig, curves = figure(name, size)
     presets = list(dict.fromkeys(p for c in curves for p in c.presets))
-    digits = size == "digits"
-    mpi = f"mpiexec -n {2 if digits else 8} python"
-    reference = "data/digits" if digits else "references/cifar10.npz"
-    measure = "--features classifier=classifier.pt" if digits else "--protocol cifar10"
+    small = size in MINIATURES
+    mpi = f"mpiexec -n {2 if small else 8} python"
+    reference = REFERENCES[size]
+    measure = f"--features classifier={size}_classifier.pt" if small else "--protocol cifar10"
     lines = ["set -e"]
-    if digits:
+    if size == "digits":
         lines.append("python scripts/prepare_data.py digits data/digits --image_size 8 --overwrite True")
-        lines.append("python -m evaluations.small_classifier data/digits classifier.pt")
+    if small:
+        lines.append(f"python -m evaluations.small_classifier data/{size} {size}_classifier.pt")
     else:
         lines.append(f"{mpi} -m evaluations.reference data/cifar10 {reference} --protocol cifar10")
     if any(needs_teacher(PRESETS[p]) for p in presets):

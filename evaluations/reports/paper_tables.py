@@ -194,9 +194,10 @@ def commands(preset_name: str, nfe: int, ranks: int = 8) -> list[str]:
 
 
 def needs_teacher(preset: Preset) -> bool:
-    """Whether training distils a teacher."""
-    mode = preset.scripts.get("cm_train", {}).get("training_mode", "")
-    return mode in ("consistency_distillation", "progdist")
+    """Whether training distils a teacher, or begins with its weights."""
+    train = preset.scripts.get("cm_train", {})
+    distils = train.get("training_mode", "") in ("consistency_distillation", "progdist")
+    return distils or train.get("init") == "teacher"
 
 
 def sampling_flags(preset: Preset, run: str, nfe: int) -> tuple[str, str]:

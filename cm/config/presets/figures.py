@@ -1,4 +1,6 @@
-"""Runs of the paper's Figure 3 as presets: `<data>_fig3<letter>_<what varies>`, on CIFAR-10 and, in minutes, on digits.
+"""Runs of the paper's Figures 3 and 4 as presets: `<data>_fig3<letter>_<what varies>`, on CIFAR-10 and in miniature.
+
+Miniatures, on digits and on Fashion-MNIST, take minutes.
 
 The figures are put together in evaluations/reports/figures.py; a run that another preset already describes is not
 repeated.
@@ -13,10 +15,11 @@ from cm.config.presets.base import Preset
 
 CIFAR_N = (9, 12, 18, 36, 50, 60, 80, 120)
 CIFAR_SOLVER_N = (18, 50, 120)
-DIGITS_N = (5, 9, 18, 36)
-DIGITS_SOLVER_N = (9, 18)
-DIGITS_FIXED_N = (4, 18)
-# Figures 3a and 3d show FID while training goes on: this often a digits run is saved.
+# N of the miniatures: Figure 3c, Figure 3b, and the fixed ones of 3d
+SMALL_N = (5, 9, 18, 36)
+SMALL_SOLVER_N = (9, 18)
+SMALL_FIXED_N = (4, 18)
+# Figures 3a and 3d show FID while training goes on: this often a miniature is saved.
 SAVE = 100
 
 
@@ -47,11 +50,27 @@ def _fixed(base: Preset, n: int, mu: float) -> Preset:
     )
 
 
-_CIFAR, _DIGITS, _DIGITS_CT = (
-    cifar10.PRESETS["cifar10_cd_lpips"],
-    small.PRESETS["digits_cd"],
-    small.PRESETS["digits_ct"],
-)
+def _miniatures(prefix: str, **lengths: Any) -> dict[str, Preset]:
+    """The runs of Figures 3 and 4 on a small data set, from its CD, CT and PD. lengths: flags of all but PD."""
+    cd, ct, pd = (small.PRESETS[f"{prefix}_{method}"] for method in ("cd", "ct", "pd"))
+    often = {**lengths, "save_interval": SAVE}
+    return {
+        **{f"{prefix}_fig3a_{norm}": _vary(cd, loss_norm=norm, **often) for norm in ("l1", "l2")},
+        **{
+            f"{prefix}_fig3b_{solver}_n{n}": _vary(cd, ode_solver=solver, start_scales=n, **often)
+            for solver in ("euler", "heun")
+            for n in SMALL_SOLVER_N
+        },
+        **{f"{prefix}_fig3c_n{n}": _vary(cd, start_scales=n, **lengths) for n in SMALL_N},
+        f"{prefix}_fig3d_adaptive": _vary(ct, **often),
+        **{f"{prefix}_fig3d_n{n}": _fixed(_vary(ct, **lengths), n, 0.9) for n in SMALL_FIXED_N},
+        f"{prefix}_fig4_pd": replace(
+            pd, scripts={**pd.scripts, "cm_train": {**pd.scripts["cm_train"], "save_interval": SAVE}}
+        ),
+    }
+
+
+_CIFAR = cifar10.PRESETS["cifar10_cd_lpips"]
 
 PRESETS: dict[str, Preset] = {
     **{
@@ -60,20 +79,6 @@ PRESETS: dict[str, Preset] = {
         for n in CIFAR_SOLVER_N
     },
     **{f"cifar10_fig3c_n{n}": _vary(_CIFAR, start_scales=n) for n in CIFAR_N},
-    **{f"digits_fig3a_{norm}": _vary(_DIGITS, loss_norm=norm, save_interval=SAVE) for norm in ("l1", "l2")},
-    **{
-        f"digits_fig3b_{solver}_n{n}": _vary(_DIGITS, ode_solver=solver, start_scales=n, save_interval=SAVE)
-        for solver in ("euler", "heun")
-        for n in DIGITS_SOLVER_N
-    },
-    **{f"digits_fig3c_n{n}": _vary(_DIGITS, start_scales=n) for n in DIGITS_N},
-    "digits_fig3d_adaptive": _vary(_DIGITS_CT, save_interval=SAVE),
-    **{f"digits_fig3d_n{n}": _fixed(_DIGITS_CT, n, 0.9) for n in DIGITS_FIXED_N},
-    "digits_fig4_pd": replace(
-        small.PRESETS["digits_pd"],
-        scripts={
-            **small.PRESETS["digits_pd"].scripts,
-            "cm_train": {**small.PRESETS["digits_pd"].scripts["cm_train"], "save_interval": SAVE},
-        },
-    ),
+    **_miniatures("digits"),
+    **_miniatures("fashion", total_training_steps=small.FASHION_STEPS // 2),
 }

@@ -1,4 +1,5 @@
-"""The methods that followed the paper: iCT, ECT, TCM, sCT and sCD, on CIFAR-10 and ImageNet 64x64, and on digits.
+"""The methods that followed the paper: iCT, ECT, TCM, sCT and sCD, on CIFAR-10 and ImageNet 64x64, on digits and on
+Fashion-MNIST.
 
 Hyper-parameters are the papers' or, where those say nothing, their authors' code. `sigmas` are the papers' levels of
 two-step sampling: `--sampler multistep` takes them.
@@ -9,7 +10,16 @@ from typing import Any
 from cm.config.presets.base import Flags, Preset, Result
 from cm.config.presets.cifar10 import NCSNPP
 from cm.config.presets.released import IMAGENET64 as ADM
-from cm.config.presets.small import DIGITS8, EDITING, SAMPLING, SLOW_CLOCK, TRAINING
+from cm.config.presets.small import (
+    DIGITS8,
+    EDITING,
+    FASHION,
+    FASHION_SAVES,
+    FASHION_STEPS,
+    SAMPLING,
+    SLOW_CLOCK,
+    TRAINING,
+)
 
 DDPMPP: Flags = {**NCSNPP, "network": "ddpmpp"}
 DRAWS: Flags = {"num_samples": 50000, "batch_size": 500}
@@ -379,4 +389,26 @@ DIGITS: dict[str, Preset] = {
     ),
 }
 
-PRESETS: dict[str, Preset] = {**CIFAR10, **IMAGENET64, **DIGITS}
+# --- Fashion-MNIST: every student from one teacher, at equal images seen ---
+
+
+def _fashion(model: Flags, train: Flags, middle: float = 0.821) -> Preset:
+    edits = {"batch_size": EDITING["batch_size"]}
+    common = {**TRAINING, **FASHION_SAVES, "ema_rate": "0.99", "total_training_steps": FASHION_STEPS}
+    return consistency({**FASHION, **model}, {**common, **train}, middle, draws=SAMPLING, edits=edits)
+
+
+def _fashion_scm(mode: str) -> Preset:
+    train = {"training_mode": mode, "init": "teacher", "tangent_warmup": FASHION_STEPS // 4, "lr": 5e-4}
+    return _fashion({"boundary": "zero"}, {**TRIGFLOW, **train}, 0.98238)
+
+
+FASHION_LATER: dict[str, Preset] = {
+    "fashion_ict": _fashion(HUBER, {**ICT, "init": "teacher", "end_scales": 160, "lr": 1e-3}),
+    "fashion_ect": _fashion(FROM_ZERO, {**ECT, "ratio_steps": FASHION_STEPS // 8, "lr": 5e-4}),
+    "fashion_tcm": _fashion(FROM_ZERO, {**TCM, "ratio_q": 64.0, "lr": 5e-4}, 1.0),
+    "fashion_sct": _fashion_scm("sct"),
+    "fashion_scd": _fashion_scm("scd"),
+}
+
+PRESETS: dict[str, Preset] = {**CIFAR10, **IMAGENET64, **DIGITS, **FASHION_LATER}

@@ -1,4 +1,7 @@
-"""Experiments for a laptop: handwritten digits at 8 and 16 pixels, and a network for tests and benchmarks."""
+"""Experiments for a laptop: handwritten digits at 8 and 16 pixels, Fashion-MNIST at 28, and a network for tests."""
+
+from dataclasses import replace
+from typing import Any
 
 from cm.config.presets.base import Flags, Preset
 
@@ -16,6 +19,19 @@ DIGITS8: Flags = {
     "resblock_updown": True,
 }
 DIGITS16: Flags = {**DIGITS8, "image_size": 16, "channel_mult": "1,1,1"}
+# The teacher's network and clock serve every method, those in continuous time as well.
+FASHION: Flags = {
+    "network": "ddpmpp",
+    "image_size": 28,
+    "patch_size": 2,
+    "in_channels": 1,
+    "num_classes": 10,
+    "num_channels": 16,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "attention_resolutions": "7",
+    "class_cond": True,
+}
 DIGITS_RGB: Flags = {**DIGITS8, "in_channels": 3}
 
 # Digits have a handedness, and fit in memory.
@@ -126,6 +142,37 @@ def _digits_continuous(model: Flags, edm_steps: int, cd_steps: int, ct_steps: in
     }
 
 
+# Every student of the study sees this many batches; docs/study.md says what that reached.
+FASHION_STEPS = 800
+FASHION_TEACHER_STEPS = 4000
+FASHION_SAVES: Flags = {"save_interval": 200}
+
+
+def _but(preset: Preset, script: str, **flags: Any) -> Preset:
+    """The preset with other flags for one of its scripts."""
+    return replace(preset, scripts={**preset.scripts, script: {**preset.scripts[script], **flags}})
+
+
+def _fashion(model: Flags, steps: int) -> dict[str, Preset]:
+    """One teacher; students at equal images seen. So short a run of CT begins with the teacher's weights."""
+    cont_cd = {**CONTINUOUS, "stop_grad": False, "clock": "grid", "lr": 5e-4}
+    ways = {
+        "cd": ("consistency_distillation", CD),
+        "ct": ("consistency_training", {**CT, "init": "teacher"}),
+        "cont_cd": ("continuous_distillation", cont_cd),
+        "cont_ct": ("continuous_training", {**CONTINUOUS, "lr": 1e-4}),
+    }
+    return {
+        "edm": _but(_teacher(model, FASHION_TEACHER_STEPS), "edm_train", ema_rate="0.995", save_interval=400),
+        **{
+            n: _consistency(model, mode, steps, {**FASHION_SAVES, **train})
+            for n, (mode, train) in ways.items()
+        },
+        # A checkpoint at the end of each stage: models of 4 and 2 steps
+        "pd": _but(_progressive(model, steps // 7), "cm_train", save_interval=steps // 7),
+    }
+
+
 # A run of a few seconds: what is trained is of no use.
 TINY = Preset(
     model={
@@ -169,5 +216,6 @@ PRESETS: dict[str, Preset] = {
     **{f"digits16_{method}": preset for method, preset in _digits(DIGITS16, 900, 300, 900).items()},
     **{f"digits_{method}": preset for method, preset in _digits_continuous(DIGITS8, 1500, 500, 1500).items()},
     **{f"digits_rgb_{method}": preset for method, preset in _digits(DIGITS_RGB, 1500, 500, 1500).items()},
+    **{f"fashion_{method}": preset for method, preset in _fashion(FASHION, FASHION_STEPS).items()},
     "tiny": TINY,
 }

@@ -323,6 +323,10 @@ def write_folder(path: str, state: State, config: Config) -> None:
             **pipeline,
         },
     }
+    if config.get("patch_size", 1) != 1:
+        raise UserError(
+            f"diffusers' networks know no patches; this one has --patch_size {config['patch_size']}"
+        )
     converted, folder = to_diffusers(state, config), Path(path)
     with _folder_or_nothing(folder):
         _write_files(folder, converted, contents)

@@ -1,0 +1,167 @@
+"""What a study trains and measures, as data: the methods in order, their titles, teachers and ways to sample."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cm.config import presets
+
+TEACHER = "edm"
+MANY = "heun18"  # what a study calls the teacher's own samples
+EVALUATIONS = {MANY: 35}  # of the network for a sample; else the number in the set's name
+# A study may be so much longer or shorter: flags that count steps
+LENGTHS = (
+    *("total_training_steps", "save_interval", "distill_steps_per_iter", "ratio_steps", "tangent_warmup"),
+    "lr_anneal_steps",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a study. teacher: the method whose model it learns from; empty: none.
+
+    sets: name of a sample set -> flags that draw it; {middle} is a noise level m of `middles` that is searched, {high}
+    and {low} are 4 m and m / 4. models: sets that are drawn with the model of a stage: how many stages were over.
+    like, flags: a variation of that method, and what it changes; for what it shows, one evaluation is enough.
+    """
+
+    title: str
+    teacher: str = TEACHER
+    script: str = "cm_train"
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    middles: tuple[float, ...] = (0.2, 0.4, 0.8, 1.6, 3.2)
+    models: Mapping[str, int] = field(default_factory=dict)
+    like: str = ""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def searches(self) -> bool:
+        """Whether a set asks for a noise level that is to be searched."""
+        return any("{middle}" in str(value) for flags in self.sets.values() for value in flags.values())
+
+
+@dataclass(frozen=True)
+class Study:
+    """A data set and the methods on it. train, test: file names in the folder that --data names."""
+
+    data: str
+    train: str
+    test: str
+    preset: str
+    methods: Mapping[str, Method]
+    epochs: int  # of the classifier
+
+
+CONSISTENCY = {
+    "nfe1": {"sampler": "onestep"},
+    "nfe2": {"sampler": "multistep", "sigmas": "80,{middle}"},
+    "nfe4": {"sampler": "multistep", "sigmas": "80,{high},{middle},{low}"},
+}
+PROGRESSIVE = {f"nfe{n}": {"sampler": "progdist", "steps": n} for n in (1, 2, 4)}
+PROGRESSIVE_STAGES = {
+    "nfe2": 5,
+    "nfe4": 3,
+}  # 16, 8 and 4 steps take one stage's length each, 2 and 1 twice that
+DENOISER = {
+    MANY: {"sampler": "heun", "steps": 18},
+    "nfe1": {"sampler": "heun", "steps": 1},
+    "nfe2": {"sampler": "euler", "steps": 2},
+    "nfe4": {"sampler": "euler", "steps": 4},
+}
+METHODS = {
+    "edm": Method("EDM teacher", "", "edm_train", DENOISER),
+    "cd": Method("CD", sets=CONSISTENCY),
+    "ct": Method("CT", sets=CONSISTENCY),
+    "ect": Method("ECT", sets=CONSISTENCY),
+    "ict": Method("iCT", sets=CONSISTENCY),
+    "pd": Method("PD", sets=PROGRESSIVE, models=PROGRESSIVE_STAGES),
+    "scd": Method("sCD", sets=CONSISTENCY),
+    "sct": Method("sCT", sets=CONSISTENCY),
+    "cont_cd": Method("continuous CD", sets=CONSISTENCY),
+    "cont_ct": Method("continuous CT", sets=CONSISTENCY),
+    # It learned nothing below its transition at 1
+    "tcm": Method(
+        "TCM, after ECT",
+        "ect",
+        sets={n: CONSISTENCY[n] for n in ("nfe1", "nfe2")},
+        middles=(1.2, 1.6, 2.4, 3.2),
+    ),
+}
+ONE = {"nfe1": CONSISTENCY["nfe1"]}
+
+
+def _variation(like: str, title: str, **flags: Any) -> Method:
+    return Method(title, sets=ONE, like=like, flags=flags)
+
+
+VARIATIONS = {
+    # Why CD might miss its bar: rate, target, grid, distance
+    "cd_rate": _variation("cd", "CD, rate 3e-4", lr=3e-4),
+    "cd_mu0": _variation("cd", "CD, mu = 0", start_ema=0.0),
+    "cd_n9": _variation("cd", "CD, N = 9", start_scales=9),
+    "cd_huber": _variation("cd", "CD, pseudo-Huber", loss_norm="pseudo-huber"),
+    # The ablation of iCT (Song & Dhariwal 2023, Figure 5): each takes one of its parts away
+    "ict_mu": _variation("ict", "iCT with a target network, mu = 0.9", start_ema=0.9),
+    "ict_l2": _variation("ict", "iCT with l2", loss_norm="l2"),
+    "ict_weight": _variation("ict", "iCT with weight 1", weight_schedule="uniform"),
+    "ict_pairs": _variation("ict", "iCT with pairs evenly in ln(t)", p_std=100.0),
+    "ict_steps": _variation(
+        "ict", "iCT with CT's N(k), 2 to 17", scale_mode="progressive", start_scales=2, end_scales=17
+    ),
+}
+# The teacher without patches: the same levels, four times the pixels, as many steps as take the same time
+UNPATCHED = {
+    "edm_pixels": Method(
+        "EDM teacher without patches, a quarter of the steps",
+        "",
+        "edm_train",
+        {MANY: DENOISER[MANY]},
+        like=TEACHER,
+        flags={"patch_size": 1, "attention_resolutions": "14", "total_training_steps": 1000},
+    )
+}
+STUDIES = {
+    "fashion": Study(
+        data="/usr/share/datasets/fashion-mnist",
+        train="train-images-idx3-ubyte.gz",
+        test="t10k-images-idx3-ubyte.gz",
+        preset="fashion",
+        methods={**METHODS, **VARIATIONS, **UNPATCHED},
+        epochs=14,
+    )
+}
+
+
+def evaluations_of(sample_set: str) -> int:
+    """How often the network is evaluated for a sample of a set."""
+    return EVALUATIONS.get(sample_set) or int(sample_set.removeprefix("nfe"))
+
+
+def set_flags(flags: Mapping[str, Any], middle: float | None) -> dict[str, Any]:
+    """The flags of a sample set with the searched noise level in its place."""
+    if middle is None:
+        return dict(flags)
+    levels = {"middle": f"{middle:g}", "high": f"{4 * middle:g}", "low": f"{middle / 4:g}"}
+    return {n: v.format(**levels) if isinstance(v, str) else v for n, v in flags.items()}
+
+
+def preset_of(study: Study, name: str) -> str:
+    """The preset that a method is trained by."""
+    return f"{study.preset}_{study.methods[name].like or name}"
+
+
+def training_flags(study: Study, name: str, scale: float) -> dict[str, Any]:
+    """The flags beside --preset that make a method of its preset, `scale` times as long."""
+    method = study.methods[name]
+    flags = {**presets.values(preset_of(study, name), "release", method.script), **method.flags}
+    longer = (
+        {n: max(round(flags[n] * scale), 1) for n in LENGTHS if flags.get(n, 0) > 0} if scale != 1 else {}
+    )
+    return {**method.flags, **longer}
+
+
+def images_seen(study: Study, name: str, scale: float = 1.0) -> int:
+    """How many images a method is trained on, its teacher's not counted."""
+    flags = presets.values(preset_of(study, name), "release", study.methods[name].script)
+    flags |= training_flags(study, name, scale)
+    return flags["total_training_steps"] * flags["global_batch_size"]
