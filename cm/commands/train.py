@@ -3,10 +3,11 @@
 import json
 import sys
 
+import torch
+
 from cm.commands.fit import fit
 from cm.config.derived import (
     augment_probability,
-    channels_last,
     global_batch,
     identity_flags,
     learns_from,
@@ -31,7 +32,13 @@ from cm.training.meters import module_summary
 from cm.training.options import BatchSize, Execution, Reports, Supervision
 from cm.training.previews import Preview
 from cm.training.resume import Identity, find_checkpoint, resume_from
-from cm.training.roles import create_roles, initial_weights, load_teacher, resolve_config
+from cm.training.roles import (
+    create_roles,
+    initial_weights,
+    load_teacher,
+    resolve_config,
+    training_format,
+)
 from cm.training.trainer import Trainer
 
 
@@ -182,7 +189,7 @@ def build_trainer(
         sigma_range=(config.sigma_min, config.sigma_max),
         execution=Execution(
             compile=config.compile and can_compile(device),
-            channels_last=channels_last(config, device.type),
+            channels_last=training_format(config, device) == torch.channels_last,
         ),
         supervision=supervision,
         conditions=conditions_of(config),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config import plugins
-from cm.config.derived import channels_last, is_consistency, lowest_level, precision
+from cm.config.derived import is_consistency, lowest_level, precision
 from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
@@ -16,6 +16,7 @@ from cm.errors import UserError, masked
 from cm.models.factory import choose_device, create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
 from cm.models.identify import identify
+from cm.models.memory_format import memory_format
 from cm.networks.precision import torso_dtype
 from cm.runtime import logger
 from cm.storage.weights import check_matching
@@ -123,7 +124,7 @@ def prepare_for_sampling(
     if (dtype := torso_dtype(precision(config))) != torch.float32:
         network.convert_torso(dtype)
     network = network.to(device).eval().requires_grad_(False)
-    if channels_last(config, device.type):
-        network = network.to(memory_format=torch.channels_last)
+    images = getattr(config, "batch_size", 1)
+    network = network.to(memory_format=memory_format(config, device, training=False, images=images))
     precond = create_precond(config, consistency=is_consistency(config.training_mode))
     return Pretrained(config, Denoiser(network, precond), device, file)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cm.config import plugins
-from cm.config.derived import augmentation_labels, channels_last, guidance_of, init_source, learns_from
+from cm.config.derived import augmentation_labels, global_batch, guidance_of, init_source, learns_from
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.data import ImageData
@@ -13,6 +13,7 @@ from cm.errors import UserError
 from cm.models.factory import create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
 from cm.models.guides import TrainedClassifier, guided_by, load_guide
+from cm.models.memory_format import memory_format
 from cm.networks.second_clock import widened
 from cm.objectives.base import Objective, Roles
 from cm.runtime import distributed
@@ -65,7 +66,7 @@ def create_roles(
     """
     objective = create_objective(config)
     objective.load(device)
-    layout = torch.channels_last if channels_last(config, device.type) else torch.preserve_format
+    layout = training_format(config, device)
     torch.manual_seed(derive_seed(config.seed, "init"))
     student = create_network(config).to(device, memory_format=layout)
     if initial_weights(config) == "teacher":
@@ -90,6 +91,13 @@ def create_roles(
             teacher = guided_by(teacher, guidance, guide, source=teacher_file, class_cond=config.class_cond)
     objective.attach(student)
     return objective, Roles(Denoiser(student, precond), target, teacher)
+
+
+def training_format(config: TrainConfig, device: torch.device) -> torch.memory_format:
+    """The memory format of the networks of a run. All ranks must call it."""
+    local = global_batch(config, world := distributed.get_world_size()) // world
+    micro = config.microbatch if config.microbatch > 0 else local
+    return memory_format(config, device, training=True, images=max(min(micro, local), 1))
 
 
 def initial_weights(config: TrainConfig) -> str:

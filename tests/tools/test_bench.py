@@ -118,9 +118,9 @@ def test_rows_of_networks(monkeypatch):
 
 
 def test_contestants_agree():
-    config = network.SampleConfig(
-        image_size=8, num_channels=64, channel_mult="1,1", num_res_blocks=1, attention_resolutions="4",
-        use_scale_shift_norm=True, resblock_updown=True, in_channels=3,
+    config = network.configure(
+        network.SampleConfig, image_size=8, num_channels=64, channel_mult="1,1", num_res_blocks=1,
+        attention_resolutions="4", use_scale_shift_norm=True, resblock_updown=True, in_channels=3,
     )  # fmt: skip
     x, times = network.make_inputs(config, 2, CPU)
     outputs = [call(x, times) for _, call in network.make_contestants(config, CPU).values()]

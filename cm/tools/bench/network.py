@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm.config.derived import channels_last
-from cm.config.scripts import Config, SampleConfig
+from cm.config.scripts import Config, SampleConfig, configure
 from cm.models.factory import choose_device, create_network
+from cm.models.memory_format import memory_format
 from cm.networks.attention import AttentionBlock
 from cm.networks.unet import ResBlock
 from cm.nn import append_dims, mean_flat
@@ -97,11 +97,13 @@ def bench_network(options: Options) -> list[Row]:
 def size_rows(case: str, options: Options, device: torch.device) -> list[Row]:
     """The U-Net of one size and its peers."""
     batch, flags = SIZES[case]
-    config = SampleConfig(**flags, use_scale_shift_norm=True, resblock_updown=True, in_channels=3)
-    contestants = make_contestants(config, device)
+    config = configure(SampleConfig, **flags, use_scale_shift_norm=True, resblock_updown=True, in_channels=3)
     inputs = make_inputs(config, batch, device)
     ceiling, flops = product_ceiling(device, torch.float32), forward_flops(config, *inputs)
-    runs = {"forward": forwards(contestants, *inputs), "step": steps(contestants, *inputs)}
+    runs = {
+        kind: make(make_contestants(config, device, training=kind == "step", images=batch), *inputs)
+        for kind, make in (("forward", forwards), ("step", steps))
+    }
     # All times before the first peak, so that the profiler that counts memory can change none of them.
     timings = {
         kind: interleaved(calls, device, warmup=options.warmup, repeats=options.repeats)
@@ -119,12 +121,13 @@ def size_rows(case: str, options: Options, device: torch.device) -> list[Row]:
 def score_sde_rows(case: str, options: Options, device: torch.device) -> list[Row]:
     """NCSN++ or DDPM++ alone: time, memory, and the share of time that is not convolution."""
     batch = SCORE_SDE_BATCH
-    config = SampleConfig(network=case, in_channels=3, **CIFAR10)
-    net = in_our_format(randomized(create_network(config)).to(device), config, device)
+    config = configure(SampleConfig, network=case, in_channels=3, **CIFAR10)
     inputs = make_inputs(config, batch, device)
     ceiling, flops = product_ceiling(device, torch.float32), forward_flops(config, *inputs)
     rows = []
     for kind, make, work in (("forward", forwards, flops), ("step", steps, 3 * flops)):
+        net = randomized(create_network(config)).to(device)
+        net = in_our_format(net, config, device, training=kind == "step", images=batch)
         run = make({"cm": (net, net)}, *inputs)["cm"]
         timing = interleaved({"cm": run}, device, warmup=options.warmup, repeats=options.repeats)["cm"]
         figures = {
@@ -188,19 +191,23 @@ def forward_flops(config: SampleConfig, x: Tensor, times: Tensor) -> int:
     return count(partial(net, x.to("meta"), times.to("meta")))
 
 
-def in_our_format(net: nn.Module, config: SampleConfig, device: torch.device) -> nn.Module:
+def in_our_format(
+    net: nn.Module, config: SampleConfig, device: torch.device, *, training: bool, images: int
+) -> nn.Module:
     """The network in the memory format that --channels_last auto gives it."""
-    return net.to(memory_format=torch.channels_last) if channels_last(config, device.type) else net
+    return net.to(memory_format=memory_format(config, device, training=training, images=images))
 
 
-def make_contestants(config: SampleConfig, device: torch.device) -> dict[str, tuple[nn.Module, Network]]:
+def make_contestants(
+    config: SampleConfig, device: torch.device, *, training: bool = True, images: int = 1
+) -> dict[str, tuple[nn.Module, Network]]:
     """name -> (module, its call) with equal weights: cm, plain, and diffusers where it can be imported."""
     cm = randomized(create_network(config)).to(device)
     found: dict[str, nn.Module] = {"cm": cm, "plain": make_plain(copy.deepcopy(cm))}
     # Some versions of the package raise other errors than ImportError when one of their own imports fails.
     with suppress(ImportError, RuntimeError):
         found["diffusers"] = diffusers_network(found["plain"], config)
-    found["cm"] = in_our_format(cm, config, device)
+    found["cm"] = in_our_format(cm, config, device, training=training, images=images)
     return {name: (net, net) for name, net in found.items()}
 
 

@@ -1,0 +1,105 @@
+"""--channels_last auto: a measurement decides on a CPU, once for a machine, a network and a kind of pass."""
+
+import json
+
+import pytest
+import torch
+
+from cm.config.scripts import ClassifierConfig, SampleConfig, configure
+from cm.models import memory_format as formats
+
+CPU = torch.device("cpu")
+SMALL = {"image_size": 8, "num_channels": 64, "channel_mult": "1", "num_res_blocks": 1, "in_channels": 3}
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Measurements that were asked for; the times they give are in `asked.seconds`."""
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(formats, "_decided", {})
+
+    class Asked(list):
+        def __call__(self, config, **given):
+            self.append(given)
+            return self.seconds
+
+    calls = Asked()
+    calls.seconds = {"channels-last": 1.0, "default": 2.0}
+    monkeypatch.setattr(formats, "measure", calls)
+    return calls
+
+
+def chosen(training=True, images=16, device=CPU, **flags):
+    return formats.memory_format(
+        configure(SampleConfig, **SMALL | flags), device, training=training, images=images
+    )
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(formats, "_decided", {})
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.0, torch.channels_last), (3.0, torch.preserve_format)])
+def test_the_faster_format_is_taken_and_said(seconds, expected, asked, capsys):
+    asked.seconds = {"channels-last": seconds, "default": 2.0}
+    assert chosen() == expected
+    assert asked == [{"training": True, "images": 4}]
+    text = capsys.readouterr().out
+    assert (
+        f"channels-last {1e3 * seconds:.0f} ms, default 2000 ms" in text
+        and "forward and backward of 4" in text
+    )
+
+
+def test_one_measurement_serves_the_machine(asked, monkeypatch, tmp_path):
+    assert chosen() == chosen() and len(asked) == 1
+    forget(monkeypatch)
+    asked.seconds = {"channels-last": 9.0, "default": 2.0}
+    assert chosen() == torch.channels_last and len(asked) == 1  # from the file
+    assert chosen(training=False) == torch.preserve_format and len(asked) == 2
+    assert chosen(channel_mult="1,1") == torch.preserve_format and len(asked) == 3
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert chosen() == torch.preserve_format and len(asked) == 4
+    stored = json.loads((tmp_path / "cache" / formats.FILE).read_text())
+    assert sorted(stored.values()) == [False, False, False, True]
+
+
+def test_a_damaged_file_is_measured_over(asked, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / formats.FILE).write_text('{"a": [')
+    assert chosen() == torch.channels_last and len(asked) == 1
+    assert json.loads((tmp_path / "cache" / formats.FILE).read_text()).keys()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_memory_only(asked, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert chosen() == torch.channels_last
+    assert "is measured anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"channels_last": "True"}, torch.channels_last),
+        ({"channels_last": "False"}, torch.preserve_format),
+        ({"num_channels": 32}, torch.preserve_format),
+        ({"deterministic": True}, torch.channels_last),
+        ({"device": torch.device("cuda"), "precision": "bf16"}, torch.channels_last),
+        ({"device": torch.device("cuda")}, torch.preserve_format),
+    ],
+)
+def test_nothing_is_measured_where_there_is_no_question(flags, expected, asked):
+    assert chosen(**flags) == expected and asked == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "config", [configure(SampleConfig, **SMALL), configure(ClassifierConfig, **SMALL, num_classes=3)]
+)
+def test_the_measurement_leaves_no_trace(config, training):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    seconds = formats.measure(config, training=training, images=2)
+    assert seconds.keys() == {"default", "channels-last"} and min(seconds.values()) > 0
+    assert torch.equal(torch.get_rng_state(), before)
