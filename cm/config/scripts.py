@@ -84,6 +84,7 @@ class ClassifierConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     boundary: str = fixed("skip")
     c_out_formula: str = fixed("code")
     augment_dim: int = fixed(0)
+    dropout_resolutions: str = fixed("")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_compiled_ranks_train_as_others():
     exchange overlaps with the rest of the backward pass.
     """
     plain = run_ranks("tests.training.test_compile:compiled_ranks", 2, False)
-    compiled = run_ranks("tests.training.test_compile:compiled_ranks", 2, True)
+    compiled = run_ranks("tests.training.test_compile:compiled_ranks", 2, True, timeout=240)
     for rank in (0, 1):
         (first, second), wrapped = compiled[rank][1:]
         assert 3 <= first == second <= 4 and wrapped and plain[rank][1:] == ([0, 0], True)
