@@ -188,4 +188,6 @@ def stored_config(config: TrainConfig) -> dict[str, Any]:
         "doubling": config.end_scales + 1,
         "progdist": 1,
     }
+    if OBJECTIVES[config.training_mode].segments:
+        return {**stored, "steps": config.segments}
     return {**stored, "steps": final[config.scale_mode]}

@@ -394,7 +394,7 @@ class ConsistencyFlags:
     )
     start_scales: int = flag(
         40,
-        "grid points N, s0 of N(k), or first number of intervals of progdist; continuous and multistep: of its samples",
+        "grid points N, s0 of N(k), or first number of intervals of progdist; continuous: of its samples",
         main=True,
         low=1,
     )

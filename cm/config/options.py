@@ -192,6 +192,9 @@ class TrigFlowOptions:
 class SegmentOptions:
     """Multistep consistency models"""
 
+    segments: int = flag(
+        4, "segments of the noise levels, each of which is one step of a sample", low=1, main=True
+    )
     teacher_steps: int = flag(64, "intervals of the fine grid at the beginning", low=1)
     teacher_steps_end: int = flag(1280, "intervals of the fine grid in the end", low=1)
     teacher_steps_ramp: int = flag(100000, "length of the way from the one to the other", unit="steps", low=0)

@@ -35,7 +35,7 @@ class Objective(Row):
 
     consistency: its models are consistency functions, under the boundary condition. teacher: it needs one. sampler:
     how its models are sampled unless the command says otherwise. script: the training script that offers it. stages:
-    the student becomes the teacher stage by stage. segments: its samples take --start_scales steps. continuous: no grid
+    the student becomes the teacher stage by stage. segments: its samples take --segments steps. continuous: no grid
     of noise levels. draws: its models draw images.
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.

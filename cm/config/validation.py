@@ -151,8 +151,8 @@ def _check_consistency(config: CmTrainConfig) -> None:
         raise UserError(f"--transition_t {lowest} must be below --sigma_max {config.sigma_max}")
     if row.segments and config.scale_mode != "fixed":
         raise UserError(
-            f"--training_mode {config.training_mode} has --start_scales segments throughout: --scale_mode must be "
-            f"fixed, got {config.scale_mode}"
+            f"--training_mode {config.training_mode} has --segments throughout: --scale_mode must be fixed, got "
+            f"{config.scale_mode}"
         )
     if config.diffusion_schedule and not (row.stages or row.segments):
         known = " or ".join(name for name, r in OBJECTIVES.items() if r.stages or r.segments)

@@ -148,7 +148,7 @@ def training(config: Any) -> Objective:
 
 def _multistep(config: Any, *, distillation: bool) -> Objective:
     intervals = Intervals(
-        config.start_scales, config.teacher_steps, config.teacher_steps_end, config.teacher_steps_ramp
+        config.segments, config.teacher_steps, config.teacher_steps_end, config.teacher_steps_ramp
     )
     return MultistepObjective(
         schedule_of(config),

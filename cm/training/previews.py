@@ -54,7 +54,7 @@ class Preview:
         objective, done = trainer.objective, trainer.state.step
         row = OBJECTIVES[training_mode(self.config)]
         if row.segments:
-            steps = self.config.start_scales
+            steps = self.config.segments
             yield f"{row.sampler}{steps}", self._draw(trainer, row.sampler, steps)
         elif row.stages:
             steps = min(objective.num_scales(max(done - 1, 0)), MAX_STEPS)

@@ -338,6 +338,33 @@ def test_guided_teachers(mode, told_some, teachers, data_dir, tmp_path):
     refuses("--guidance is for --sampler heun", lambda: sample(run, tmp_path / "x", "--guidance", "2"))
 
 
+def test_segments_train_and_are_sampled_one_step_each(told_some, data_dir, tmp_path):
+    flags = [
+        "--training_mode",
+        "multistep_distillation",
+        "--teacher_model_path",
+        told_some,
+        "--segments",
+        "3",
+    ]
+    flags += [
+        "--class_cond",
+        "True",
+        "--loss_norm",
+        "l2",
+        "--diffusion_schedule",
+        "cosine",
+        "--preview_count",
+        "2",
+    ]
+    run = train(CmTrainConfig, data_dir, tmp_path / "run", *flags)
+    assert Path(run, "previews", "step_000002_progdist3.png").exists()
+    config = load_pretrained(parse_config(SampleConfig, ["--model_path", run])).config
+    assert (config.steps, config.sampler, config.diffusion_schedule) == (3, "progdist", "cosine")
+    images = cm.load(run).sample(2, seed=1)
+    assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all()
+
+
 # ---- (alpha, sigma) ----------------------------------------------------------------------------------
 
 

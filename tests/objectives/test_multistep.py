@@ -8,6 +8,7 @@ import torch
 
 from cm.commands.cli import parse_config
 from cm.config.choices import ADDIM_VARIANCES
+from cm.config.derived import stored_config
 from cm.config.scripts import CmTrainConfig
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.ddim import addim, ddim, inverse_ddim, of_snr
@@ -228,12 +229,12 @@ def test_addim_without_variance_is_euler_and_with_it_the_noise_is_longer():
 
 
 def test_flags_make_the_objective():
-    flags = (
-        "--training_mode multistep_distillation --start_scales 8 --diffusion_schedule cosine --loss_norm l2 "
+    flags = "--training_mode multistep_distillation --segments 8 --diffusion_schedule cosine --loss_norm l2 "
+    config = parse_config(
+        CmTrainConfig, [*flags.split(), "--addim_variance", "error", "--teacher_steps", "32"]
     )
-    objective = create_objective(
-        parse_config(CmTrainConfig, [*flags.split(), "--addim_variance", "error", "--teacher_steps", "32"])
-    )
+    objective = create_objective(config)
+    assert stored_config(config)["steps"] == 8
     assert objective.needs_teacher and not objective.needs_target and objective.grid.name == "cosine"
     assert objective.num_scales(0) == 32 and objective.num_scales(10**6) == 1280
     assert objective.variance is ADDIM_VARIANCES.load("error")

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from cm.config.presets import cifar10, figures, later, released, small, systems
+from cm.config.presets import cifar10, figures, later, released, segments, small, systems
 from cm.config.presets.base import Preset, Result
 from cm.errors import UserError
 
@@ -16,6 +16,7 @@ PRESETS: dict[str, Preset] = {
     **systems.PRESETS,
     **figures.PRESETS,
     **later.PRESETS,
+    **segments.PRESETS,
 }
 
 

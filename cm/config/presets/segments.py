@@ -1,0 +1,56 @@
+"""Multistep consistency models (Heek et al. 2024): on ImageNet 64x64, and on digits.
+
+Rates, batch, grid and length are the paper's; its networks are UViTs that were not published, so its numbers are not
+quoted here: ADM's network and an EDM teacher stand for them.
+"""
+
+from typing import Any
+
+from cm.config.presets.base import Flags, Preset
+from cm.config.presets.released import IMAGENET64 as ADM
+from cm.config.presets.small import DIGITS8, SAMPLING, TRAINING
+
+COSINE: Flags = {"diffusion_schedule": "cosine", "weight_schedule": "snr+1"}
+# w(t) |x^ - x|, without a target network
+LOSS: Flags = {"loss_norm": "pseudo-huber", "huber_c": 0.0, "start_ema": 0.0}
+
+
+def _multistep(model: Flags, segments: int, train: Flags, draws: Flags) -> Preset:
+    mode = train["training_mode"]
+    sample = {"training_mode": mode, "sampler": "progdist", "steps": segments, **draws}
+    return Preset(
+        model={**model, **COSINE},
+        scripts={"cm_train": {**LOSS, **train, "segments": segments}, "image_sample": sample},
+    )
+
+
+def _imagenet(segments: int) -> Preset:
+    train = {
+        "training_mode": "multistep_distillation",
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "global_batch_size": 2048,
+        "ema_rate": "0.9999",
+        "total_training_steps": 200000,
+    }
+    return _multistep(ADM, segments, train, {"num_samples": 50000, "batch_size": 500})
+
+
+def _digits(mode: str, segments: int, steps: int, **train: Any) -> Preset:
+    own = {
+        "training_mode": mode,
+        "teacher_steps": 16,
+        "teacher_steps_end": 64,
+        "teacher_steps_ramp": steps // 2,
+        "lr": 1e-3,
+        "ema_rate": "0.98",
+        "total_training_steps": steps,
+    }
+    return _multistep(DIGITS8, segments, {**TRAINING, **own, **train}, SAMPLING)
+
+
+PRESETS: dict[str, Preset] = {
+    **{f"imagenet64_mcd{segments}": _imagenet(segments) for segments in (1, 2, 4, 8, 16)},
+    **{f"digits_mcd{segments}": _digits("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
+    "digits_mct2": _digits("multistep_training", 2, 1500, init="random", ema_rate="0.99"),
+}
