@@ -349,6 +349,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site" / "api" / "diffusion.html").read_text()
     assert "EDMPrecond" in page and "c_skip" in page
+    assert not re.search(r"""<(?:script|link|img)[^>]*(?:src|href)=["']https?://""", page), (
+        "it asks other hosts"
+    )
 
 
 def test_every_page_and_every_package_is_in_the_site():
