@@ -34,7 +34,7 @@ from cm.config.validation import validate
 from cm.data.images import to_pil, to_uint8
 from cm.errors import UserError
 from cm.models.factory import choose_device
-from cm.models.files import ModelFile
+from cm.models.files import ModelFile, searched_points
 from cm.models.guides import TrainedClassifier
 from cm.models.pretrained import Pretrained, load_pretrained, pretrained_from
 from cm.runtime import logger
@@ -162,7 +162,9 @@ class Model:
             flags["sampler"] = "onestep"
         made = changed(c, **flags, explicit=c.explicit | set(flags))
         if made.sampler == "multistep" and not made.ts:
-            made = with_two_steps(made, self._model.file.config or {})
+            made = with_two_steps(
+                made, {**(self._model.file.config or {}), "searched": searched_points(c.model_path)}
+            )
         validate(made)
         return made
 

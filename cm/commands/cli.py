@@ -137,8 +137,11 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
-def read_file(path: str, script: str) -> dict[str, Any]:
-    """The flags of a --config file for a script: JSON, YAML by its ending, or what a run wrote (also its directory)."""
+def read_file(path: str, script: str = "") -> dict[str, Any]:
+    """The flags of a --config file for a script: JSON, YAML by its ending, or what a run wrote (also its directory).
+
+    Without a script: the file's content as it is.
+    """
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
     try:
@@ -150,7 +153,7 @@ def read_file(path: str, script: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold one JSON object")
-    return content if "script" not in content else _of_a_run(content, path, script)
+    return _of_a_run(content, path, script) if script and "script" in content else content
 
 
 def _yaml(text: str, path: str) -> Any:

@@ -119,8 +119,12 @@ def edit(words: Sequence[str]) -> Line:
 
 
 def search(words: Sequence[str]) -> Line:
-    """`cm search RUN REFERENCE`."""
-    return "ternary_search", leading(words, "model_path", "ref_batch")
+    """`cm search RUN REFERENCE`; what it finds is kept in a run, where sampling looks for it."""
+    line = leading(words, "model_path", "ref_batch")
+    run = Path(value_of(line, "model_path"))
+    if not value_of(line, "out_dir") and (run / "checkpoints").is_dir():
+        line += ["--out_dir", str(run / "search")]
+    return "ternary_search", line
 
 
 def likelihood(words: Sequence[str]) -> Line:

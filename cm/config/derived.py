@@ -156,14 +156,18 @@ def chosen_preset(config: Config) -> str:
 
 
 def with_two_steps(config: SampleConfig, stored: Mapping[str, Any]) -> SampleConfig:
-    """--sampler multistep without --ts and --sigmas: with two steps, by the model's preset or the middle of its grid.
+    """--sampler multistep without --ts and --sigmas: with two steps, by a preset that is asked for, the search of
+    the model's time points, the model's preset, or the middle of its grid.
 
-    stored: what the model file says of its training. The middle is 0.6 of the indices, as in previews.
+    stored: what the model file says of its training, and `searched`, the time points found on its grid.
+    The middle is 0.6 of the indices, as in previews.
     """
     if config.ts or config.sigmas:
         return config
     last = config.steps - 1
-    for name in (chosen_preset(config), stored.get("preset", "")):
+    for name in (chosen_preset(config), "", stored.get("preset", "")):
+        if not name and stored.get("searched", "").endswith(f",{last}"):
+            return replace(config, ts=stored["searched"])
         known = presets.PRESETS[name].scripts.get("image_sample", {}) if name in presets.PRESETS else {}
         if known.get("ts") and known.get("steps", config.steps) == config.steps:
             return replace(config, ts=known["ts"])

@@ -13,6 +13,7 @@ from cm.config.stored import checked
 from cm.errors import UserError
 from cm.models.wrappers import require_flat
 from cm.runtime import distributed
+from cm.runtime.inputs import read_json
 from cm.storage import filesystem, mirror, posthoc
 from cm.storage.checkpoint import newest_checkpoint
 from cm.storage.filesystem import cache_locally, is_remote
@@ -92,6 +93,15 @@ def _find_in_bucket(path: str, weights: str, flag: str) -> tuple[str, str]:
     name, kind = choose_weights(files, weights, checkpoint)
     mirror.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
     return f"{checkpoint}/{name}", kind
+
+
+def searched_points(model_path: str) -> str:
+    """The time points of multistep sampling that `cm search RUN` found, as --ts; empty where it was not run."""
+    place = Path(model_path, "search", "search_result.json")
+    if is_remote(model_path) or not place.is_file():
+        return ""
+    ts = read_json(place).get("ts")
+    return ",".join(map(str, ts)) if isinstance(ts, list) and all(type(t) is int for t in ts) else ""
 
 
 def _single_file(path: str, weights: str, flag: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from cm.config.inherit import inherit
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
 from cm.errors import UserError, masked
 from cm.models.factory import choose_device, create_network, create_precond
-from cm.models.files import ModelFile, load_model_file
+from cm.models.files import ModelFile, load_model_file, searched_points
 from cm.models.identify import identify
 from cm.models.memory_format import memory_format
 from cm.networks.precision import torso_dtype
@@ -108,7 +108,7 @@ def pretrained_from(config: ConfigType, file: ModelFile, flag: str = "model_path
             stored["num_classes"] = len(file.state["label_emb.weight"])
     for note in plugins.require(stored, config.model_path):
         logger.log(note)
-    config = inherit(config, stored, config.model_path)
+    config = inherit(config, {**stored, "searched": searched_points(config.model_path)}, config.model_path)
     device = choose_device(config.device)
     with torch.device("meta"):  # compared before memory is taken
         check_matching(create_network(config), file.state, f"--{flag} {file.path}")

@@ -139,6 +139,8 @@ def test_two_steps_without_ts():
     assert ts({"steps": 18, "preset": "digits_cd"}) == "0,11,17"
     assert ts({"steps": 40, "preset": "imagenet64_cd_lpips"}) == "0,22,39"
     assert ts({"steps": 18}, "--ts", "0,3,17") == "0,3,17"
+    assert ts({"steps": 18, "preset": "digits_cd", "searched": "0,5,17"}) == "0,5,17"
+    assert ts({"steps": 18, "searched": "0,5,39"}) == "0,10,17"  # of another grid
 
 
 def test_only_a_run_at_a_constant_rate_and_grid_can_be_made_longer():
@@ -149,6 +151,17 @@ def test_only_a_run_at_a_constant_rate_and_grid_can_be_made_longer():
         configure(CmTrainConfig, scale_mode="progressive", start_scales=2),
     ):
         assert "total_training_steps" in identity_flags(config)
+
+
+def test_an_auto_run_at_a_constant_rate_can_be_made_longer(data, tmp_path):
+    def run(steps):
+        flags = ("--lr_schedule", "constant", "--total_training_steps", str(steps))
+        return fit(auto(data, *flags), None, str(tmp_path))[0]
+
+    first = run(100)
+    (tmp_path / "config.json").write_text(json.dumps(stored_config(first)))
+    longer = run(5000)
+    assert longer.total_training_steps == 5000 and identity_flags(longer) == identity_flags(first)
 
 
 def test_config_takes_what_a_run_wrote_and_yaml(data, tmp_path):

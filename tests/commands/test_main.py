@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from cm.commands import words
 from cm.commands.cli import parse_config
 from cm.commands.main import COMMANDS, overview
 from cm.config.registry import resolve
 from cm.config.scripts import SCRIPTS, script_of
 from cm.errors import UserError
+from cm.models.files import searched_points
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +67,17 @@ def test_both_ways_parse_to_the_same_configuration(command, line, script, flags)
     if command in ("train", "distill") and "--preset" not in flags:
         flags += " --preset auto"
     assert config == parse_config(SCRIPTS[script], flags.split())
+
+
+def test_a_search_is_kept_in_its_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert words.search([str(tmp_path), "r.npz"])[1][-2:] == ["--out_dir", str(tmp_path / "search")]
+    assert words.search([str(tmp_path), "r.npz", "--out_dir", "o"])[1].count("--out_dir") == 1
+    assert searched_points(str(tmp_path)) == ""
+    (tmp_path / "search").mkdir()
+    for ts, expected in (([0, 5, 17], "0,5,17"), ([0, "x"], ""), (None, "")):
+        (tmp_path / "search" / "search_result.json").write_text(json.dumps({"ts": ts}))
+        assert searched_points(str(tmp_path)) == expected
 
 
 def test_a_student_takes_the_data_of_its_teacher(tmp_path):

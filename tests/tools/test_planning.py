@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cm.commands.cli import parse_config
 from cm.config import presets
-from cm.config.derived import training_mode, with_counts
+from cm.config.derived import stored_config, training_mode, with_counts
 from cm.config.scripts import SCRIPTS, CmTrainConfig, changed, configure
 from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
@@ -332,6 +332,24 @@ def test_bad_input_is_one_line():
     result = run_plan("nothing", "--gpus", "8xH200")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "python -m cm.presets" in result.stderr
+
+
+def test_a_configuration_has_the_plan_of_its_preset(tmp_path):
+    cluster = parse_cluster("1xH200")
+    config = parse_config(SCRIPTS["cm_train"], ["--preset", "digits_cd"])
+    (tmp_path / "config.json").write_text(json.dumps(stored_config(config)))
+    expected = plan_training("digits_cd", cluster)
+    for path in (tmp_path, tmp_path / "config.json"):
+        found = plan_training(str(path), cluster)
+        assert (found.step.peak, found.steps) == (expected.step.peak, expected.steps)
+    (tmp_path / "few.yaml").write_text("image_size: 8\nnum_channels: 32\nchannel_mult: '1'\n")
+    few = [f"--{n}={v}" for n, v in (("image_size", 8), ("num_channels", 32), ("channel_mult", "1"))]
+    pytest.importorskip("yaml")
+    found = plan_training(str(tmp_path / "few.yaml"), cluster)
+    (tmp_path / "none.json").write_text("{}")
+    assert found.step.peak == plan_training(str(tmp_path / "none.json"), cluster, few).step.peak
+    with pytest.raises(UserError, match=r"gone\.yaml"):
+        plan_training(str(tmp_path / "gone.yaml"), cluster)
 
 
 def test_a_preset_without_an_end_says_so():

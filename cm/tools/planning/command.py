@@ -4,8 +4,9 @@ cm plan PRESET [PRESET ...] --gpus 8xH200 [--price 2.5] [--json FILE] [FLAGS]
 cm plan PRESET --gpus 8xH200 --images 50000 [FLAGS]
 cm plan PRESET --gpus 8xH100 --measured REPORT.json
 
-PRESET comes first. Flags that are not listed here are passed on to the configuration: --use_checkpoint True
---microbatch 32 --precision bf16. docs/planning.md says what is counted and what is assumed.
+PRESET comes first; in its place may stand a file as for --config, or a run: cm plan runs/teacher --gpus 8xH200. Flags
+that are not listed here are passed on to the configuration: --use_checkpoint True --microbatch 32 --precision bf16.
+docs/planning.md says what is counted and what is assumed.
 """
 
 import argparse
@@ -43,7 +44,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("presets", nargs="+", metavar="PRESET", help="python -m cm.presets lists all")
+    parser.add_argument(
+        "presets",
+        nargs="+",
+        metavar="PRESET",
+        help="cm presets lists all; or FILE.json, FILE.yaml, a run",
+    )
     parser.add_argument("--gpus", required=True, help="number and kind, as 8xH200; 1xCPU with --measured")
     parser.add_argument(
         "--images", type=int, default=0, help="plan sampling of so many images instead of training"

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from cm.commands.cli import parse_config
+from cm.commands.cli import parse_config, read_file
+from cm.commands.fit import fitted
 from cm.commands.sample import CallCounter, noise_levels, sample_batches, solver_options
 from cm.config import presets
-from cm.config.derived import is_consistency, precision, stop_step, training_mode, with_counts
+from cm.config.derived import AUTO, is_consistency, precision, stop_step, training_mode, with_counts
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, SampleConfig, flags_of
 from cm.diffusion.denoiser import Denoiser
-from cm.errors import UserError
+from cm.errors import UserError, choose
 from cm.models.factory import create_precond
 from cm.models.pretrained import Model
 from cm.sampling.noise import get_generator
@@ -143,9 +145,15 @@ def _row_step(row: Row, cluster: Cluster, slowdown: float) -> Step:
 
 
 def plan_training(name: str, cluster: Cluster, flags: Sequence[str] = (), slowdown: float = 1.0) -> Plan:
-    """The training run of a preset. Where the batch does not fit and no flag says --microbatch, one is chosen."""
-    cls = SCRIPTS[_training_script(name)]
-    config = with_counts(parse_config(cls, ["--preset", name, *flags]))
+    """The training run of a preset, or of a configuration's file or run, which `--preset auto` makes fit this machine.
+
+    Where the batch does not fit and no flag says --microbatch, one is chosen.
+    """
+    source = ["--config", name] if _is_file(name) else ["--preset", name]
+    config = parse_config(SCRIPTS[_training_script(name)], [*source, *flags])
+    if config.preset == AUTO and "num_channels" not in config.explicit:
+        config = fitted(config)
+    config = with_counts(config)
     step = plan_step(config, cluster, slowdown=slowdown)
     chosen = not step.fits(cluster.device) and config.microbatch < 1
     if chosen:
@@ -155,8 +163,17 @@ def plan_training(name: str, cluster: Cluster, flags: Sequence[str] = (), slowdo
     return Plan(name, cluster, precision(config), step, chosen, stop_step(config), ways)
 
 
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".json", ".yaml", ".yml") or Path(name).exists()
+
+
 def _training_script(name: str) -> str:
-    return presets.get(name).training_script
+    if not _is_file(name):
+        return presets.get(name).training_script
+    content = read_file(name)
+    learns = {"training_mode", "teacher_model_path"} & content.keys()
+    script = content.get("script") or ("cm_train" if learns else "edm_train")
+    return choose({n: n for n in SCRIPTS if n.endswith("_train")}, str(script), f"{name}: script")
 
 
 def power_of_two(n: int) -> int:
