@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.config.derived import is_consistency, last_known
+from cm.config.derived import last_known
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SampleConfig, configure
 from cm.data.images import from_uint8, make_grid, to_uint8
 from cm.errors import UserError
@@ -45,7 +46,8 @@ class Tried:
         self.model, c = model, model.config
         self.side, self.channels = c.image_size, c.in_channels or 3
         self.classes = c.num_classes if c.class_cond else 0
-        self.consistency = is_consistency(c.training_mode)
+        self.row = OBJECTIVES[c.training_mode]
+        self.consistency = self.row.consistency
         self.factors = [f for f in range(2, self.side) if self.side % f == 0]
 
     @property
@@ -65,11 +67,18 @@ class Tried:
     @property
     def columns(self) -> list[str]:
         """Titles of the ways to draw that stand side by side."""
-        if self.consistency:
+        if self.consistency or self._few:
             return [f"{n} step{'s' * (n > 1)}" for n in self._ways()]
         return [f"Heun, {n} points, {2 * n - 1} evaluations" for n in POINTS]
 
+    @property
+    def _few(self) -> bool:
+        """Whether the model was trained for one small number of steps of its own sampler."""
+        return self.row.stages or self.row.segments
+
     def _ways(self) -> Sequence[int]:
+        if self._few:
+            return [self.model.config.steps]
         if not self.consistency:
             return POINTS
         return [n for n in EVALUATIONS if n < self.model.config.steps]
@@ -104,7 +113,7 @@ class Tried:
             grid_of = {"steps": c.steps, "sigmas": self._levels(way)}
             return run_sampler("multistep", denoise, x, generator, sigma_min=c.sigma_min, **grid_of)
         grid_of = {"steps": way, "sigma_min": c.sigma_min, "sigma_max": c.sigma_max, "rho": c.rho}
-        return run_sampler("heun", denoise, x, generator, **grid_of)
+        return run_sampler(self.row.sampler if self._few else "heun", denoise, x, generator, **grid_of)
 
     def _labels(self, label: int, count: int) -> Tensor | None:
         if not self.classes:

@@ -80,9 +80,24 @@ def test_classes_in_turn_or_one_of_them(tried):
 def test_a_teacher_is_drawn_by_heun_and_edits_nothing(tmp_path):
     save_consistency_model(tmp_path / "m.pt", training_mode="progdist")
     model = load_pretrained(configure(SampleConfig, model_path=str(tmp_path / "m.pt")))
-    teacher = Tried(model)
+    teacher = Tried(replace(model, config=changed(model.config, training_mode="edm")))
     assert teacher.columns[-1] == "Heun, 18 points, 35 evaluations" and not teacher.consistency
     assert len(teacher.draw(0, IN_TURN, 1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"), [("progdist", {"start_scales": 1}), ("multistep_training", {"segments": 2})]
+)
+def test_a_model_for_a_few_steps_is_drawn_by_its_own_sampler(tmp_path, mode, steps):
+    save_consistency_model(tmp_path / "m.pt", training_mode=mode, **steps)
+    few = Tried(load_pretrained(configure(SampleConfig, model_path=str(tmp_path / "m.pt"))))
+    n = few.model.config.steps
+    assert few.columns == [f"{n} step{'s' * (n > 1)}"] and not few.consistency
+    calls = []
+    with torch.no_grad():
+        few.model.denoiser.net.register_forward_hook(lambda *_: calls.append(1))
+        assert few.sample(n, 0, IN_TURN, 1).shape == (1, 3, 8, 8)
+    assert len(calls) == n
 
 
 @pytest.mark.parametrize("zoom", [1, 5])
