@@ -169,13 +169,16 @@ def launch(
     env: dict | None = None,
     cwd: str | os.PathLike = ROOT,
     check: bool = False,
+    options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess:
     """Run `python *argv` (argv begins with a script, or with -m) on n ranks started by mpiexec, torchrun or python.
+
+    options: of the launcher.
 
     Returns exit code, stdout and stderr as text. TimeoutError with both after `timeout` seconds; no process survives.
     With `check`, a non-zero exit code raises an AssertionError that shows both.
     """
-    command = [*_launcher(launcher, n), *map(str, argv)]
+    command = [*_launcher(launcher, n), *options, *map(str, argv)]
     kept = {k: v for k, v in os.environ.items() if not is_launcher_variable(k)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Files, not pipes: a grandchild that outlives the launcher would keep a pipe open.
