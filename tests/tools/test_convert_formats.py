@@ -15,6 +15,7 @@ from cm.networks.attention import qkv_new_to_legacy
 from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import command as program
+from cm.tools.convert.export import WRITERS
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
 from tests.helpers.convert_models import adm, assert_same, network
@@ -255,6 +256,15 @@ def test_the_program_converts(tmp_path, original, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"{original} (torch): adm,") and f"-> {target} (cm), " in printed
     assert load_weights(target)[1]["config"]["training_mode"] == "edm"
+
+
+def test_without_a_target_the_sources_name_is_taken_once(tmp_path, original, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert program.default_target("runs/student/", "onnx") == "student.onnx"
+    assert program.default_target(original, "diffusers") == "cd-diffusers"
+    with pytest.raises(UserError, match=r"cd\.pt is there already"):
+        program.default_target(original, "cm")
+    assert program.ENDINGS.keys() == WRITERS.keys()
 
 
 def test_the_script_reports_mistakes_in_one_line(tmp_path):

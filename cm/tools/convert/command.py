@@ -6,23 +6,37 @@ diffusers (a folder for ConsistencyModelPipeline, or of an EDM teacher with EDME
 generator, compared with our own by onnxruntime). A model card, README.md, is written beside it.
 
 cm convert checkpoint_80 cd_cifar10.pt --preset cifar10_cd_lpips
-cm convert runs/student student.onnx --to onnx
+cm convert runs/student --to onnx
 cm convert runs/student hf://OWNER/NAME --to diffusers
 """
 
 import argparse
+from pathlib import Path
 
 from cm.config.rows import OBJECTIVES, PRECONDS
+from cm.errors import UserError
 
-KINDS = ("cm", "legacy", "safetensors", "diffusers", "onnx")
+# Kind -> ending of the name that is written where the command names none
+ENDINGS = {
+    "cm": ".pt",
+    "legacy": ".legacy.pt",
+    "safetensors": ".safetensors",
+    "diffusers": "-diffusers",
+    "onnx": ".onnx",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the program."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", help="file or folder to read")
-    p.add_argument("target", help="file or folder to write, or hf://OWNER/NAME")
-    p.add_argument("--to", choices=KINDS, default="cm", help="what to write (default cm)")
+    p.add_argument(
+        "target",
+        nargs="?",
+        default="",
+        help="file or folder to write, or hf://OWNER/NAME; default: the source's name, in the working directory",
+    )
+    p.add_argument("--to", choices=ENDINGS, default="cm", help="what to write (default cm)")
     p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
     modes = [name for name, row in OBJECTIVES.items() if row.draws]
     p.add_argument("--training_mode", choices=modes, default="", help="objective, where the file tells none")
@@ -53,7 +67,17 @@ def main(flags: argparse.Namespace) -> None:
         num_head_channels=flags.num_head_channels or (-1 if flags.num_heads else 0),
     )
     source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
-    print(convert(source, flags.target, flags.to, known))
+    print(convert(source, flags.target or default_target(flags.source, flags.to), flags.to, known))
+
+
+def default_target(source: str, to: str) -> str:
+    """The source's name with the ending of a kind, in the working directory; UserError where that is taken."""
+    target = Path(Path(source.rstrip("/")).resolve().stem + ENDINGS[to])
+    if target.exists():
+        raise UserError(
+            f"{target} is there already: name what to write (cm convert {source} TARGET --to {to})"
+        )
+    return str(target)
 
 
 def program() -> None:
