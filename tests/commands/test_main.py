@@ -143,6 +143,7 @@ def test_a_wheel_has_everything(tmp_path):
         "evaluations/py.typed",
         "evaluations/reports/paper_tables.json",
         "evaluations/reports/run_report/page.html",
+        "cm/tools/convert/edm_pipeline.txt",
         "bin/cm",
     ):
         assert (site / file).is_file(), file
