@@ -1,6 +1,7 @@
 """From a configuration to a network, its preconditioning and the device."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,8 +42,15 @@ def create_network(
             two_times=has_two_times(config) if two_times is None else two_times,
         ),
         classifier=isinstance(config, ClassifierConfig),
-        options=arguments_of(NETWORKS[config.network].options, config),
+        options=network_options(config),
     )
+
+
+def network_options(config: Config) -> dict[str, Any]:
+    """What the row of the network brings; the classifier of a network has none of it."""
+    if isinstance(config, ClassifierConfig):
+        return {}
+    return arguments_of(NETWORKS[config.network].options, config)
 
 
 def create_precond(config: Config, *, consistency: bool) -> Precond:

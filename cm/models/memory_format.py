@@ -17,11 +17,9 @@ import torch
 from torch import nn
 
 from cm.config.derived import channels_last, precision
-from cm.config.fields import arguments_of
-from cm.config.rows import NETWORKS
 from cm.config.scripts import Config
 from cm.errors import UserError
-from cm.models.factory import create_network
+from cm.models.factory import create_network, network_options
 from cm.networks.architecture import Architecture
 from cm.networks.precision import torso_dtype
 from cm.runtime import distributed, logger
@@ -75,7 +73,7 @@ def _facts(config: Config, training: bool, images: int) -> dict[str, Any]:
     network = {
         name: getattr(config, name) for name in Architecture.__dataclass_fields__ if hasattr(config, name)
     }
-    options = arguments_of(NETWORKS[config.network].options, config)
+    options = network_options(config)
     return {
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
