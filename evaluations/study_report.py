@@ -1,6 +1,7 @@
 """What a study found, from its result files: one JSON, tables within docs/study.md, plots, and a grid of samples."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_
 Results = dict[str, dict[str, Any]]
 COLUMNS = ("nfe1", "nfe2", "nfe4", MANY)
 TITLES = {"nfe1": "one evaluation", "nfe2": "two", "nfe4": "four", MANY: "35"}
-GRID = 16  # samples of each row of the grid
+GRID = 12  # samples of each row of the grid
 PAGE = "# Study\n"
 
 
@@ -189,7 +190,7 @@ def pictures(name: str, study: Study, run: Path, results: Results, folder: Path)
             lines.append(f"![Fréchet distance by {label}](pictures/{path.name})")
     blocks = []
     for method, row in plain(study).items():
-        for kind in (MANY, "nfe1", "nfe2"):
+        for kind in (MANY, "nfe1"):
             path = run / "samples" / method / f"{kind}_seed0.npz"
             if f"{method}_{kind}" in results and path.exists():
                 with np.load(path, allow_pickle=False) as arrays:
@@ -214,6 +215,7 @@ def tables(study: Study, results: Results) -> list[str]:
             f"{about['classifier']['test_accuracy']:.2%} of the test images right; ± is the bootstrap's standard "
             "deviation of the first seed's distance."
         )
+        said = textwrap.fill(said, 119, break_on_hyphens=False)
     parts = (
         ("Fréchet distance by network evaluations", distances_table(study, results)),
         ("Bars", bars_table(study, results)),
@@ -240,7 +242,9 @@ def write_report(name: str, study: Study, run: Path, docs: Path) -> None:
     if not results:
         return
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    save_json(docs / "results" / f"{name}.json", results)
+    # Where a run lay on this machine is nobody's business.
+    portable = json.loads(json.dumps(results).replace(str(run), f"runs/{name}"))
+    save_json(docs / "results" / f"{name}.json", portable)
     shown = pictures(name, study, run, results, docs / "pictures")
     page = docs / "study.md"
     text = page.read_text(encoding="utf-8") if page.exists() else PAGE
