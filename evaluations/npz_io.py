@@ -9,7 +9,6 @@ written here also carry `meta`, a JSON text that says where the numbers come fro
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from cm.data.decode import Decoder, readable
 from cm.data.sources import Source, open_source
 from cm.data.transforms import center_crop_arr
 from cm.errors import UserError
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import parse_json, read_json
 from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
@@ -67,7 +66,7 @@ class NpzImages:
     def __init__(self, path: str):
         self.path = str(path)
         self._local = filesystem.cache_locally(self.path)
-        with readable(self.path), zipfile.ZipFile(self._local) as archive:
+        with readable(self.path), filesystem.open_zip(self._local) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
                 found = ", ".join(sorted(n.removesuffix(".npy") for n in names)) or "nothing"
@@ -81,7 +80,7 @@ class NpzImages:
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or 0 in shape[1:]:
             raise UserError(f"{path}: arr_0 is {shape}; expected (N, H, W, 3), (N, H, W, 1) or (N, H, W)")
         self.shape = shape if len(shape) == 4 else (*shape, 1)
-        with readable(self.path), np.load(self._local, allow_pickle=False) as arrays:
+        with readable(self.path), filesystem.open_npz(self._local) as arrays:
             known = "arr_1" in arrays.files
             limit = min(16 * shape[0], LABELS_LIMIT)
             self.labels = _labels(_bounded(arrays, "arr_1", limit), shape[0]) if known else None
@@ -89,7 +88,7 @@ class NpzImages:
 
     def batches(self, rows: range, batch_size: int) -> Iterator[np.ndarray]:
         size = int(np.prod(self.shape[1:]))
-        archive = zipfile.ZipFile(self._local)
+        archive = filesystem.open_zip(self._local)
         with readable(f"{self.path}: arr_0.npy"), archive, archive.open("arr_0.npy") as member:
             _npy_header(member)
             member.seek(member.tell() + rows.start * size)
@@ -162,7 +161,7 @@ def open_reference(path: str) -> Reference:
     """A statistics npz, with or without `arr_0`, or any set of images."""
     if not str(path).lower().endswith(".npz"):
         return Reference(str(path), {}, open_images(path), None)
-    with readable(str(path)), np.load(filesystem.cache_locally(path), allow_pickle=False) as arrays:
+    with readable(str(path)), filesystem.open_npz(path) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise UserError("is not an npz archive")
         statistics = {
@@ -293,8 +292,5 @@ def _read_side_file(path: str) -> dict | None:
 def _read_meta(arrays: np.lib.npyio.NpzFile) -> dict | None:
     if META not in arrays.files or array_header(arrays, META)[1].kind != "U":
         return None
-    try:
-        meta = json.loads(str(_bounded(arrays, META, META_LIMIT)))
-    except ValueError as error:
-        raise UserError(f"{META} is not valid JSON ({error})") from None
+    meta = parse_json(str(_bounded(arrays, META, META_LIMIT)), META, object)
     return meta if isinstance(meta, dict) else None

@@ -81,7 +81,7 @@ def inspect(path: str) -> dict[str, Any]:
     reference = open_reference(path)
     arrays = {}
     if str(path).lower().endswith(".npz"):
-        with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as file:
+        with readable(path), filesystem.open_npz(path) as file:
             # arr_0 may be large: its shape is known from its header.
             shapes = {name: list(array_header(file, name)[0]) for name in file.files if name != "arr_0"}
             arrays = {name: shape for name, shape in shapes.items() if shape}

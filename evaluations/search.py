@@ -8,7 +8,7 @@ candidate. They stay on the rank that drew them; ranks share sums only. What has
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cm.data.images import save_json
 from cm.errors import UserError
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import distributed, logger
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import misfit, read_json
 from cm.runtime.provenance import versions
 from cm.sampling.generate import local_batches
 from cm.sampling.levels import ts_to_sigmas
@@ -100,6 +100,8 @@ class Memo:
             try:
                 self._content = read_json(path)
                 known = self._content.get(self._key, {"scores": {}})["scores"]
+                if misfit(list(known.values()), [{f.name: float for f in fields(Score)}]):
+                    raise TypeError
                 self._scores = {k: Score(**v) for k, v in known.items()}
             except (UserError, TypeError, KeyError, AttributeError):
                 raise UserError(f"{path}: not a file of search scores; delete or rename it") from None

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.runtime import job
 from cm.runtime.files import writing
+from cm.runtime.inputs import misfit
 from cm.runtime.progress import progress
-from cm.storage.weights import load_weights, save_weights
+from cm.storage.weights import check_matching, load_weights, save_weights
 
 FEATURE_DIM = 64
 LARGE = 16  # pixels: of larger images patches of 2 x 2 are channels, which quarters the work
 _BATCH = 128
+SIZES = ("image_size", "channels", "num_classes", "patch")  # what a file says of itself
+LARGEST = 1 << 16  # of them
 # What a file of this module calls itself, and what older ones did
 NAME, OLD_NAME = "classifier", "digits"
 
@@ -104,14 +107,17 @@ def load_classifier(path: str) -> tuple[SmallClassifier, dict]:
     state, meta = load_weights(path)
     if not meta or meta.get("network") not in (NAME, OLD_NAME):
         raise UserError(f"--features {NAME}={path}: not written by cm classifier")
-    shape = (meta["image_size"], meta["channels"], meta["num_classes"])
-    net = SmallClassifier(*shape, patch=meta.get("patch", 1))
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"--features {NAME}={path}: another layout ({str(error).splitlines()[-1].strip()})"
-        ) from None
+    meta = {"patch": 1, **meta}
+    sizes = [meta.get(name) for name in SIZES]
+    if problem := misfit(meta, dict.fromkeys(SIZES, int)):
+        raise UserError(f"--features {NAME}={path}: in its description {problem}")
+    if not all(size and 0 < size <= LARGEST for size in sizes):
+        raise UserError(f"--features {NAME}={path}: its description must have {', '.join(SIZES)}")
+    *shape, patch = sizes
+    with torch.device("meta"):  # compared before memory is taken
+        check_matching(SmallClassifier(*shape, patch=patch), state, f"--features {NAME}={path}")
+    net = SmallClassifier(*shape, patch=patch)
+    net.load_state_dict(state)
     return net.eval().requires_grad_(False), meta
 
 

@@ -7,6 +7,7 @@ default. Options of an objective, sampler, network ... are flags once it is chos
 import argparse
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
@@ -30,7 +31,7 @@ from cm.config.scripts import (
 )
 from cm.config.validation import require_inputs, validate
 from cm.errors import UserError, nearest
-from cm.runtime.inputs import JSON_LIMIT, read_regular
+from cm.runtime.inputs import JSON_LIMIT, misfit, parse_json, read_regular
 
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
 # Written by earlier versions; what they said is read off the classifier's file now, or given by --features.
@@ -146,13 +147,16 @@ def read_file(path: str, script: str = "") -> dict[str, Any]:
         path = os.path.join(path, "config.json")
     try:
         text = read_regular(path, JSON_LIMIT).decode()
-        content = _yaml(text, path) if path.endswith((".yaml", ".yml")) else json.loads(text)
+        content = _yaml(text, path) if path.endswith((".yaml", ".yml")) else parse_json(text, path, object)
     except UserError as error:
         raise UserError(f"--config: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold one JSON object")
+    for name in ("preset", "variant", "plugin", "script"):  # they choose what all other names mean
+        if problem := misfit(content, {name: str}):
+            raise UserError(f"--config {path}: {problem}")
     return _of_a_run(content, path, script) if script and "script" in content else content
 
 
@@ -203,7 +207,7 @@ def _converted(name: str, value: Any, kind: type, path: str) -> Any:
             return kind(value)
     except ValueError:
         pass
-    raise UserError(f"--config {path}: {name} must be {METAVARS[kind]}, got {value!r}")
+    raise UserError(f"--config {path}: {name} must be {METAVARS[kind]}, got {reprlib.repr(value)}")
 
 
 def _num_parameters(config: Config) -> int:

@@ -1,7 +1,7 @@
 """What commands that write images share."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cm.errors import UserError
@@ -25,10 +25,19 @@ def claimed_output(
 
 def _prepare(directory: Path, files: Sequence[str], overwrite: bool, flag: str, stack: ExitStack) -> None:
     try:
+        missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {directory} cannot be written: {error.strerror}") from None
+    stack.callback(_remove_empty, missing)
     stack.enter_context(Claim(directory / files[-1]))
     found = [file for file in files if (directory / file).exists()]
     if found and not overwrite:
         raise UserError(f"{directory / found[0]} is already there: give --overwrite True or another {flag}")
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders, the innermost first, in which nothing came to lie."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

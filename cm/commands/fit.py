@@ -1,6 +1,5 @@
 """A training configuration made to fit: teacher, data, `--preset auto`, and the memory of this machine."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cm.models.factory import choose_device
 from cm.models.files import ModelFile
 from cm.models.identify import identify
 from cm.runtime import distributed
+from cm.runtime.inputs import json_or_none
 from cm.training.memory import available, images_per_rank, largest_microbatch
 from cm.training.roles import load_teacher
 
@@ -108,11 +108,8 @@ def choose(config: TrainConfig, facts: DataFacts, teacher: dict[str, Any]) -> di
 
 def chosen_before(config: TrainConfig, directory: str) -> dict[str, Any] | None:
     """What auto chose when this run began: another machine, or a free gigabyte less, must not change it."""
-    try:
-        stored = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(stored, dict) or stored.get("preset") != AUTO:
+    stored = json_or_none(Path(directory, "config.json"))
+    if stored is None or stored.get("preset") != AUTO:
         return None
     flags = flags_of(type(config))
     kept = {n: v for n, v in stored.items() if n in flags and n not in config.explicit}

@@ -73,7 +73,7 @@ def corner_noise(text: str, shape: tuple[int, int, int]) -> Tensor:
     try:
         with open_file(text, "rb") as file:
             noise = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"--between {text}: neither a seed nor a .npy file of noise ({error})") from None
     if noise.shape != shape or not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
         raise UserError(

@@ -3,7 +3,6 @@
 Leading words that are no flags are paths in a fixed order; everything else is passed on as it is. Imports no torch.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cm.config import plugins, presets
 from cm.config.derived import AUTO
 from cm.config.rows import OBJECTIVES
 from cm.errors import UserError, choose
+from cm.runtime.inputs import json_or_none
 
 Line = tuple[str, list[str]]  # (script, command line)
 
@@ -101,11 +101,10 @@ def _training(line: Sequence[str], objective: str) -> Line:
 
 def data_of(run: str) -> str:
     """The data that a run was trained on, by its config.json; UserError where that cannot be known."""
-    try:
-        stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))
+    stored = json_or_none(Path(run, "config.json")) or {}
+    if isinstance(stored.get("data_dir"), str):
         return stored["data_dir"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run} does not say which data it was trained on: cm distill RUN DATA") from None
+    raise UserError(f"{run} does not say which data it was trained on: cm distill RUN DATA")
 
 
 def sample(words: Sequence[str]) -> Line:

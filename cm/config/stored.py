@@ -5,10 +5,11 @@ from dataclasses import Field
 from functools import lru_cache
 from typing import Any
 
-from cm.config.fields import check_flag, flags_of
+from cm.config.fields import check_flag, flags_of, meta_of
 from cm.config.flags import ModelFlags
-from cm.config.scripts import SampleConfig
+from cm.config.scripts import SCRIPTS, SampleConfig
 from cm.errors import UserError
+from cm.runtime.inputs import misfit
 
 # Far above any network's; what is built from a number has to be paid for in memory or time.
 LIMITS = {
@@ -29,23 +30,25 @@ def checked(stored: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(stored, dict):
         raise UserError(f"{source}: its configuration is a {type(stored).__name__}, not an object")
-    known = _flags()
+    known, network = _flags(), _of_a_network()
     for name, value in stored.items():
         if not isinstance(name, str):
             raise UserError(f"{source}: its configuration has a {type(name).__name__} as a name")
-        if name in known and value is not None:
-            _check(known[name], value, source)
+        if name == "class_names" and (problem := misfit(list(value) if value else [], [str])):
+            raise UserError(f"{source}: its configuration names classes by more than texts ({problem})")
+        if name in known:
+            _check(known[name], value, source, bounds=name in network)
     return stored
 
 
-def _check(f: Field, value: Any, source: str) -> None:
+def _check(f: Field, value: Any, source: str, bounds: bool) -> None:
     kind = type(f.default)
-    fits = type(value) is kind or (kind is float and type(value) is int)
+    fits = type(value) is kind or (kind is float and (type(value) is int or value in ("inf", "-inf")))
     if not fits or (kind is float and math.isnan(value)):
         raise UserError(f"{source}: its configuration says {f.name} = {str(value)[:40]!r}, not {KINDS[kind]}")
-    if kind is int and value > LIMITS.get(f.name, math.inf):
-        raise UserError(f"{source}: its configuration says {f.name} = {value}, more than {LIMITS[f.name]}")
-    if kind in (int, float):
+    if kind is int and abs(value) > (limit := LIMITS.get(f.name, 1 << 20 if bounds else 1 << 63)):
+        raise UserError(f"{source}: its configuration says {f.name} = {value}, more than {limit}")
+    if bounds and kind in (int, float):
         try:
             check_flag(f, value)
         except UserError as error:
@@ -54,6 +57,25 @@ def _check(f: Field, value: Any, source: str) -> None:
 
 @lru_cache
 def _flags() -> dict[str, Field]:
+    """Every flag of a script or of a row, where all that have it agree about its type."""
+    found: dict[str, Field] = {}
+    several: set[str] = set()
+
+    def add(cls: type) -> None:
+        for name, f in flags_of(cls).items():
+            if type(found.setdefault(name, f).default) is not type(f.default):
+                several.add(name)
+            for row in (meta_of(f).registry or {}).values():
+                if row.options is not None:
+                    add(row.options)
+
+    for script in SCRIPTS.values():
+        add(script)
+    return {name: f for name, f in found.items() if name not in several and type(f.default) in KINDS}
+
+
+@lru_cache
+def _of_a_network() -> dict[str, Field]:
     """The flags that a file describes a network, its objective and its grid by."""
     sampling = flags_of(SampleConfig)
     return {**flags_of(ModelFlags), **{name: sampling[name] for name in ("training_mode", "steps")}}

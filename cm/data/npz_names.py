@@ -1,38 +1,35 @@
 """npz files of other programs: images and labels under usual names, such as `x_train` and `y_train`."""
 
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from cm.data import labels as label_modes
 from cm.data.decode import readable
-from cm.data.sources import ArraySource
+from cm.data.sources import ArraySource, bounded_array
 from cm.errors import UserError
 from cm.storage import filesystem
 
 # In order of preference; upper or lower case
 IMAGES = ("images", "x_train", "train_images", "image", "imgs", "x", "data", "samples")
 LABELS = ("labels", "y_train", "train_labels", "label", "y", "targets", "classes")
-MAX_BYTES = 64 << 30
 
 
 class NamedNpzSource(ArraySource):
     """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) under one of IMAGES, integer labels (N,) under LABELS."""
 
     def __init__(self, path: str):
-        with readable(path), np.load(filesystem.cache_locally(path), allow_pickle=False) as arrays:
-            there = {name: arrays.zip.getinfo(f"{name}.npy").file_size for name in arrays.files}
+        with readable(path), filesystem.open_npz(path) as arrays:
+            members = arrays.zip.namelist()
+            there = [name for name in arrays.files if f"{name}.npy" in members]
             image_name, label_name = _first(IMAGES, there), _first(LABELS, there)
             if not image_name:
                 raise UserError(
                     f"has no array of images: it holds {', '.join(sorted(there)) or 'nothing'}; images are looked for "
                     f"under arr_0, {', '.join(IMAGES)}"
                 )
-            if there[image_name] > MAX_BYTES:
-                raise UserError(f"{image_name} unpacks to {there[image_name]} bytes (decompression bomb?)")
-            images = _channels_last(arrays[image_name], image_name)
-            labels = arrays[label_name] if label_name else None
+            images = _channels_last(bounded_array(arrays, image_name, images=True), image_name)
+            labels = bounded_array(arrays, label_name) if label_name else None
         super().__init__(path, images)
         if labels is not None:
             flat = labels.reshape(-1) if labels.size == len(labels) else labels
@@ -46,9 +43,9 @@ def is_named_npz(path: str) -> bool:
     if not path.lower().endswith(".npz") or not filesystem.exists(path):
         return False
     try:
-        with zipfile.ZipFile(filesystem.cache_locally(path)) as archive:
+        with filesystem.open_zip(path) as archive:
             return "arr_0.npy" not in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # damaged bytes make zipfile raise almost anything: who reads the archive says it
         return False
 
 
@@ -58,8 +55,6 @@ def _first(wanted: Sequence[str], there: Sequence[str]) -> str:
 
 
 def _channels_last(images: np.ndarray, name: str) -> np.ndarray:
-    if images.dtype != np.uint8:
-        raise UserError(f"{name} is {images.dtype} {images.shape}; expected uint8 images")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):

@@ -19,6 +19,7 @@ from cm.data.labels import printable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError
+from cm.runtime.cpu import check_workers
 from cm.runtime.preemption import follow_parent
 from cm.runtime.progress import progress as progress_bar
 
@@ -79,6 +80,7 @@ def prepare(
         raise UserError(f"--image_size must be positive, not {image_size}")
     if limit < 0 or num_workers < 0:
         raise UserError("--limit and --num_workers must be 0 or more")
+    check_workers(num_workers)
     if in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 0 (from the data), 1 or 3, not {in_channels}")
     if transform not in TRANSFORMS:

@@ -4,6 +4,7 @@ knows the labels that were stored with it. Arrays of one size also offer `shape`
 
 import functools
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,7 @@ class ZipSource:
     def _archive(self) -> zipfile.ZipFile:
         """One handle per process: workers that shared one would move each other's file position."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self._local))
+            self._opened = (os.getpid(), filesystem.open_zip(self._local))
         return self._opened[1]
 
     def __getstate__(self) -> dict:
@@ -322,27 +323,25 @@ def _size(path: str) -> str:
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
-    """arr_0 and arr_1 of an npz; types and sizes are judged from the headers before anything is unpacked."""
-    with np.load(path, allow_pickle=False) as arrays:
+    """arr_0 and arr_1 of an npz."""
+    with filesystem.open_npz(path) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile) or "arr_0" not in arrays.files:
             raise UserError("has no array arr_0")
-        for name in ("arr_0", "arr_1"):
-            if name not in arrays.files:
-                continue
-            member = arrays.zip.getinfo(name + ".npy")
-            if (
-                member.file_size > MAX_MEMBER_BYTES
-                and member.file_size > MAX_COMPRESSION * member.compress_size
-            ):
-                raise UserError(f"{name} unpacks to {member.file_size} bytes (decompression bomb?)")
-            with arrays.zip.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                dtype = read(file)[2]
-            if dtype.hasobject or (name == "arr_0" and dtype != np.uint8):
-                raise UserError(f"{name} is {dtype}; expected {'uint8' if name == 'arr_0' else 'integers'}")
-        return {name: arrays[name] for name in ("arr_0", "arr_1") if name in arrays.files}
+        found = {"arr_0": bounded_array(arrays, "arr_0", images=True)}
+        return found | ({"arr_1": bounded_array(arrays, "arr_1")} if "arr_1" in arrays.files else {})
+
+
+def bounded_array(arrays: np.lib.npyio.NpzFile, name: str, images: bool = False) -> np.ndarray:
+    """An array of an open npz; its type and size are judged from headers before anything is unpacked."""
+    member = arrays.zip.getinfo(f"{name}.npy")
+    if member.file_size > MAX_MEMBER_BYTES and member.file_size > MAX_COMPRESSION * member.compress_size:
+        raise UserError(f"{name} unpacks to {member.file_size} bytes (decompression bomb?)")
+    with arrays.zip.open(member) as file:
+        one = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        shape, _fortran, dtype = read(file)
+    if dtype.hasobject or (images and dtype != np.uint8):
+        raise UserError(f"{name} is {dtype}; expected {'uint8' if images else 'integers'}")
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise UserError(f"{name} says {shape}, which is more than it holds")
+    return arrays[name]

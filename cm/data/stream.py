@@ -4,9 +4,13 @@ It does not depend on the number of workers or ranks, nor on where the run was r
 """
 
 import itertools
+import multiprocessing.connection
 import multiprocessing.queues
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from cm.data.dataset import Batch, ImageData
 from cm.errors import UserError
 from cm.runtime import distributed, job, logger, platform
+from cm.runtime.cpu import check_workers
 from cm.runtime.distributed import local_rows
 from cm.runtime.preemption import shield_worker
 from cm.seeding import derive_seed
@@ -100,6 +105,7 @@ class TrainStream:
             raise UserError(f"{where}: {len(dataset)} images are fewer than the batch of {global_batch_size}")
         if num_workers < 0:
             raise UserError(f"--num_workers must be 0 or more, not {num_workers}")
+        check_workers(num_workers)
         self.batches = StepBatches(
             dataset,
             global_batch_size=global_batch_size,
@@ -124,7 +130,7 @@ class TrainStream:
             generator=torch.Generator(),  # else starting the loader would advance torch's global generator
         )
         reported: set[str] = set()
-        for outcome in _delivered(loader):
+        for outcome in _delivered(_started(loader)):
             if isinstance(outcome, str):
                 raise UserError(outcome)
             images, labels, skipped = outcome
@@ -161,16 +167,36 @@ def _start_worker(worker: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(CANNOT_DELIVER))
 
 
-def _delivered(loader: Iterable[T]) -> Iterator[T]:
+def _started(loader: Iterable[T]) -> Iterator[T]:
+    """The loader's iterator, its workers started.
+
+    torch raises from a signal handler when one of them ends, wherever the main thread is then: also in the midst of
+    reporting another sign of the same. Without the handler, it sees within five seconds that a batch does not come.
+    """
+    own = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.getsignal(signal.SIGCHLD) if own else None
+    iterator = iter(loader)
+    if own:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return iterator
+
+
+def _delivered(batches: Iterator[T]) -> Iterator[T]:
     """The loader's batches; UserError when a worker has ended."""
     try:
-        yield from loader
-    except RuntimeError as error:
-        raise job.lost_worker(error) or error from None
-    except (ConnectionError, EOFError) as error:
-        if "in DataLoader worker" in str(error):  # its own, of a remote storage, which torch passes on
-            raise
-        raise job.worker_ended(str(error) or type(error).__name__) from None  # while it handed a batch over
+        yield from batches
+    except Exception as error:
+        if lost := job.lost_worker(error):
+            raise lost from None
+        # One that ends while it hands a batch over leaves a broken connection, half a message, a missing file ...
+        if "in DataLoader worker" not in str(error) and _ended(getattr(batches, "_workers", ())):
+            raise job.worker_ended(str(error) or type(error).__name__) from None
+        raise
+
+
+def _ended(workers: Sequence[BaseProcess]) -> bool:
+    """Whether one of the workers ends within a second."""
+    return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1))
 
 
 class _Count(torch.utils.data.Sampler):

@@ -4,7 +4,6 @@ A path is a .tar, a list in braces (`shards-{000..012}.tar`), or a folder of .ta
 once and read at any place.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.data.sources import check_member, stored_labels
 from cm.errors import UserError
+from cm.runtime.inputs import parse_json
 from cm.storage import filesystem
 
 KEYS = ("cls", "label", "class", "class_name")
@@ -67,7 +67,7 @@ class WebDatasetSource:
             return int(text) if text.isdecimal() else text
         if "json" in files:
             with readable(files["json"].name):
-                content = json.loads(self._bytes(files["json"]))
+                content = parse_json(self._bytes(files["json"]), files["json"].name, object)
             return next((content[key] for key in KEYS if isinstance(content, dict) and key in content), None)
         return None
 
@@ -133,6 +133,6 @@ def is_webdataset(path: str) -> bool:
         return False
     try:
         endings = {ending for (_, ending, _), _ in zip(members(path), range(FIRST))}
-    except (tarfile.TarError, OSError, UserError):
+    except Exception:  # damaged bytes make tarfile raise almost anything: who reads the archive says it
         return False
     return "cls" in endings or ("json" in endings and bool(endings & set(EXTENSIONS)))

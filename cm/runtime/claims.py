@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cm.errors import UserError
+from cm.runtime.inputs import read_json
 from cm.runtime.platform import lock, process_birth
 
 RENEWAL, TAKEOVER = 20.0, 120.0
@@ -94,13 +95,12 @@ class Claim:
     def _holder(self) -> tuple[str, bool]:
         """(Who holds the claim, in words, or empty when the holder is gone; whether it is a process of this host)."""
         try:
-            with open(self.file, encoding="utf-8") as file:
-                said = json.loads(file.read(MAX_BYTES))
+            said = read_json(self.file, limit=MAX_BYTES)
             host, pid, born = said["host"], int(said["pid"]), said["born"]
             age = self._now() - self.file.stat().st_mtime
         except FileNotFoundError:
             return "", True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, UserError, ValueError, KeyError, TypeError):
             # Half-written: by someone who is at it now, or who died in between.
             with suppress(OSError):
                 return "another process" if self._now() - self.file.stat().st_mtime < 5 else "", True

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from cm.errors import UserError
+
 # Processor time that a control group may use, and the period, both in microseconds; versions 2 and 1.
 _QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
@@ -21,6 +23,17 @@ def usable_cores(groups: str = "/sys/fs/cgroup") -> int:
         if quota > 0 and period > 0:
             count = min(count, -(-quota // period))
     return count
+
+
+WORKERS_PER_CORE = 32  # and more only wait for each other
+
+
+def check_workers(wanted: int) -> None:
+    """UserError for so many processes that the machine would come to a standstill."""
+    if wanted > (most := WORKERS_PER_CORE * usable_cores()):
+        raise UserError(
+            f"--num_workers {wanted}: at most {most} on this machine's {usable_cores()} processors"
+        )
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

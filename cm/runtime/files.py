@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from cm.errors import UserError
+from cm.runtime.inputs import check_regular
 
 # What file systems answer that cannot open or flush a folder (network mounts, folders without the right to list them).
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
@@ -18,8 +19,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file, open for writing and reading, that has its name only when the block has ended without an error.
 
     Until then it has a temporary name in the same folder; content and rename are flushed to disk. After an error the
-    file that was there before is unchanged, and nothing else is left. OSError where the storage fails.
+    file that was there before is unchanged, and nothing else is left. OSError where the storage fails; UserError for
+    a pipe or a device, which the rename would replace: /dev/null for everyone.
     """
+    check_regular(path)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

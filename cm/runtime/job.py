@@ -1,6 +1,7 @@
 """The orderly end of a job: one report of an error, one exit code, and no rank that waits for ever."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
 POLL_INTERVAL = 0.02
 # How much longer a failing rank waits for a store that does not answer (seconds).
 UNANSWERED = 5.0
+LONGEST = 1000  # characters of an error
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -94,7 +96,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code of the job, and what is to be printed once."""
     error = lost_worker(error) or error
     if isinstance(error, UserError):
-        return 2, "error: " + " ".join(str(error).splitlines()) + "\n"
+        return 2, f"error: {_one_line(str(error))}\n"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return 2, f"error: {_one_line(f'{error.strerror}: {error.filename}')}\n"
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return error.code or 0, ""
@@ -106,6 +110,19 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     place = distributed.current_launch()
     where = f"rank {place.rank} of {place.world_size} failed:\n" if place.world_size > 1 else ""
     return 1, where + "".join(traceback.format_exception(error))
+
+
+def _one_line(text: str) -> str:
+    """The text in one line; what a terminal would obey, from a file's name or content, is escaped.
+
+    Of a very long one, which repeats such content, the ends are kept.
+    """
+    line = " ".join(text.splitlines())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line
+    )
 
 
 def lost_worker(error: BaseException) -> UserError | None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cm.errors import masked
+from cm.runtime.inputs import json_or_none, misfit
 from cm.runtime.platform import STOP_SIGNALS, process_birth, watch_end
 
 # Exit code of a run that ended in good order before its last step: the same command goes on.
@@ -57,11 +58,8 @@ def write_status(
 
 def read_status(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     """What status.json says; None when there is none, or nothing readable in it."""
-    try:
-        content = json.loads(_path(run_dir).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "ended" in content else None
+    content = json_or_none(_path(run_dir))
+    return content if content and not misfit(content, STATUS) and "ended" in content else None
 
 
 def clear_status(run_dir: str | os.PathLike) -> None:
@@ -75,6 +73,7 @@ def _path(run_dir: str | os.PathLike) -> Path:
 
 # A rank whose last sign is this much older than the newest of all is silent: dead, frozen or cut off (seconds).
 SILENT_AFTER = 5.0
+FAR_AWAY = 1e11  # no time is so far from 1970 (seconds)
 # phase -> (what a rank does in it, which time-out limits it)
 PHASES = {
     "start": ("starting up", "startup_timeout"),
@@ -112,6 +111,10 @@ class Beat:
         return f"{who}, {doing} at step {self.step}{where}"
 
 
+BEAT = {f.name: f.type for f in dataclasses.fields(Beat)}
+STATUS = {"ended": str, "message": str, "exit_code": int, "time": str, "step": int}
+
+
 def folder(run_dir: str | os.PathLike) -> Path:
     """Where the heartbeats of a run lie."""
     return Path(run_dir, "heartbeats")
@@ -121,8 +124,10 @@ def read_beats(run_dir: str | os.PathLike) -> list[Beat]:
     """The last sign of life of every rank, in rank order; unreadable ones are left out."""
     beats = []
     for path in sorted(folder(run_dir).glob("rank_*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            beats.append(Beat(**json.loads(path.read_text())))
+        content = json_or_none(path)
+        if content and not misfit(content, BEAT) and abs(content.get("time", 0.0)) < FAR_AWAY:
+            with contextlib.suppress(TypeError):  # of another version: names that are missing or unknown
+                beats.append(Beat(**content))
     return beats
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from cm.errors import UserError
 from cm.runtime.files import whole_file
+from cm.runtime.inputs import LINES_LIMIT, open_regular, parse_json, read_regular
 from cm.runtime.streams import screen
 
 
@@ -130,7 +131,7 @@ class JSONOutputFormat(KVWriter):
     def truncate_after(self, step: int) -> None:
         if self.path.exists():
             with _readable(self.path):
-                lines = self.path.read_text("utf-8").splitlines(keepends=True)
+                lines = read_regular(self.path, LINES_LIMIT).decode().splitlines(keepends=True)
             kept = _until(lines, [_json_step(line) for line in lines], step)
             with whole_file(self.path) as file:
                 file.write("".join(kept).encode())
@@ -161,8 +162,9 @@ class CSVOutputFormat(KVWriter):
     def _read(self) -> tuple[list[str], list[list[str]]]:
         if not self.path.exists():
             return [], []
-        with _readable(self.path), open(self.path, newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+        with _readable(self.path):
+            text = read_regular(self.path, LINES_LIMIT).decode()
+            header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
         return header, rows
 
     def _rewrite(self, rows: list[list[str]]) -> None:
@@ -284,6 +286,7 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWrit
 
 
 # What a key belongs to, by what it contains; the others are losses
+TAIL = 1 << 16  # bytes read at a time from the end of a log
 GROUPS = {
     "speed": ("images_per_sec", "data_wait", "peak_memory"),
     "schedule": ("lr", "num_scales", "target_ema", "scale"),
@@ -330,8 +333,8 @@ def _until(rows: list, steps: list, last: int) -> list:
 
 def _json_step(line: str) -> Any:
     try:
-        return json.loads(line).get("step")
-    except json.JSONDecodeError:
+        return parse_json(line, "").get("step")
+    except UserError:
         return None
 
 
@@ -346,7 +349,16 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut off a last line without its line end: the process died, or the disk was full, while writing it."""
-    if path.exists():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with open_regular(path) as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end > 0:  # backwards, piece by piece: a log may be long
+            start = max(end - TAIL, 0)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + found + 1
+                break
+            end = start
+    if end < size:
+        os.truncate(path, end)

@@ -17,9 +17,12 @@ class Screen:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it."""
+        """Write the text, or drop it. Characters that the stream's encoding lacks are escaped."""
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError as error:
+            escaped = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            return self.write(escaped) if escaped != text else len(text)
         except (OSError, ValueError):
             self._silence()
             return len(text)

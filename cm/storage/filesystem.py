@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -21,7 +22,7 @@ from typing import IO, Any, TypeVar
 from cm.errors import UserError
 from cm.runtime import platform
 from cm.runtime.files import whole_file, writing
-from cm.runtime.inputs import check_regular, open_regular
+from cm.runtime.inputs import check_regular, open_regular, read_regular
 
 T = TypeVar("T")
 
@@ -59,6 +60,8 @@ def open_file(path: str | os.PathLike, mode: str = "rb") -> IO[Any]:
 
 def read_file(path: str | os.PathLike, limit: int) -> bytes:
     """The content of a file of at most `limit` bytes; UserError for a larger one."""
+    if not is_remote(path):
+        return read_regular(path, limit)
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -171,6 +174,30 @@ def cache_locally(path: str | os.PathLike) -> str:
                 with reaching(path), open_file(path, "rb") as source:
                     write_atomic(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
     return target
+
+
+def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
+    """A zip, local or cached, for reading.
+
+    BadZipFile where a member is compressed by anything but deflate, as no zip of images or arrays is: of bzip2 and LZMA
+    the first bytes cannot be had without unpacking what a few thousand more stand for, which may be gigabytes.
+    """
+    archive = zipfile.ZipFile(cache_locally(path))
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            archive.close()
+            raise zipfile.BadZipFile(f"{member.filename} is compressed by another method than deflate")
+    return archive
+
+
+def open_npz(path: str | os.PathLike) -> Any:
+    """numpy's view of an npz, local or cached, whose members `open_zip` has looked at; a plain array of an npy."""
+    import numpy as np
+
+    local = cache_locally(path)
+    if zipfile.is_zipfile(local):
+        open_zip(local).close()
+    return np.load(local, allow_pickle=False)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime.files import whole_file
-from cm.runtime.inputs import open_regular
+from cm.runtime.inputs import open_regular, parse_json
 from cm.storage.filesystem import cache_locally
 from cm.storage.torch_format import check_size, read_torch
 from cm.storage.unpickle import Refused
@@ -118,12 +118,9 @@ def read_meta(path: str | os.PathLike) -> dict | None:
 def parse_object(text: bytes, source: str) -> dict:
     """The JSON object in a text; Damaged names the source."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{source} is not JSON ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise Damaged(f"{source} must hold one JSON object, not a {type(content).__name__}")
-    return content
+        return parse_json(text, source)
+    except UserError as error:
+        raise Damaged(str(error)) from None
 
 
 def file_sha256(path: str | os.PathLike) -> str:

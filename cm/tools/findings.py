@@ -1,18 +1,29 @@
 """What was drawn and measured with the weights of a run, as the JSON files beside samples and results tell."""
 
-import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cm.runtime.inputs import json_or_none, misfit
 from cm.tools.runs import PASSED_OVER, Run
 
 # Where results are looked for: in the run, and this deep in the folder that it lies in
 INSIDE = ("*.json", "*/*.json", "*/*/*.json")
 LARGEST = 4 * 2**20  # bytes; JSON files beyond it are no results
+# What image_sample writes beside samples, and the evaluator of them, as far as reports read it (see `misfit`)
+DRAWN = {
+    "nfe": int,
+    "model_path": (str, None),
+    "weights": (str, None),
+    "config": {"preset": str, "sampler": str, "num_samples": int},
+}
+_SET = {"samples": {"path": str, "count": int, "meta": (DRAWN, None)}, "comparable": bool, "metrics": dict}
+MEASURED = {"protocol": {"name": str}, "runs": [_SET], **_SET}
+ROW = {"nfe": int, "model_path": str, "images": int, "samples": str}  # of the quick start's table
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def find_results(run: Run, places: Sequence[str | Path] = (), known: Contents | 
 def _read(folder: Path, known: Contents) -> list[tuple[Path, dict[str, Any]]]:
     """Every JSON object near the top of a folder."""
     if folder not in known:
-        files = sorted({p.resolve() for pattern in INSIDE for p in folder.glob(pattern)})
+        files = sorted({Path(os.path.realpath(p)) for pattern in INSIDE for p in folder.glob(pattern)})
         known[folder] = [(path, content) for path in files if (content := _object(path)) is not None]
     return known[folder]
 
@@ -75,19 +86,18 @@ def best_fid(findings: Iterable[Finding]) -> Finding | None:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    if PASSED_OVER & set(path.parts) or path.stat().st_size > LARGEST:
+    content = None if PASSED_OVER & set(path.parts) else json_or_none(path, limit=LARGEST)
+    if content is None or misfit(
+        content, MEASURED if "protocol" in content and "features" in content else DRAWN
+    ):
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return content
 
 
 def belongs(meta: dict[str, Any], run: Run) -> bool:
     """Whether weights that metadata names are those of a run; also when the run was moved since."""
     path = Path(str(meta.get("model_path") or ""))
-    if path.resolve().is_relative_to(run.path.resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(run.path.resolve()):
         return True
     moved = path.parts[-4:-2] == (run.name, "checkpoints")
     return moved and not path.exists()
@@ -101,32 +111,33 @@ def _step(meta: dict[str, Any]) -> int:
 def _samples(path: Path, meta: dict[str, Any]) -> Finding:
     config, picture = meta.get("config", {}), path.with_suffix(".png")
     return Finding(
-        nfe=int(meta["nfe"]),
+        nfe=meta["nfe"],
         sampler=config.get("sampler", ""),
         step=_step(meta),
         weights=str(meta.get("weights", "")),
-        count=int(config.get("num_samples", 0)),
+        count=config.get("num_samples", 0),
         source=str(path.with_suffix(".npz")),
-        picture=picture if picture.exists() else None,
+        picture=picture if picture.is_file() else None,
     )
 
 
 def _measurements(path: Path, content: dict[str, Any], run: Run) -> Iterator[tuple[str, Finding]]:
     """(samples that were measured, result) of a file of the evaluator, of a search, or of the quick start."""
     if {"protocol", "features"} <= content.keys() and {"metrics", "models"} & content.keys():
-        runs = content.get("runs", [content])
+        runs = content.get("runs") or [content]
         for one in [runs[0] | {"metrics": content["metrics"]}] if "metrics" in content else runs:
-            meta = one.get("samples", {}).get("meta") or {}
-            if belongs(meta, run) and "nfe" in meta:
-                npz = Path(one["samples"]["path"])
+            samples = one.get("samples", {})
+            meta = samples.get("meta") or {}
+            if belongs(meta, run) and "nfe" in meta and {"path", "count"} <= samples.keys():
+                npz = Path(samples["path"])
                 yield (
-                    str(npz.resolve()),
+                    os.path.realpath(npz),
                     replace(
                         _samples(npz, meta),
-                        count=int(one["samples"]["count"]),
-                        comparable=bool(one["comparable"]),
-                        metrics=numbers(one["metrics"]),
-                        protocol=content["protocol"]["name"],
+                        count=samples["count"],
+                        comparable=one.get("comparable", False),
+                        metrics=numbers(one.get("metrics", {})),
+                        protocol=content["protocol"].get("name", ""),
                     ),
                 )
     elif {"ts", "fid", "nfe"} <= content.keys() and belongs(content, run):
@@ -141,13 +152,12 @@ def _measurements(path: Path, content: dict[str, Any], run: Run) -> Iterator[tup
         )
     else:
         for title, row in content.items():
-            if isinstance(row, dict) and {"nfe", "model_path", "images"} <= row.keys() and belongs(row, run):
+            fits = isinstance(row, dict) and not misfit(row, ROW)
+            if fits and {"nfe", "model_path", "images"} <= row.keys() and belongs(row, run):
                 metrics = numbers({k: v for k, v in row.items() if k not in ("nfe", "images")})
                 yield (
                     str(Path(row.get("samples", path / title)).resolve()),
-                    Finding(
-                        int(row["nfe"]), title, _step(row), "", int(row["images"]), "digits", metrics=metrics
-                    ),
+                    Finding(row["nfe"], title, _step(row), "", row["images"], "digits", metrics=metrics),
                 )
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cm.config.scripts import SCRIPTS
+from cm.config.stored import checked
 from cm.errors import UserError
 from cm.runtime import liveness
+from cm.runtime.inputs import misfit, read_json, read_json_lines
 
 CONFIG, LOG = "config.json", "progress.jsonl"
 # Folders below DIR in which runs are looked for
@@ -95,11 +97,11 @@ def read_run(path: str | Path) -> Run:
         hint = f"; the runs in it: {', '.join(map(str, runs))}" if (runs := list(find_runs(path))[:3]) else ""
         raise UserError(f"{path} is no run directory: it has no {CONFIG}{hint}")
     config = _json(path / CONFIG)
-    if not isinstance(config, dict) or config.get("script") not in SCRIPTS:
+    if misfit(config, {"script": str}) or config.get("script") not in SCRIPTS:
         raise UserError(
             f"{path / CONFIG} is not of a training run of this version: it names no script that is known"
         )
-    return Run(path, config, list(_rows(path / LOG)))
+    return Run(path, checked(config, str(path / CONFIG)), list(_rows(path / LOG)))
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
@@ -121,8 +123,8 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path, object)
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -130,12 +132,8 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
     """Rows with a step. A line that is still being written, or was torn by a crash, is passed over."""
     if not log.exists():
         return
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+    for row in read_json_lines(log):
+        if isinstance(row.get("step"), int | float):
             yield row
 
 
@@ -212,8 +210,8 @@ def program(argv: Sequence[str] | None = None) -> None:
     """The command: a mistake is one line and exit code 2."""
     try:
         main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # a name that is too long, a mount that went away
+        print(f"error: {str(error)[:500]}", file=sys.stderr)
         sys.exit(2)
 
 

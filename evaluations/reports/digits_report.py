@@ -7,16 +7,16 @@ samples/<name>/samples_*.npz with their metadata.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cm.data.images import save_json
 from cm.errors import UserError
 from cm.runtime import job
+from cm.runtime.inputs import read_json
+from cm.storage.filesystem import open_npz
 from evaluations.evaluator import Evaluator, Options
 from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
@@ -71,7 +71,7 @@ def measure(run: Path) -> list[Row]:
     for name, title in TITLES.items():
         found = sorted((run / "samples" / name).glob("samples_*.npz"))
         if found:
-            metadata = json.loads(found[-1].with_suffix(".json").read_text())
+            metadata = read_json(found[-1].with_suffix(".json"))
             images = open_images(str(found[-1]))
             metrics = evaluator.measure(images)["metrics"]
             model_path = metadata.get("model_path", "")
@@ -96,7 +96,7 @@ def picture(run: Path) -> list[Block]:
     blocks = []
     for name, title in TITLES.items():
         for path in sorted((run / "samples" / name).glob("samples_*.npz"))[-1:]:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_npz(path) as arrays:
                 images = arrays["arr_0"][: PICTURE_COLUMNS * PICTURE_ROWS]
             columns = min(PICTURE_COLUMNS, len(images))
             rows = len(images) // columns

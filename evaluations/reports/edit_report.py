@@ -8,7 +8,6 @@ A class-conditional model was told the class of each image; the baselines know n
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ from cm.data.images import from_uint8, save_json, to_uint8
 from cm.errors import UserError
 from cm.objectives.lpips import URLS, Lpips, LpipsOptions, import_piq
 from cm.runtime import job
+from cm.runtime.inputs import read_json
 from cm.sampling.editing import luma
+from cm.storage.filesystem import write_atomic
 
 SMALLEST_LPIPS = 32  # pixels: VGG16 says nothing about smaller images
 LARGEST_WINDOW = 7  # pixels: of SSIM
@@ -123,7 +124,7 @@ def measure(folder: Path, lpips_path: str = "") -> Measured:
 def read_results(folder: Path) -> tuple[EditConfig, list[Input], dict[str, list[str]]]:
     """How a folder was made, its inputs, and the name of each input -> its result files."""
     try:
-        metadata = json.loads((folder / "edit.json").read_text())
+        metadata = read_json(folder / "edit.json")
         config = configure(EditConfig, **metadata["config"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: not a folder of image_edit's results (edit.json: {error})") from None
@@ -181,7 +182,7 @@ def main() -> None:
     rows = [measure(folder, args.lpips_path) for folder in args.results]
     print(table(rows), end="")
     if args.out:
-        args.out.write_text(table(rows))
+        write_atomic(args.out, table(rows).encode())
         numbers = {
             str(f): {"task": r.task, "images": r.images, **r.methods} for f, r in zip(args.results, rows)
         }

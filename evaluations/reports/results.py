@@ -1,6 +1,5 @@
 """Measurements read back from the JSON files that the evaluator writes."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cm.errors import UserError
+from cm.runtime.inputs import json_or_none, misfit
+from cm.tools.findings import MEASURED
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,32 @@ def load_results(folder: str | Path) -> list[Measurement]:
     if not Path(folder).is_dir():
         raise UserError(f"--results {folder}: no such folder")
     found = []
-    for path in sorted(Path(folder).rglob("*.json"), key=lambda p: (p.stat().st_mtime, str(p))):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(content, dict) and {"metrics", "protocol", "features"} <= content.keys():
+    for path in sorted(Path(folder).rglob("*.json"), key=lambda p: (p.lstat().st_mtime, str(p))):
+        content = json_or_none(path)
+        if content and {"metrics", "protocol", "features"} <= content.keys():
+            if problem := misfit(content, MEASURED):
+                raise UserError(f"{path}: {problem}")
             found += [m for m in [_measurement(str(path), content)] if m]
     return found
 
 
 def _measurement(path: str, content: dict[str, Any]) -> Measurement | None:
-    run = content.get("runs", [content])[0]  # several seeds: all of one model
-    meta = run["samples"].get("meta") or {}
+    run = (content.get("runs") or [content])[0]  # several seeds: all of one model
+    samples = run.get("samples", {})
+    meta = samples.get("meta") or {}
     flags = meta.get("config", {})
-    if "nfe" not in meta or not flags.get("preset"):
+    if "nfe" not in meta or not flags.get("preset") or not {"path", "count"} <= samples.keys():
         return None
-    step = re.findall(r"step_(\d+)|_(\d+)\.pt$", meta.get("model_path", ""))
+    step = re.findall(r"step_(\d+)|_(\d+)\.pt$", meta.get("model_path") or "")
     return Measurement(
         path=path,
         preset=flags["preset"],
         nfe=int(meta["nfe"]),
         step=int("".join(step[0])) if step else 0,
-        count=run["samples"]["count"],
-        comparable=bool(run["comparable"]),
+        count=samples["count"],
+        comparable=run.get("comparable", False),
         metrics=content["metrics"],
-        samples=run["samples"]["path"],
+        samples=samples["path"],
         flags=flags,
     )
 

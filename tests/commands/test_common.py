@@ -8,12 +8,16 @@ from cm.runtime import distributed
 from tests.helpers.mp import run_ranks
 
 
-def test_the_folder_is_made(tmp_path):
+def test_the_folder_is_made_and_goes_again_where_nothing_came_of_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "a" / "b", tmp_path / "mine"):
+        with pytest.raises(UserError), claimed_output(folder, ["x.npz"], overwrite=False):
+            assert folder.is_dir()
+            raise UserError("an input that cannot be read")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"] and not list((tmp_path / "mine").iterdir())
     with claimed_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False):
-        pass
-    assert (tmp_path / "a" / "b").is_dir()
-    assert not list((tmp_path / "a" / "b").iterdir())
-    (tmp_path / "a" / "b" / "other.npz").touch()
+        (tmp_path / "a" / "b" / "other.npz").touch()
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["other.npz"]
     with claimed_output(tmp_path / "a" / "b", ["x.npz"], overwrite=False):
         pass
 

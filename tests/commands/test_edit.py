@@ -244,7 +244,7 @@ def test_a_model_that_is_not_finite_makes_no_pictures(models, images, tmp_path):
         message = f"^{first}: the model's output at noise level {level} is not finite"
         with pytest.raises(UserError, match=message):
             _run(tmp_path, tmp_path / task, task, *flags, model="nan.pt")
-        assert not list((tmp_path / task).iterdir())
+        assert not (tmp_path / task).exists()
 
 
 # ---- bad input --------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The batch of a step is a function of (data, seed, step): not of workers, ranks or the point of resumption."""
 
+import pickle
 import re
 import subprocess
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,7 +203,7 @@ def main():
     (worker,) = torch.multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     if sys.argv[2] == "outside":
-        time.sleep(10)
+        time.sleep(1)
     for batch in batches:
         pass
 
@@ -218,21 +220,43 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path, where):
     assert re.match(r"error: a data worker has ended.*/dev/shm has .* MiB.*--num_workers 0", done.stderr)
 
 
-@pytest.mark.parametrize("sign", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_is_killed_while_it_hands_over_is_one_line(sign):
-    def loader(error):
-        yield 1
-        raise error
+class Handover:
+    """Batches of a loader whose worker, a process, breaks off at the second one."""
 
-    delivered = data_stream._delivered(loader(sign))
-    assert next(delivered) == 1
-    with pytest.raises(
-        UserError, match=f"a data worker has ended.*{str(sign) or 'EOFError'}".replace("[", r"\[")
-    ):
-        next(delivered)
-    remote = ConnectionError("Caught ConnectionError in DataLoader worker process 0.")
-    with pytest.raises(ConnectionError, match="Caught"):
-        list(data_stream._delivered(loader(remote)))
+    def __init__(self, sign: Exception, worker: subprocess.Popen):
+        self._workers = [SimpleNamespace(sentinel=worker.stdout)]
+        self._sign = sign
+
+    def __iter__(self):
+        yield 1
+        raise self._sign
+
+
+SIGNS = [
+    ConnectionResetError(104, "Connection reset by peer"),
+    EOFError(),
+    FileNotFoundError(2, "No such file"),
+    pickle.UnpicklingError("pickle data was truncated"),
+    OSError("got end of file during message"),
+]
+
+
+@pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: type(sign).__name__)
+def test_a_worker_that_is_killed_while_it_hands_over_is_one_line(sign):
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as worker:
+        batches = Handover(sign, worker)
+        delivered = data_stream._delivered(batches)
+        with pytest.raises(UserError, match=re.escape(str(sign) or "EOFError")) as caught:
+            list(delivered)
+    assert str(caught.value).startswith("a data worker has ended")
+
+
+def test_what_a_living_worker_reports_stays_what_it_is():
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        remote = ConnectionError("Caught ConnectionError in DataLoader worker process 0.")
+        for sign in (remote, OSError("too many files")):
+            with pytest.raises(OSError, match=r"Caught|too many"):
+                list(data_stream._delivered(Handover(sign, worker)))
 
 
 FULL = """

@@ -160,7 +160,7 @@ def test_files_that_are_not_classifiers(tmp_path):
     with pytest.raises(UserError, match="not written by"):
         load_classifier(str(tmp_path / "other.pt"))
     save_weights(tmp_path / "layout.pt", {"a": torch.zeros(1)}, meta)
-    with pytest.raises(UserError, match="another layout"):
+    with pytest.raises(UserError, match="does not fit the model"):
         load_classifier(str(tmp_path / "layout.pt"))
     with pytest.raises(UserError, match="SHA-256"):
         ClassifierFeatures(str(path), torch.device("cpu"), "0" * 8)

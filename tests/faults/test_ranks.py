@@ -152,6 +152,25 @@ def test_kill_9_under_mpiexec_leaves_nothing_behind_and_the_rank_is_named(data, 
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_ends_the_job_under_mpiexec(data, tmp_path, rank):
+    """Rank 0 keeps the store by which ranks agree on an error: the other one must not wait for it."""
+    folder = tmp_path / "run"
+    began = time.monotonic()
+    process = launched(data, folder, f"freeze:{rank}:3", "--step_timeout 0.05 --startup_timeout 1")
+    try:
+        printed, _ = process.communicate(timeout=150)
+        assert process.returncode != 0
+        found = liveness.read_status(folder)
+        assert (found["ended"], found["rank"]) == ("stuck rank", rank) and "no progress for 3 s" in printed
+        ranks = liveness.read_beats(folder)
+        wait_for(lambda: not any(liveness.is_alive(beat) for beat in ranks), 10)
+    finally:
+        mp._end(process)
+    print(time.monotonic() - began)
+
+
+@pytest.mark.mpi
 def test_a_signal_to_mpiexec_reaches_the_ranks(data, tmp_path):
     folder = tmp_path / "run"
     process = launched(data, folder, "slow:0:0", "--total_training_steps 1000")

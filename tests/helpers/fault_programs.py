@@ -31,6 +31,7 @@ FAULTS = {
     "raise": deliberate,
     "exit": lambda: sys.exit(7),
     "stuck": stuck_for_ever,
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "slow": lambda: time.sleep(0.3),
     "none": lambda: None,

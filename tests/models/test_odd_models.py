@@ -167,7 +167,7 @@ def test_deep_json_in_a_file_is_refused(tmp_path, model):
     torch.save(model[1], tmp_path / "w.pt")
     with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
         archive.writestr("w/extra/cm.json", "[" * 100_000 + "]" * 100_000)
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         load_model_file(str(tmp_path / "w.pt"))
 
 

@@ -6,6 +6,7 @@ import stat
 
 import pytest
 
+from cm.errors import UserError
 from cm.runtime import files
 from cm.runtime.files import sync_folder, whole_file
 
@@ -72,3 +73,13 @@ def test_folders_that_cannot_be_flushed_are_left_and_broken_ones_are_not(tmp_pat
     answer(errno.ENOTSUP)
     with pytest.raises(OSError, match="Input/output"):
         answer(errno.EIO)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    """A rename over /dev/null takes it from the whole machine."""
+    path = tmp_path / "out"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/null")
+    with pytest.raises(UserError, match=f"out is a {kind}, not a file"), whole_file(path) as file:
+        file.write(b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not path.is_file()

@@ -92,7 +92,7 @@ def test_a_line_that_is_still_being_written_is_passed_over(tmp_path):
     ("content", "message"),
     [
         (None, "is no run directory: it has no config.json"),
-        ("{", "cannot be read"),
+        ("{", "not valid JSON"),
         ("[1]", "is not of a training run of this version"),
         ('{"script": "train_v9"}', "is not of a training run of this version"),
     ],

@@ -7,6 +7,7 @@ file does not tell (how the model was trained, above all) the caller adds.
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,13 @@ def detect(path: str) -> str:
 
 def _mentions_edm(path: str) -> bool:
     """Whether a torch zip holds objects of EDM's code instead of plain tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            # What is compressed is no file of torch: its reader says so without unpacking it.
-            stored = names and archive.getinfo(names[0]).compress_type == zipfile.ZIP_STORED
-            return bool(stored) and b"torch_utils.persistence" in archive.read(names[0])
-    except (OSError, zipfile.BadZipFile):
-        return False
+    # Damaged bytes make zipfile raise almost anything, which the reader of the file says.
+    with suppress(Exception), zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        # What is compressed is no file of torch: its reader says so without unpacking it.
+        stored = names and archive.getinfo(names[0]).compress_type == zipfile.ZIP_STORED
+        return bool(stored) and b"torch_utils.persistence" in archive.read(names[0])
+    return False
 
 
 def _read_torch(source: Source) -> tuple[State, Config]:

@@ -15,9 +15,8 @@ import argparse
 def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan and print."""
     import json
-    from pathlib import Path
 
-    from cm.errors import UserError
+    from cm.runtime.files import whole_file, writing
     from cm.tools.planning import devices, report, run
 
     if args.measured:
@@ -31,12 +30,9 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         plans = [run.plan_training(name, cluster, flags, slowdown) for name in args.presets]
     print(report.text(plans, measured, args.price))
     if args.json:
-        try:
-            Path(args.json).write_text(
-                json.dumps(report.document(plans, measured, args.price), indent=1) + "\n"
-            )
-        except OSError as error:
-            raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from None
+        text = json.dumps(report.document(plans, measured, args.price), indent=1) + "\n"
+        with writing(args.json), whole_file(args.json) as file:
+            file.write(text.encode())
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -13,6 +13,8 @@ import torch
 from cm.errors import UserError
 from cm.runtime import distributed
 from cm.runtime.cpu import usable_cores
+from cm.runtime.files import whole_file, writing
+from cm.runtime.inputs import read_json
 from cm.runtime.platform import processor
 from cm.runtime.provenance import versions
 
@@ -77,15 +79,16 @@ class Report:
         """Write the JSON file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        with writing(target), whole_file(target) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 def load_report(path: str) -> Report:
     """A report from its JSON file; UserError when it is none."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
         return Report([Row(**row) for row in content["rows"]], content["environment"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UserError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a report of scripts/benchmark.py ({type(error).__name__})") from None
 
 

@@ -7,8 +7,8 @@ A run that is still going on is shown as it is now. Results are looked for in ea
 """
 
 import argparse
-import json
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from cm.config.rows import METRICS, OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
 from cm.errors import UserError
 from cm.runtime import job, liveness
+from cm.runtime.inputs import json_or_none, misfit, open_regular, read_regular
 from cm.storage.filesystem import write_atomic
 from cm.tools.findings import Finding, find_results, metric_names
 from cm.tools.runs import Run, number, read_run, since
@@ -27,6 +28,8 @@ from evaluations.reports.run_report.curves import COLOURS, Picture, curves, data
 
 PREVIEWS = 40  # steps shown at most: the page holds every picture
 MESSAGES = 40
+LARGEST_PICTURE = 64 << 20  # bytes
+LOG_TAIL = 1 << 20  # bytes of log.txt in which the last messages are looked for
 # Flags that say where a run lies and not what it is
 PLACES = {"out_dir", "data_dir", "mirror", "config", "dry_run"}
 
@@ -159,26 +162,21 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     if not checkpoints:
         return [*found, ("checkpoints", "none yet")]
     found.append(("checkpoints", ", ".join(path.name for path in checkpoints[-12:])))
-    state = _object(checkpoints[-1] / "state.json")
+    state = json_or_none(checkpoints[-1] / "state.json") or {}
+    state = {} if misfit(state, {"versions": (dict, None)}) else state
     found += [("data fingerprint", str(state["data"]))] if state.get("data") else []
     found += [("images per step", str(state["global_batch_size"]))] if state.get("global_batch_size") else []
     versions = state.get("versions") or {}
     return [*found, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def messages(run: Run) -> list[str]:
     """The last messages of log.txt, without its tables."""
     try:
-        lines = (run.path / "log.txt").read_text(errors="replace").splitlines()
-    except OSError:
+        with open_regular(run.path / "log.txt") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LOG_TAIL, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except (OSError, UserError):
         return []
     return [line for line in lines if line and not line.startswith(("|", "---"))][-MESSAGES:]
 
@@ -196,7 +194,9 @@ def preview_strips(run: Run, colour: str, most: int) -> list[dict[str, Any]]:
             "colour": colour,
             "sampler": sampler,
             "pictures": [
-                (step, data_uri(path.read_bytes(), "png")) for step, path in thinned(sorted(found), most)
+                (step, data_uri(content, "png"))
+                for step, path in thinned(sorted(found), most)
+                if (content := picture(path))
             ],
         }
         for sampler, found in strips.items()
@@ -210,10 +210,18 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
+def picture(path: Path) -> bytes:
+    """The bytes of a picture; empty for what cannot be read or is none."""
+    try:
+        return read_regular(path, LARGEST_PICTURE)
+    except (OSError, UserError):
+        return b""
+
+
 def grid(run: str, finding: Finding) -> Picture:
     """The picture that image_sample drew beside its samples."""
     return Picture(
-        f"{short(run)}: {described(finding)}", data_uri(finding.picture.read_bytes(), "png"), finding.source
+        f"{short(run)}: {described(finding)}", data_uri(picture(finding.picture), "png"), finding.source
     )
 
 
@@ -258,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--previews must be at least 2, got {options.previews}")
     runs = distinct(read_run(path) for path in options.runs)
     out = Path(options.out or (runs[0].path / "report.html" if len(runs) == 1 else "report.html"))
+    if missing := [folder for folder in options.results if not Path(folder).is_dir()]:
+        raise UserError(f"--results {missing[0]}: no such folder")
     html = page(runs, results=options.results, previews=options.previews)
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
