@@ -125,13 +125,18 @@ def _average(checkpoint: str, kind: str) -> tuple[Path, float, int]:
 def _read(path: str, kind: str) -> ModelFile:
     if _is_posthoc(kind):
         state, meta, _ = posthoc.reconstruct(*_average(path, kind))
-        return ModelFile(path, kind, without_loss(state), (meta or {}).get("config"))
+        return ModelFile(path, kind, without_loss(state), _stored(meta, path))
     state, meta = load_weights(path)
-    stored = (meta or {}).get("config")
-    config = None if stored is None else checked(stored, path)
+    config = _stored(meta, path)
     return ModelFile(
         path, kind, require_flat(without_loss(state), path, described=config is not None), config
     )
+
+
+def _stored(meta: dict | None, path: str) -> dict | None:
+    """The configuration that a file describes itself by, checked."""
+    stored = (meta or {}).get("config")
+    return None if stored is None else checked(stored, path)
 
 
 def _kind_of(name: str) -> str:

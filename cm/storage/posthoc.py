@@ -180,10 +180,14 @@ def reconstruct(
 ) -> tuple[dict[str, Tensor], dict | None, list[tuple[Snapshot, float]]]:
     """(state dict, meta of the newest snapshot, `plan`) of an average; step 0 is that of the last snapshots."""
     chosen, metas = plan(run, sigma_rel, step), []
+    shapes: dict[str, dict[str, torch.Size | None]] = {}
 
     def parts():
         for snapshot, weight in chosen:
             state, meta = load_weights(snapshot.path)
+            found = {name: t.shape if isinstance(t, Tensor) else None for name, t in state.items()}
+            if None in found.values() or found != shapes.setdefault("first", found):
+                raise UserError(f"{snapshot.path} is no snapshot of the same network as those before it")
             metas.append(meta)
             yield state, weight
 

@@ -201,6 +201,15 @@ def test_lengths_and_steps_that_the_snapshots_do_not_span(tmp_path):
         posthoc.exponent(0.29)
 
 
+@pytest.mark.parametrize("spoilt", [{"w": torch.ones(7)}, {"w": {"a": torch.ones(1)}}, {"w": 3}, {}], ids=str)
+def test_a_snapshot_of_another_network_is_named(tmp_path, spoilt):
+    write_run(tmp_path, 4)
+    path = posthoc.find_snapshots(tmp_path)[-2].path
+    save_weights(path, spoilt, {})
+    with pytest.raises(UserError, match=rf"{path.name} is no snapshot of the same network"):
+        posthoc.reconstruct(tmp_path, 0.08)
+
+
 def test_weights_by_length(tmp_path):
     write_run(tmp_path / "run", 16)
     file = load_model_file(str(tmp_path / "run"), "posthoc:0.08")
