@@ -107,9 +107,9 @@ def load_classifier(path: str) -> tuple[SmallClassifier, dict]:
     state, meta = load_weights(path)
     if not meta or meta.get("network") not in (NAME, OLD_NAME):
         raise UserError(f"--features {NAME}={path}: not written by cm classifier")
-    meta = {"patch": 1, **meta}
-    sizes = [meta.get(name) for name in SIZES]
-    if problem := misfit(meta, dict.fromkeys(SIZES, int)):
+    said = {"patch": 1, **meta}
+    sizes = [said.get(name) for name in SIZES]
+    if problem := misfit(said, dict.fromkeys(SIZES, int)):
         raise UserError(f"--features {NAME}={path}: in its description {problem}")
     if not all(size and 0 < size <= LARGEST for size in sizes):
         raise UserError(f"--features {NAME}={path}: its description must have {', '.join(SIZES)}")

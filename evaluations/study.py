@@ -7,7 +7,6 @@ left, and writes what there is by then: a table in docs/study.md, pictures, docs
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -24,6 +23,7 @@ from cm.config.parsing import at_least
 from cm.data.images import save_json
 from cm.errors import UserError
 from cm.runtime import job
+from cm.runtime.inputs import read_json
 from cm.runtime.liveness import EXIT_UNFINISHED, read_status
 from cm.runtime.provenance import versions
 from evaluations.npz_io import open_images
@@ -75,7 +75,7 @@ class Runner:
         """What `results/<name>.json` holds, made now unless it is there."""
         path = self.run / "results" / f"{name}.json"
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         self.minutes_left()
         print(f"{name} ...", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

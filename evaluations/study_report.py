@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm.data.images import save_json
+from cm.runtime.inputs import read_json
 from cm.storage.filesystem import write_atomic
 from evaluations.reports.plots import Block, Series, image_page, line_plot
 from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_of
@@ -35,7 +36,7 @@ class Bar(NamedTuple):
 def load(run: Path) -> Results:
     """Every result of a study's folder by its name."""
     files = sorted((run / "results").glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {path.stem: read_json(path) for path in files}
 
 
 def fid(results: Results, method: str, kind: str) -> float | None:

@@ -7,7 +7,6 @@ pass. The answer of a measurement is kept for the machine, so that a second star
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from cm.models.factory import create_network, network_options
 from cm.networks.architecture import Architecture
 from cm.networks.precision import torso_dtype
 from cm.runtime import distributed, logger
+from cm.runtime.inputs import json_or_none
 from cm.runtime.platform import processor
 from cm.storage.filesystem import cache_folder, write_atomic
 
@@ -134,13 +134,7 @@ def _path() -> Path | None:
 def _read() -> dict[str, Any]:
     """What this machine knows; nothing where there is no file, or a damaged one."""
     path = _path()
-    try:
-        if path is None or os.path.getsize(path) > 2**20:
-            return {}
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return (json_or_none(path, limit=2**20) if path else None) or {}
 
 
 def _write(known: dict[str, Any]) -> None:
