@@ -18,7 +18,6 @@ from typing import Any
 from cm.config import choices, rows
 from cm.config.registry import Registry
 from cm.errors import UserError, choose, listed
-from cm.runtime.inputs import read_regular
 
 GROUP = "cm.plugins"
 LARGEST = 16 << 20  # bytes of a source file
@@ -55,9 +54,11 @@ def load_one(name: str, flag: str = "plugin") -> Plugin:
     """Import one plug-in. A file that has changed since is read again, and its old rows go. flag: what names it."""
     path = _find(name, flag)
     try:
-        sha256 = hashlib.sha256(read_regular(path, LARGEST)).hexdigest()
-    except (UserError, OSError) as error:
-        raise UserError(f"--{flag} {error}") from None
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise UserError(f"--{flag} {name}: {path} is no source file")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--{flag} {name}: {path} cannot be read: {error.strerror or error}") from None
     known = _loaded.get(str(path))
     if known is not None and known.sha256 == sha256:
         return known

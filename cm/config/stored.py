@@ -9,7 +9,6 @@ from cm.config.fields import check_flag, flags_of, meta_of
 from cm.config.flags import ModelFlags
 from cm.config.scripts import SCRIPTS, SampleConfig
 from cm.errors import UserError
-from cm.runtime.inputs import misfit
 
 # Far above any network's; what is built from a number has to be paid for in memory or time.
 LIMITS = {
@@ -34,11 +33,18 @@ def checked(stored: Any, source: str) -> dict[str, Any]:
     for name, value in stored.items():
         if not isinstance(name, str):
             raise UserError(f"{source}: its configuration has a {type(name).__name__} as a name")
-        if name == "class_names" and (problem := misfit(list(value) if value else [], [str])):
-            raise UserError(f"{source}: its configuration names classes by more than texts ({problem})")
+        if name == "class_names" and not all(isinstance(word, str) for word in _items(value)):
+            raise UserError(
+                f"{source}: its configuration names classes by {str(value)[:40]}, not a list of texts"
+            )
         if name in known:
             _check(known[name], value, source, bounds=name in network)
     return stored
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list or tuple; what is none of them stands as its own item."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [object]
 
 
 def _check(f: Field, value: Any, source: str, bounds: bool) -> None:
