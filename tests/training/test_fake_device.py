@@ -17,7 +17,7 @@ from cm.models.files import ModelFile
 from cm.networks.precision import torso_dtype
 from cm.objectives import base
 from cm.runtime import logger
-from cm.seeding import StepRandom
+from cm.seeding import NoiseOf, StepRandom
 from cm.tools.bench.runs import Options, train_config
 from cm.training.factory import create_objective
 from cm.training.roles import create_roles
@@ -58,7 +58,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(nn.Module, "_apply", replaced)
     # A generator's state is the host's.
     monkeypatch.setattr(base, "rng_state", lambda device: (torch.get_rng_state(), None))
-    # Values have no meaning here.
+    # Page-locked memory needs a GPU, and values have no meaning here.
+    monkeypatch.setattr(NoiseOf, "draw", lambda n, pinned=False: torch.empty(n.stop - n.start, *n.shape))
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
     with FakeTensorMode(allow_non_fake_inputs=True), OneFlag() as flag:
         yield flag

@@ -35,7 +35,7 @@ def page(content: Content, *, tiny: bool = False) -> str:
         for n, s in content.states.items()
     ]
     lines += _table(["part", "state", "seconds", "why"], states)
-    lines += _aims(content.rows)
+    lines += [] if tiny else _aims(content.rows)
     for name, found in content.rows.items():
         lines += ["", f"## {content.parts[name].title}", ""]
         lines += _part([Row(**row) for row in found])
