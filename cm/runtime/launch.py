@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -99,7 +100,7 @@ def connect(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has counted the ranks
             with _waiting(launch, lambda: "torchrun's store"):
                 store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-            return launch, store
+            return launch, this_attempt(store, launch, timeout)
         host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT")
         return launch, _meet(host, port, launch, timeout)
     if launch.kind == "mpi":
@@ -108,6 +109,34 @@ def connect(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
         host, port = slurm_address(os.environ)
         return launch, _meet(host, port, launch, timeout)
     raise ValueError("a single process has nobody to connect to")
+
+
+def this_attempt(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
+    """A part of the store that no earlier attempt has written to: torchrun keeps its store over elastic restarts.
+
+    Rank 0 names the attempt; the others join it under names of their own, which only a living rank 0 answers. What
+    torchrun itself says, the number of restarts, may differ from node to node.
+    """
+    own = attempt = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    if launch.rank == 0:
+        store.set("cm/attempt", own)
+    missing = set(range(1, launch.world_size)) if launch.rank == 0 else {0}
+    with _waiting(launch, lambda: f"ranks {sorted(missing)} of this attempt"):
+        while True:
+            if launch.rank == 0:
+                for rank in [r for r in missing if store.check([f"cm/{own}/{r}"])]:
+                    store.set(f"cm/{own}/answer/{store.get(f'cm/{own}/{rank}').decode()}", "")
+                    missing.remove(rank)
+            elif store.check(["cm/attempt"]):
+                attempt = store.get("cm/attempt").decode()
+                store.set(f"cm/{attempt}/{launch.rank}", own)
+                missing -= {0} if store.check([f"cm/{attempt}/answer/{own}"]) else set()
+            if not missing:
+                return dist.PrefixStore(f"cm/{attempt}", store)
+            if time.monotonic() > deadline:
+                raise _alone(launch, f"ranks {sorted(missing)}", timeout)
+            time.sleep(POLL_INTERVAL)
 
 
 def abort_mpi(code: int) -> None:

@@ -1,11 +1,14 @@
+import datetime
 import os
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cm import dist_util
 from cm.errors import UserError
@@ -320,3 +323,27 @@ def test_the_test_helper_reports_errors_deaths_and_hangs():
         mp.run_ranks("tests.runtime.test_distributed:die_on_one", 2)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
         mp.run_ranks("time:sleep", 2, 30, timeout=0.5)
+
+
+def test_an_elastic_restart_sees_nothing_of_the_attempt_before():
+    """torchrun keeps its store: what a dead attempt wrote there must not be taken for the living one's."""
+    server = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    timeout = datetime.timedelta(seconds=20)
+
+    def attempt(order):
+        def meet(rank):
+            time.sleep(0.05 * order.index(rank))
+            client = dist.TCPStore("127.0.0.1", server.port, 3, is_master=False, wait_for_workers=False)
+            return launch.this_attempt(client, launch.Launch("torchrun", rank, 3, rank, 3), timeout)
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(meet, range(3)))
+
+    first = attempt([0, 1, 2])
+    first[0].set("address", "of a dead rank")
+    assert first[2].get("address") == b"of a dead rank"
+    second = attempt([1, 2, 0])  # the others come before rank 0 has named the attempt
+    assert not any(part.check(["address"]) for part in second)
+    second[1].set("address", "alive")
+    assert second[0].get("address") == second[2].get("address") == b"alive"
+    assert first[0].get("address") == b"of a dead rank"
