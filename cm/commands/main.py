@@ -10,7 +10,6 @@ the same as `cm`, for launchers that start modules. Imports no torch.
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cm import __version__
 from cm.commands.cli import run_script
 from cm.config.registry import resolve
 from cm.errors import UserError, nearest
+from cm.runtime.streams import lasting_streams
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,9 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The program `cm`."""
-    try:
+    """The program `cm`. What it prints may be cut off: `cm presets | head`, a full disk."""
+    with lasting_streams():
         _main(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # `cm presets | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -151,3 +151,11 @@ def test_a_wheel_has_everything(tmp_path):
         if name != "completion":
             shown = cm(name, "--help", cwd=tmp_path, PYTHONPATH=str(site))
             assert shown.returncode == 0 and shown.stdout, (name, shown.stderr)
+
+
+def test_a_list_without_room_on_the_screen_ends_well():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cm", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (0, "")
