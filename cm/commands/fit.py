@@ -1,5 +1,6 @@
 """A training configuration made to fit: teacher, data, `--preset auto`, and the memory of this machine."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def with_side(config: TrainConfig, facts: DataFacts) -> TrainConfig:
         return config
     if not facts.side:
         raise UserError(
-            f"--data_dir {config.data_dir}: the images have several sizes: cm prepare {config.data_dir} FOLDER "
-            "--image_size N, or give --image_size"
+            f"--data_dir {config.data_dir}: the images have several sizes: "
+            f"cm prepare {shlex.quote(config.data_dir)} FOLDER --image_size N, or give --image_size"
         )
     return replace(config, image_size=facts.side, explicit=config.explicit | {"image_size"})
 

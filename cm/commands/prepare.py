@@ -7,6 +7,7 @@ cifar-10-python.tar.gz, cifar-10-binary.tar.gz, and `digits` or `digits_rgb` (sc
 
 import argparse
 import json
+import shlex
 from typing import NoReturn
 
 from cm.config.parsing import str2bool
@@ -71,6 +72,7 @@ def main(flags: argparse.Namespace) -> None:
         print(f"--image_size {flags.image_size}", flush=True)
     manifest = prepare(**vars(flags), progress=True)
     print(f"{flags.out}: {json.dumps({key: manifest[key] for key in SHOWN})}")
+    print(f"next: cm train {shlex.quote(flags.out)} --out_dir runs/teacher", flush=True)
 
 
 def natural_side(source: str) -> int:

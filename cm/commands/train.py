@@ -198,9 +198,6 @@ def build_trainer(
 
 def log_summary(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> None:
     """Log what is about to happen: data, network, batch, length."""
-    if config.class_cond:
-        names = ", ".join(dataset.classes[:20]) + (", ..." if dataset.num_classes > 20 else "")
-        logger.log(f"{dataset.num_classes} classes, from {dataset.label_origin}: {names}")
     logger.log(
         f"{len(dataset)} images of {config.image_size} px, {dataset.channels} channel(s), "
         f"{config.num_classes if config.class_cond else 'no'} classes; "
