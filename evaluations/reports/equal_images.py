@@ -145,17 +145,15 @@ def collect(run: Path, images: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row per model, its one- and two-step scores side by side."""
+    """Markdown: one row per model, with a column for each number of evaluations; a teacher's first."""
     lines = [
-        "| model | first weights | images | one step: read as asked, Fréchet distance | two steps |",
+        "| model | first weights | images | evaluations: read as asked, Fréchet distance | |",
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         title = TITLES[f"{row['model']}_onestep"].rpartition(", ")[0]
-        cells = [
-            f"{scores['accuracy']:.1%}, {scores['fid']:.3f}" if (scores := row["scores"].get(way)) else ""
-            for way in ("onestep", "twostep")
-        ]
+        cells = [f"{s['nfe']}: {s['accuracy']:.1%}, {s['fid']:.3f}" for s in row["scores"].values()]
+        cells += [""] * (2 - len(cells))
         lines.append(f"| {title} | {row['starts_from']} | {row['images']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
 """The command of the learning proof: what it runs is valid, and ends up in the table."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_a_part_of_the_students_and_the_table_of_what_is_there():
     assert models(["tcm"]) == ["tcm1", "tcm"] and models(["sct", "cd"]) == ["cd", "sct"]
     with pytest.raises(UserError, match=r"--only must be one of .*ect"):
         models(["etc"])
-    scores = {"onestep": {"accuracy": 0.5, "fid": 1.25}}
+    scores = {"onestep": {"nfe": 1, "accuracy": 0.5, "fid": 1.25}}
     result = {"rows": [{"model": "sct", "starts_from": "teacher", "images": 19712, "scores": scores}]}
-    assert equal_images.table(result).splitlines()[2] == "| sCT | teacher | 19,712 | 50.0%, 1.250 |  |"
+    assert equal_images.table(result).splitlines()[2] == "| sCT | teacher | 19,712 | 1: 50.0%, 1.250 |  |"
+
+
+def test_the_table_of_the_systems_is_that_of_the_stored_numbers():
+    root = Path(__file__).parents[2]
+    stored = json.loads((root / "docs/results/digits_equal_images.json").read_text())
+    assert equal_images.table(stored) in (root / "docs/systems.md").read_text()
+    rows = {row["model"]: row for row in stored["rows"]}
+    assert rows.keys() <= {equal_images.TEACHER, *training()}
+    assert all(0 <= s["accuracy"] <= 1 <= s["nfe"] for row in rows.values() for s in row["scores"].values())
+    assert {row["images"] for name, row in rows.items() if name != equal_images.TEACHER} == {19712}
