@@ -88,7 +88,7 @@ def score_batch(
     x0 = dequantized(batch.images, uniforms).to(model.device)
     watch = FiniteWatch()
     got = log_likelihood(
-        model.denoise(batch.labels, clip=False, watch=watch.wrap),
+        model.denoise(batch.labels, clip=False, watch=watch.wrap, reads="denoiser"),
         x0,
         probe,
         sigma_min=c.sigma_min,

@@ -166,9 +166,9 @@ class CallCounter:
     def wrap(self, denoise: DenoiseFn, cost: Callable[[Tensor], int] = lambda sigma: 1) -> DenoiseFn:
         """The same function, counted. cost: network evaluations of a call at these noise levels."""
 
-        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        def counted(x: Tensor, sigma: Tensor, *lower: Tensor) -> Tensor:
             self.per_batch += cost(sigma) if self._counting else 0
-            return denoise(x, sigma)
+            return denoise(x, sigma, *lower)
 
         return counted
 
@@ -196,7 +196,8 @@ def sample_batches(
     @torch.no_grad()
     def draw(count: int, labels: Tensor | None) -> Tensor:
         cost = model.denoiser.evaluations if isinstance(model.denoiser, GuidedDenoiser) else lambda sigma: 1
-        denoise = counter.wrap(model.denoise(labels, c.clip_denoised, watch.wrap), cost)
+        reads = SAMPLERS[c.sampler].reads
+        denoise = counter.wrap(model.denoise(labels, c.clip_denoised, watch.wrap, reads), cost)
         own = dict(options or {})
         if classifier is not None:
             guidance = parse_guidance(c.guidance)

@@ -212,11 +212,75 @@ class SegmentDistillationOptions(SegmentOptions):
 
 
 @dataclass(frozen=True)
+class FlowTimeOptions:
+    """Flow maps"""
+
+    time_law: str = flag(
+        "sorted",
+        "how t and r < t are drawn: logit-normal ones, sorted; r cut at t; or gaps of 1/2, 1/4 ...",
+        choices=("sorted", "capped", "dyadic"),
+    )
+    t_mean: float = flag(-2.0, "mean of ln(t / (1 - t)), which is ln(sigma)")
+    t_std: float = flag(2.0, "standard deviation of it", above=0)
+    r_mean: float = flag(-2.0, "the same of r")
+    r_std: float = flag(2.0, "the same of r", above=0)
+    octaves: int = flag(7, "number of gaps of --time_law dyadic", low=1, high=20)
+    gap_share: float = flag(
+        0.75, "share of the rows with r < t; the others learn the velocity", low=0, high=1
+    )
+    norm_p: float = flag(0.75, "p of the weight 1 / (error + c)^p; 0: none", low=0)
+    norm_c: float = flag(1e-3, "c of that weight", above=0)
+
+
+@dataclass(frozen=True)
+class FlowMapOptions(FlowTimeOptions):
+    """Flow maps"""
+
+    identity: str = flag(
+        "eulerian",
+        "what the exact map obeys: the derivative by t along the flow, by r, or two steps for one",
+        choices=("eulerian", "lagrangian", "progressive"),
+    )
+    flow_path: str = flag(
+        "linear", "path whose velocities are compared", choices=("linear", "trigonometric", "vp", "edm")
+    )
+    split_start: float = flag(
+        0.5, "progressive: share of the gap that the first of two steps takes", above=0, below=1
+    )
+    split_end: float = flag(0.5, "the same after --split_steps", above=0, below=1)
+    split_steps: int = flag(0, "steps over which that share changes", unit="steps", low=0)
+    split_uniform: bool = flag(False, "draw that share anew for every row instead")
+    gap_power: float = flag(0.0, "power of t - r that errors of rows with r < t are multiplied by")
+
+
+@dataclass(frozen=True)
+class SelfFlowMapOptions(FlowMapOptions):
+    """Flow maps"""
+
+    flow_velocity: str = flag(
+        "data",
+        "the flow's velocity is that of image and noise, or what the network itself has learned of it",
+        choices=("data", "self"),
+    )
+
+
+@dataclass(frozen=True)
 class AddimOptions:
     """Sampler addim"""
 
     addim_eta: float = flag(
         0.1, "eta of the variance eta / (2 + SNR) that is added back", low=0, argument="eta"
+    )
+
+
+@dataclass(frozen=True)
+class JumpOptions:
+    """Sampler jumps"""
+
+    spacing: str = flag(
+        "linear",
+        "equal steps in the time of this path, or on Karras's grid",
+        choices=("linear", "trigonometric", "karras"),
     )
 
 

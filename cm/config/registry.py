@@ -68,13 +68,15 @@ class Sampler(Row):
     """make(denoise, x, sigmas, generator, progress, callback, **options) -> x: see `cm.sampling.driver`.
 
     grid: the row of GRIDS that it walks along. order: of convergence with fixed steps along the flow; 0: none.
-    guidance: a classifier can steer it. other_grids: --time_steps may replace its grid.
+    guidance: a classifier can steer it. other_grids: --time_steps may replace its grid. reads: what it asks of a flow
+    map: `denoiser`, `consistency` (steps to no noise) or `jumps` (to any level, which no other model has).
     """
 
     grid: str = "karras"
     order: int = 0
     guidance: bool = True
     other_grids: bool = False
+    reads: str = "denoiser"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,28 @@ OBJECTIVES: Registry[Objective] = Registry(
             boundary="zero",
             options=options.TrigFlowOptions,
         ),
+        "flow_map": Objective(
+            make="cm.objectives.flow_map:flow_map",
+            sampler="jumps",
+            continuous=True,
+            two_times=True,
+            options=options.SelfFlowMapOptions,
+        ),
+        "flow_map_distillation": Objective(
+            make="cm.objectives.flow_map:distillation",
+            teacher=True,
+            sampler="jumps",
+            continuous=True,
+            two_times=True,
+            options=options.FlowMapOptions,
+        ),
+        "meanflow": Objective(
+            make="cm.objectives.meanflow:meanflow",
+            sampler="jumps",
+            continuous=True,
+            two_times=True,
+            options=options.FlowTimeOptions,
+        ),
         "classifier": Objective(
             make="cm.objectives.classifier:classification",
             script="classifier_train",
@@ -116,15 +138,25 @@ SAMPLERS: Registry[Sampler] = Registry(
             make="cm.sampling.ode:sample_dpm", order=2, other_grids=True, options=options.ChurnOptions
         ),
         "ancestral": Sampler(make="cm.sampling.ancestral:sample_euler_ancestral", other_grids=True),
-        "onestep": Sampler(make="cm.sampling.consistency:sample_onestep", guidance=False),
+        "onestep": Sampler(
+            make="cm.sampling.consistency:sample_onestep", guidance=False, reads="consistency"
+        ),
         "multistep": Sampler(
             make="cm.sampling.consistency:sample_multistep",
             grid="ts",
             guidance=False,
+            reads="consistency",
         ),
         "progdist": Sampler(make="cm.sampling.consistency:sample_progdist", grid="intervals", guidance=False),
         "addim": Sampler(
             make="cm.sampling.ode:sample_addim", order=1, other_grids=True, options=options.AddimOptions
+        ),
+        "jumps": Sampler(
+            make="cm.sampling.jumps:sample_jumps",
+            grid="jumps",
+            guidance=False,
+            reads="jumps",
+            options=options.JumpOptions,
         ),
         "general": Sampler(
             make="cm.sampling.general:sample_general",
@@ -152,6 +184,7 @@ GRIDS: Registry[Row] = Registry(
         "ts": Row(make="cm.sampling.levels:chosen"),
         "intervals": Row(make="cm.sampling.levels:intervals"),
         "sde": Row(make="cm.sampling.levels:of_sde"),
+        "jumps": Row(make="cm.sampling.levels:of_jumps"),
     },
 )
 
@@ -212,6 +245,8 @@ PRECONDS: Registry[Precond] = Registry(
             model={"sigma_min": 0.006425412771141183},
             training={"schedule_sampler": "iddpm", "weight_schedule": "snr"},
         ),
+        # A network that was trained on z = (1 - t) x0 + t n; noise alone is at an infinite level
+        "flow": Precond(make="cm.diffusion.precond:flow_column", model={"sigma_max": 1e6}),
         # A network that was trained in TrigFlow's coordinates
         "trigflow": Precond(make="cm.diffusion.precond:trigflow_column"),
         # The levels of t = 0 and 999

@@ -56,13 +56,13 @@ class Denoiser:
         return append_dims(c.c_out, x.ndim) * mean + append_dims(c.c_skip, x.ndim) * x
 
 
-# (x (B, C, ...), sigma (B,)) -> estimate of the clean image, like x
-DenoiseFn = Callable[[Tensor, Tensor], Tensor]
+# (x (B, C, ...), sigma (B,)) -> estimate of the clean image, like x; flow maps take a lower level, too
+DenoiseFn = Callable[..., Tensor]
 
 
 def clamped(denoiser: DenoiseFn) -> DenoiseFn:
     """The same denoiser with predictions clamped to [-1, 1]."""
-    return lambda x, sigma: denoiser(x, sigma).clamp(-1, 1)
+    return lambda x, *levels: denoiser(x, *levels).clamp(-1, 1)
 
 
 # (x (B, C, ...), sigma (B,)) -> s grad_x log p(y | x; sigma), like x

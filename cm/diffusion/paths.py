@@ -30,7 +30,12 @@ from cm.nn import append_dims
 
 
 class Path:
-    """alpha(t), beta(t), their derivatives, and the time of a noise level; all of tensors (B,)."""
+    """alpha(t), beta(t), their derivatives, and the time of a noise level; all of tensors (B,).
+
+    straight: alpha and beta are linear in t, so that a DDIM step has one velocity from its start to its end.
+    """
+
+    straight = False
 
     def alpha(self, t: Tensor) -> Tensor:
         """Factor of the clean image."""
@@ -57,6 +62,8 @@ class Path:
 class EdmPath(Path):
     """z = x0 + t n (Karras et al. 2022)."""
 
+    straight = True
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
@@ -73,6 +80,8 @@ class EdmPath(Path):
 @dataclass(frozen=True)
 class LinearPath(Path):
     """z = (1 - t) x0 + t n (Lipman et al. 2023, Liu et al. 2023)."""
+
+    straight = True
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -163,6 +172,8 @@ def _endpoint(path: Path, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _average_velocity(path: Path, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    if path.straight:  # so that no digits are lost where r is close to t
+        return _velocity(path, t, r)
     a, b = _endpoint(path, t, r)
     gap = t - r
     pairs = zip((-a / gap, (1 - b) / gap), _velocity(path, t, r))

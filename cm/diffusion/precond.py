@@ -23,6 +23,8 @@ from cm.diffusion.noise_schedules import (
 )
 from cm.errors import UserError
 
+LOWEST = 0.002  # sigma_min of all published models, where a clock that follows ln(sigma) stops
+
 
 class Coefficients(NamedTuple):
     """c_skip, c_out, c_in, c_noise, each (B,)."""
@@ -46,6 +48,13 @@ class Precond(Protocol):
     def smooth(self) -> "Precond":
         """The same on a clock without steps, for functions of all noise levels and their derivatives."""
         return self
+
+    def second(self, sigma: Tensor, lower: Tensor) -> Tensor:
+        """The second clock (B,) of a flow map's step from sigma to lower: the first one at lower, as in CTM.
+
+        Levels below 0.002, those of no picture, look like it: ln(lower) has no end at 0.
+        """
+        return self(lower.clamp_min(LOWEST)).c_noise
 
 
 def _log_sigma(sigma: Tensor) -> Tensor:
@@ -203,6 +212,22 @@ class TrigFlowPrecond(Precond):
         return edm._replace(c_out=-edm.c_out, c_noise=torch.atan(sigma / self.sigma_data))
 
 
+@dataclass(frozen=True)
+class FlowPrecond(Precond):
+    """A network of the linear path z = (1 - t) x0 + t n, which predicts a velocity (Lipman et al. 2023; MeanFlow).
+
+    t = sigma / (1 + sigma) is its clock and z = (1 - t) x its input; D = z - t F. The second clock is t - r.
+    """
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        scale = 1 / (1 + sigma)
+        t = sigma / (1 + sigma)
+        return Coefficients(c_skip=scale, c_out=-t, c_in=scale, c_noise=t)
+
+    def second(self, sigma: Tensor, lower: Tensor) -> Tensor:
+        return (sigma - lower) / ((1 + sigma) * (1 + lower))
+
+
 def _predicts_noise(sigma: Tensor, c_noise: Tensor) -> Coefficients:
     """x0 = x - sigma F(x / sqrt(sigma^2 + 1)): the input has unit variance if the data have."""
     return Coefficients(
@@ -244,6 +269,11 @@ def ve_column(sigma_data: float, time_scale: float) -> Precond:
 def trigflow_column(sigma_data: float, time_scale: float) -> Precond:
     """Row trigflow; its clock is t itself."""
     return TrigFlowPrecond(sigma_data)
+
+
+def flow_column(sigma_data: float, time_scale: float) -> Precond:
+    """Row flow; its clock is t itself."""
+    return FlowPrecond()
 
 
 def iddpm_column(sigma_data: float, time_scale: float) -> Precond:

@@ -11,6 +11,8 @@ from cm.config.fields import arguments_of
 from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
 from cm.diffusion.alpha_sigma import AlphaSigma
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.precond import Precond, boundary_precond, denoiser_precond
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
@@ -66,6 +68,12 @@ def create_precond(config: Config, *, consistency: bool) -> Precond:
         printed_c_out=config.c_out_formula == "printed",
         column=config.precond,
     )
+
+
+def create_denoiser(config: Config, network: nn.Module, *, consistency: bool = False) -> Denoiser:
+    """What the configured objective trains: a denoiser, a consistency function or a flow map on a network."""
+    kind = FlowMap if has_two_times(config) else Denoiser
+    return kind(network, create_precond(config, consistency=consistency))
 
 
 def create_alpha_sigma(config: Config) -> AlphaSigma:

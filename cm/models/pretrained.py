@@ -12,8 +12,9 @@ from cm.config.derived import is_consistency, lowest_level, precision
 from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
+from cm.diffusion.flow_maps import FlowMap
 from cm.errors import UserError, masked
-from cm.models.factory import choose_device, create_network, create_precond
+from cm.models.factory import choose_device, create_denoiser, create_network
 from cm.models.files import ModelFile, load_model_file, searched_points
 from cm.models.identify import identify
 from cm.models.memory_format import memory_format
@@ -38,10 +39,12 @@ class Model(Generic[ConfigType]):
         labels: Tensor | None = None,
         clip: bool = True,
         watch: Callable[[DenoiseFn], DenoiseFn] | None = None,
+        reads: str = "consistency",
     ) -> DenoiseFn:
         """(x, sigma) -> clean images for a batch of classes `labels` (B,), which an unconditional model ignores.
 
-        clip: predictions are clamped to [-1, 1]. watch: wraps the network's own predictions, before that.
+        clip: predictions are clamped to [-1, 1]. watch: wraps the network's own predictions, before that. reads: of a
+        flow map, see `cm.config.registry.Sampler`.
         """
         cond = {}
         if self.config.class_cond:
@@ -49,8 +52,12 @@ class Model(Generic[ConfigType]):
                 raise ValueError("a class-conditional model needs the labels of the batch")
             cond["y"] = labels.to(self.device)
 
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.denoiser(x, sigma, **cond)
+        model = self.denoiser
+        if isinstance(model, FlowMap) and reads == "denoiser":
+            model = model.denoiser()
+
+        def denoise(x: Tensor, *levels: Tensor) -> Tensor:
+            return model(x, *levels, **cond)
 
         lowest = lowest_level(self.config)
         known = denoise if lowest == self.config.sigma_min else from_level(denoise, lowest)
@@ -126,5 +133,5 @@ def prepare_for_sampling(
     network = network.to(device).eval().requires_grad_(False)
     images = getattr(config, "batch_size", 1)
     network = network.to(memory_format=memory_format(config, device, training=False, images=images))
-    precond = create_precond(config, consistency=is_consistency(config.training_mode))
-    return Pretrained(config, Denoiser(network, precond), device, file)
+    denoiser = create_denoiser(config, network, consistency=is_consistency(config.training_mode))
+    return Pretrained(config, denoiser, device, file)

@@ -25,6 +25,7 @@ class Draw:
 
     t (B,): noise level of the student's input. r (B,): the next lower level of the pair, t > r. noise: like the
     images. weight (B,): importance weight of the drawn level. index (B,): position on a grid, where one was used.
+    share (B,): where between t and r a third level lies, where there is one.
     """
 
     t: Tensor
@@ -32,6 +33,7 @@ class Draw:
     weight: Tensor
     r: Tensor | None = None
     index: Tensor | None = None
+    share: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Draw":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -50,7 +52,7 @@ class Roles:
 def bare(denoiser: Denoiser) -> Denoiser:
     """The denoiser without DistributedDataParallel around its network: for passes whose gradients nobody averages."""
     net = denoiser.net
-    return Denoiser(net.module, denoiser.precond) if isinstance(net, DistributedDataParallel) else denoiser
+    return replace(denoiser, net=net.module) if isinstance(net, DistributedDataParallel) else denoiser
 
 
 class Objective(ABC):

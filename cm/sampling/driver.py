@@ -25,8 +25,8 @@ from cm.runtime.progress import progress as progress_bar
 from cm.sampling.noise import DummyGenerator, SampleGenerator
 
 Callback = Callable[[dict[str, Any]], None]
-# (x, one noise level for the whole batch) -> D(x; sigma)
-Denoise = Callable[[Tensor, Tensor | float], Tensor]
+# (x, one noise level for the whole batch) -> D(x; sigma); of a flow map with a second one, where the step ends
+Denoise = Callable[..., Tensor]
 
 
 class Step(NamedTuple):
@@ -46,9 +46,9 @@ def start(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def evaluate(denoiser: DenoiseFn, x: Tensor, sigma: Tensor | float) -> Tensor:
-    """D(x; sigma) with one noise level for the whole batch."""
-    return denoiser(x, x.new_full(x.shape[:1], float(sigma)))
+def evaluate(denoiser: DenoiseFn, x: Tensor, *levels: Tensor | float) -> Tensor:
+    """D(x; sigma), or a flow map's x^(x; sigma, lower), with one noise level for the whole batch."""
+    return denoiser(x, *(x.new_full(x.shape[:1], float(level)) for level in levels))
 
 
 def sampler(walk: Callable[..., Walk]) -> Callable[..., Tensor]:

@@ -17,8 +17,8 @@ class FiniteWatch:
     def wrap(self, denoise: DenoiseFn) -> DenoiseFn:
         """The same function, watched."""
 
-        def watched(x: Tensor, sigma: Tensor) -> Tensor:
-            output = denoise(x, sigma)
+        def watched(x: Tensor, sigma: Tensor, *lower: Tensor) -> Tensor:
+            output = denoise(x, sigma, *lower)
             self._seen.append((sigma, output.isfinite().flatten(1).all(1)))
             return output
 

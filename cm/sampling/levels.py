@@ -15,6 +15,7 @@ from torch import Tensor
 from cm.config.rows import GRIDS, TIME_STEPS
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import karras_sigma
+from cm.diffusion.paths import LINEAR, trigonometric
 from cm.diffusion.sde import SDE, create_sde
 from cm.errors import UserError
 from cm.nn import append_zero
@@ -47,6 +48,18 @@ def of_sde(steps: int, sigma_min: float, sigma_max: float, rho: float, *, sde: S
     """Levels at equidistant times of an SDE, EDM's by default, and a final 0."""
     sde = sde or create_sde("edm", sigma_min, sigma_max)
     return append_zero(sde.levels(steps, sigma_min, sigma_max, rho))
+
+
+def of_jumps(
+    steps: int, sigma_min: float, sigma_max: float, rho: float, *, spacing: str = "linear"
+) -> Tensor:
+    """`steps` jumps from sigma_max to 0, by equal steps in the time of a path or, but the last, on Karras's grid."""
+    if spacing == "karras":
+        return karras(steps, sigma_min, sigma_max, rho)
+    path = {"linear": LINEAR, "trigonometric": trigonometric()}[spacing]
+    end = path.time(torch.tensor(sigma_max, dtype=torch.float64))
+    levels = path.level(torch.linspace(1, 0, steps + 1, dtype=torch.float64) * end)
+    return torch.cat([levels.new_tensor([sigma_max]), levels[1:]])
 
 
 def checked_ts(ts: Sequence[int] | None, steps: int) -> list[int]:

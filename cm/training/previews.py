@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cm.config.derived import last_known, training_mode
-from cm.config.rows import OBJECTIVES
+from cm.config.rows import OBJECTIVES, SAMPLERS
 from cm.config.scripts import TrainConfig
 from cm.data.images import save_grid, to_uint8
-from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
 from cm.models.pretrained import Model
 from cm.runtime import distributed, logger
@@ -20,6 +20,7 @@ from cm.sampling.registry import run_sampler
 from cm.training.trainer import Trainer
 
 DENOISER_STEPS = 18  # of denoisers that were not distilled
+JUMPS = {"onestep": 1, "fourstep": 4}  # of flow maps
 MAX_STEPS = 32  # of progressive distillation, whose first stages have very many
 # Where on the grid of noise levels, from 0 at sigma_max to 1, the second evaluation of two takes place
 SECOND_EVALUATION = 0.6
@@ -59,6 +60,9 @@ class Preview:
         elif row.stages:
             steps = min(objective.num_scales(max(done - 1, 0)), MAX_STEPS)
             yield f"{row.sampler}{steps}", self._draw(trainer, row.sampler, steps)
+        elif row.two_times:
+            for name, steps in JUMPS.items():
+                yield name, self._draw(trainer, row.sampler, steps)
         elif not row.consistency:
             yield f"{row.sampler}{DENOISER_STEPS}", self._draw(trainer, row.sampler, DENOISER_STEPS)
         else:
@@ -72,13 +76,15 @@ class Preview:
     @torch.no_grad()
     def _draw(self, trainer: Trainer, sampler: str, steps: int, ts: list[int] | None = None) -> Tensor:
         c, count = self.config, self.config.preview_count
-        model = Model(c, Denoiser(trainer.model, trainer.roles.student.precond), trainer.device)
+        model = Model(c, replace(trainer.roles.student, net=trainer.model), trainer.device)
         generator = get_generator("indexed", num_samples=count, seed=0)
         generator.set_rows(range(count))
         x = generator.randn(count, c.in_channels, c.image_size, c.image_size, device=trainer.device)
         return run_sampler(
             sampler,
-            model.denoise(torch.arange(count) % c.num_classes if c.class_cond else None),
+            model.denoise(
+                torch.arange(count) % c.num_classes if c.class_cond else None, reads=SAMPLERS[sampler].reads
+            ),
             x * c.sigma_max,
             generator,
             steps=steps,

@@ -1,5 +1,7 @@
 """The networks of a run, from its configuration, its data and its teacher: student, target, teacher."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.data import ImageData
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError
-from cm.models.factory import create_network, create_precond
+from cm.models.factory import create_denoiser, create_network, create_precond
 from cm.models.files import ModelFile, load_on_main
 from cm.models.guides import TrainedClassifier, guided_by, load_guide
 from cm.models.memory_format import memory_format
@@ -71,12 +73,12 @@ def create_roles(
     student = create_network(config).to(device, memory_format=layout)
     if initial_weights(config) == "teacher":
         load_into(student, teacher_file, "--init teacher", config)
-    precond = create_precond(config, consistency=trains_consistency(config))
+    learned = create_denoiser(config, student, consistency=trains_consistency(config))
     target = teacher = None
     if objective.needs_target:
         network = create_network(config).to(device, memory_format=layout)
         network.load_state_dict(student.state_dict())
-        target = Denoiser(network, precond)
+        target = replace(learned, net=network)
     if objective.needs_teacher:
         # A teacher is a denoiser or a consistency function: it knows one time, whatever the student knows.
         network = create_network(config, dropout=config.teacher_dropout, two_times=False)
@@ -90,7 +92,7 @@ def create_roles(
                 raise UserError(f"--guide {config.guide} is a classifier: a teacher is guided by a denoiser")
             teacher = guided_by(teacher, guidance, guide, source=teacher_file, class_cond=config.class_cond)
     objective.attach(student)
-    return objective, Roles(Denoiser(student, precond), target, teacher)
+    return objective, Roles(learned, target, teacher)
 
 
 def training_format(config: TrainConfig, device: torch.device) -> torch.memory_format:

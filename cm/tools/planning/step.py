@@ -13,7 +13,7 @@ from cm.config.flags import ConsistencyFlags, GuidanceFlags
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.guidance import GuidedDenoiser, unconditional
-from cm.models.factory import DEFAULT_CHANNELS, create_network, create_precond
+from cm.models.factory import DEFAULT_CHANNELS, create_denoiser, create_network, create_precond
 from cm.networks.precision import torso_dtype
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.lpips import FEATURES, PRECISIONS, Lpips, _compare, assemble, meta_vgg
@@ -79,10 +79,10 @@ class MetaLpips(Lpips):
         self._device = META
 
 
-def make_network(config: Config, *, train: bool = True) -> nn.Module:
-    """The configured network on the meta device, in its precision."""
+def make_network(config: Config, *, train: bool = True, two_times: bool | None = None) -> nn.Module:
+    """The configured network on the meta device, in its precision. two_times: as in `create_network`."""
     with META:
-        network = create_network(config).train(train)
+        network = create_network(config, two_times=two_times).train(train)
     if precision(config) != "fp32":
         network.convert_torso(torso_dtype(precision(config)))
     return network.requires_grad_(train)
@@ -147,7 +147,7 @@ def _traced_step(config: TrainConfig, images: int, keep_gradients: bool) -> Step
 @cache
 def _traced_call(config: Config, images: int) -> tuple[Trace, Weights]:
     network = make_network(config, train=False)
-    denoiser = Denoiser(network, create_precond(config, consistency=is_consistency(config.training_mode)))
+    denoiser = create_denoiser(config, network, consistency=is_consistency(config.training_mode))
     with torch.no_grad(), traced() as tracer:
         side = config.image_size
         x = torch.empty(images, config.in_channels or DEFAULT_CHANNELS, side, side, device=META)
@@ -177,25 +177,31 @@ def _objective(config: TrainConfig) -> Objective:
 
 def _roles(config: TrainConfig, objective: Objective, student: nn.Module) -> Roles:
     """Networks that share no weights, because bytes are told apart by their storage."""
-    precond = create_precond(config, consistency=trains_consistency(config))
-    target = Denoiser(make_network(config).requires_grad_(False), precond) if objective.needs_target else None
+    learned = create_denoiser(config, student, consistency=trains_consistency(config))
+    target = (
+        replace(learned, net=make_network(config).requires_grad_(False)) if objective.needs_target else None
+    )
     teacher = None
     if objective.needs_teacher:
-        network = make_network(config, train=False)
+        network = make_network(config, train=False, two_times=False)
         teacher = Denoiser(network, create_precond(config, consistency=learns_from(config) == "consistency"))
         if (guidance := guidance_of(config)) is not None:
             # What guides is planned for as if it were as large.
-            other = replace(teacher, net=make_network(config, train=False)) if config.guide else teacher
+            other = (
+                replace(teacher, net=make_network(config, train=False, two_times=False))
+                if config.guide
+                else teacher
+            )
             baseline = unconditional(teacher) if config.class_cond and not config.guide else other
             teacher = GuidedDenoiser(network, teacher.precond, baseline, guidance)
-    return Roles(Denoiser(student, precond), target, teacher)
+    return Roles(learned, target, teacher)
 
 
 def _draw(config: TrainConfig, objective: Objective, images: int) -> Draw:
     """A draw for `images` images, its noise apart."""
     x0 = torch.zeros(images, config.in_channels or DEFAULT_CHANNELS, 1, 1)
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, images, images))
-    moved = {f: getattr(draw, f) for f in ("t", "r", "weight", "index")}
+    moved = {f: getattr(draw, f) for f in ("t", "r", "weight", "index", "share")}
     return replace(draw, **{f: v.to(META) for f, v in moved.items() if v is not None})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.config.derived import guidance_of, precision, training_mode
+from cm.config.derived import guidance_of, has_two_times, precision, training_mode
 from cm.config.registry import Objective
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import Config
@@ -44,8 +44,9 @@ def network_cost(config: Config) -> NetworkCost:
         if precision(config) != "fp32":
             net.convert_torso(torso_dtype(precision(config)))
         images = torch.empty(1, config.in_channels or 3, config.image_size, config.image_size)
-        labels = {"y": torch.zeros(1, dtype=torch.int64)} if config.class_cond else {}
         times = torch.empty(1)
+        labels = {"y": torch.zeros(1, dtype=torch.int64)} if config.class_cond else {}
+        labels |= {"second": times} if has_two_times(config) else {}
     forward = count(lambda: net(images, times, **labels))
     both = count(lambda: net(images, times, **labels).sum().backward(), grad=True)
     kept = kept_bytes(net, lambda: net(images, times, **labels))
