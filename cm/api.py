@@ -24,7 +24,13 @@ from cm.commands import words
 from cm.commands.cli import parse
 from cm.commands.sample import class_labels, noise_levels, sample_batches, solver_options, with_guide
 from cm.commands.train import run_train
-from cm.config.derived import is_consistency, last_known, run_dir, with_two_steps
+from cm.config.derived import (
+    is_consistency,
+    lands_on_images,
+    last_known,
+    run_dir,
+    with_two_steps,
+)
 from cm.config.fields import flags_of
 from cm.config.parsing import parse_classes
 from cm.config.registry import resolve
@@ -117,8 +123,8 @@ class Model:
     ) -> Tensor | list[Any]:
         """n images: a tensor (n, C, H, W) in [-1, 1] on the CPU, or a list of Pillow images with output="pil".
 
-        classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model (0: 1), or
-        points of a denoiser's grid (0: 18, or as it was trained for). guidance: its scale, or a text with the noise
+        classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model or
+        flow map (0: 1), or points of a denoiser's grid (0: 18, or as it was trained for). guidance: its scale, or a text with the noise
         levels at which it acts, "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the model itself
         without a class. options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i) only.
         """
@@ -151,7 +157,9 @@ class Model:
             flags["sampler"] = sampler or c.sampler
             if steps or not self.is_consistency:
                 row = OBJECTIVES[c.training_mode]
-                flags["steps"] = steps or (c.steps if row.stages or row.segments else 18)
+                flags["steps"] = steps or (
+                    c.steps if row.stages or row.segments else 1 if row.two_times else 18
+                )
         elif steps > 1:
             ts = spread(steps, c.steps, last_known(c, c.steps))
             if len(ts) <= steps:
@@ -274,7 +282,7 @@ class Editor:
         noise: Tensor | None = None,
     ) -> Tensor:
         model = self._model
-        if not model.is_consistency:
+        if not lands_on_images(model.config.training_mode):
             raise UserError(
                 f"editing needs a consistency model; this one was trained with {model.config.training_mode}"
             )

@@ -13,7 +13,7 @@ from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.interpolate import run_interpolation
 from cm.commands.masks import known_mask
 from cm.commands.paste import paste_back
-from cm.config.derived import is_consistency, last_known, run_dir
+from cm.config.derived import lands_on_images, last_known, run_dir
 from cm.config.parsing import parse_sigmas, parse_ts
 from cm.config.rows import TASKS
 from cm.config.scripts import EditConfig, resolved
@@ -80,7 +80,7 @@ def run_image_edit(config: EditConfig) -> None:
     distributed.setup_dist(timeout=60 * config.startup_timeout)
     model = load_pretrained(config)
     c = model.config
-    if not is_consistency(c.training_mode):
+    if not lands_on_images(c.training_mode):
         raise UserError(
             f"image_edit needs a consistency model; {c.model_path} was trained with {c.training_mode}"
         )

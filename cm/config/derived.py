@@ -60,6 +60,12 @@ def last_known(config: Config, steps: int) -> int:
     return math.floor((high - level) / (high - low) * (steps - 1) + 1e-9)
 
 
+def lands_on_images(training_mode: str) -> bool:
+    """Whether models of this objective go from any noise level to an image in one step."""
+    row = OBJECTIVES[training_mode]
+    return row.consistency or row.two_times
+
+
 def has_two_times(config: Config) -> bool:
     """Whether the configured network has a second clock, as flow maps do."""
     return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].two_times
@@ -194,4 +200,4 @@ def stored_config(config: TrainConfig) -> dict[str, Any]:
     }
     if OBJECTIVES[config.training_mode].segments:
         return {**stored, "steps": config.segments}
-    return {**stored, "steps": final[config.scale_mode]}
+    return {**stored, "steps": 1 if has_two_times(config) else final[config.scale_mode]}

@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from cm.config import plugins
-from cm.config.derived import ModelUser, last_known, with_two_steps
+from cm.config.derived import ModelUser, has_two_times, last_known, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
-from cm.config.rows import NETWORKS, OBJECTIVES
+from cm.config.rows import NETWORKS, OBJECTIVES, SAMPLERS
 from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig, changed
 from cm.config.validation import validate
 from cm.errors import UserError
@@ -119,7 +119,14 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     if isinstance(merged, SearchConfig) and lowest and "end" not in config.explicit:
         merged = replace(merged, end=str(last_known(merged, merged.steps)))
     validate(merged)
+    if SAMPLERS[getattr(merged, "sampler", "heun")].reads == "jumps" and not has_two_times(merged):
+        raise UserError(
+            f"--sampler {merged.sampler} needs a flow map, a model of two times; {source} was trained with "
+            f"{merged.training_mode}"
+        )
     guided = getattr(merged, "guide", "")
+    if (guided or getattr(merged, "guidance", "")) and has_two_times(merged):
+        raise UserError(f"--guidance and --guide are for models of one time; {source} is a flow map")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
     return merged
@@ -131,7 +138,7 @@ def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], sour
     mode = stored.get("training_mode")
     if mode is None and not given and isinstance(config, SampleConfig):
         raise UserError(f"{source} does not say how it was trained: give --training_mode or --preset")
-    if mode and given and OBJECTIVES[mode].consistency != OBJECTIVES[config.training_mode].consistency:
+    if mode and given and OBJECTIVES[mode].kind != OBJECTIVES[config.training_mode].kind:
         raise UserError(
             f"--training_mode {config.training_mode} contradicts {source}, which was trained with {mode}"
         )

@@ -58,9 +58,14 @@ class Objective(Row):
     two_times: bool = False
 
     @property
+    def kind(self) -> str:
+        """What its models are: `flow map`, `consistency` or `denoiser`."""
+        return "flow map" if self.two_times else "consistency" if self.consistency else "denoiser"
+
+    @property
     def teaches(self) -> str:
-        """What its models are to a student: `denoiser`, `consistency`, or nothing."""
-        return ("consistency" if self.consistency else "denoiser") if self.draws else ""
+        """What its models are to a student: `denoiser`, `consistency`, `flow map`, or nothing."""
+        return self.kind if self.draws else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ class Network(Row):
     """make(architecture, **options) -> module: forward(x, c_noise, y=None), images in, prediction out.
 
     clock: c_noise = clock * ln(sigma) / 4. half: it has `convert_torso(dtype)` and `.dtype`. levels: it halves the
-    image from level to level (--channel_mult). augment: it takes augmentation labels. check: `module:attribute`, a
+    image from level to level (--channel_mult). augment: it takes augmentation labels. two_times: it takes a second
+    clock, as `second=` (B,), where `architecture.two_times` asks for one. check: `module:attribute`, a
     function (architecture) that raises UserError where flags do not fit. classifier: the classifier that goes with it.
     A module with a method `project(params)` has its fp32 weights, by name, changed in place after each optimizer step.
     """
@@ -93,6 +99,7 @@ class Network(Row):
     half: bool = True
     levels: bool = True
     augment: bool = False
+    two_times: bool = False
     check: str | Callable[..., None] = ""
     classifier: str = ""
 

@@ -200,23 +200,31 @@ NETWORKS: Registry[Network] = Registry(
         "adm": Network(
             make="cm.networks.architecture:adm",
             clock=1000.0,
+            two_times=True,
             check="cm.config.rules:check_adm",
             classifier="cm.networks.architecture:adm_classifier",
             options=options.DropoutOptions,
         ),
         "ncsnpp": Network(
-            make="cm.networks.architecture:ncsnpp", augment=True, options=options.FourierOptions
+            make="cm.networks.architecture:ncsnpp",
+            augment=True,
+            two_times=True,
+            options=options.FourierOptions,
         ),
-        "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True),
-        "ddpmpp_scm": Network(make="cm.networks.architecture:ddpmpp_scm", augment=True),
-        "ddpmpp_meanflow": Network(make="cm.networks.architecture:ddpmpp_meanflow", augment=True),
+        "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True, two_times=True),
+        "ddpmpp_scm": Network(make="cm.networks.architecture:ddpmpp_scm", augment=True, two_times=True),
+        "ddpmpp_meanflow": Network(
+            make="cm.networks.architecture:ddpmpp_meanflow", augment=True, two_times=True
+        ),
         "edm2": Network(
             make="cm.networks.architecture:edm2",
+            two_times=True,
             check="cm.config.rules:check_heads",
             options=options.Edm2Options,
         ),
         "edm2_scm": Network(
             make="cm.networks.architecture:edm2_scm",
+            two_times=True,
             check="cm.config.rules:check_heads",
             options=options.Edm2Options,
         ),

@@ -36,6 +36,9 @@ def check_architecture(architecture: Any) -> None:
         parse_attention(a.attention_resolutions, a.image_size, len(mult))
     if a.augment_dim and not row.augment:
         raise UserError(f"--augment_dim {a.augment_dim}: --network {a.network} takes no augmentation labels")
+    if getattr(a, "two_times", False) and not row.two_times:
+        known = ", ".join(name for name, other in NETWORKS.items() if other.two_times)
+        raise UserError(f"--network {a.network} has one time; a flow map needs two: choose {known}")
     if row.check:
         (resolve(row.check) if isinstance(row.check, str) else row.check)(a)
 

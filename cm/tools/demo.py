@@ -67,7 +67,7 @@ class Tried:
     @property
     def columns(self) -> list[str]:
         """Titles of the ways to draw that stand side by side."""
-        if self.consistency or self._few:
+        if self.consistency or self.row.two_times or self._few:
             return [f"{n} step{'s' * (n > 1)}" for n in self._ways()]
         return [f"Heun, {n} points, {2 * n - 1} evaluations" for n in POINTS]
 
@@ -79,6 +79,8 @@ class Tried:
     def _ways(self) -> Sequence[int]:
         if self._few:
             return [self.model.config.steps]
+        if self.row.two_times:
+            return EVALUATIONS
         if not self.consistency:
             return POINTS
         return [n for n in EVALUATIONS if n < self.model.config.steps]
@@ -113,7 +115,8 @@ class Tried:
             grid_of = {"steps": c.steps, "sigmas": self._levels(way)}
             return run_sampler("multistep", denoise, x, generator, sigma_min=c.sigma_min, **grid_of)
         grid_of = {"steps": way, "sigma_min": c.sigma_min, "sigma_max": c.sigma_max, "rho": c.rho}
-        return run_sampler(self.row.sampler if self._few else "heun", denoise, x, generator, **grid_of)
+        own = self._few or self.row.two_times
+        return run_sampler(self.row.sampler if own else "heun", denoise, x, generator, **grid_of)
 
     def _labels(self, label: int, count: int) -> Tensor | None:
         if not self.classes:

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from cm.config.presets import cifar10, figures, later, released, segments, small, systems
+from cm.config.presets import cifar10, figures, flow_maps, later, released, segments, small, systems
 from cm.config.presets.base import Preset, Result
 from cm.errors import UserError
 
@@ -17,6 +17,7 @@ PRESETS: dict[str, Preset] = {
     **figures.PRESETS,
     **later.PRESETS,
     **segments.PRESETS,
+    **flow_maps.PRESETS,
 }
 
 

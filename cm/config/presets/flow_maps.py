@@ -1,0 +1,84 @@
+"""Flow maps: MeanFlow on CIFAR-10, and every cell of the general objective on digits.
+
+MeanFlow's numbers are those of its authors' PyTorch code; that code also augments as EDM does (p 0.12, without
+rotations), which cm_train does not.
+"""
+
+from typing import Any
+
+from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.cifar10 import NCSNPP
+from cm.config.presets.later import DRAWS
+from cm.config.presets.small import DIGITS8, SAMPLING, SLOW_CLOCK, TRAINING
+
+# Noise alone has an infinite level in x0 + sigma n; this one is as good in float32.
+FLOW: Flags = {"network": "ddpmpp_meanflow", "precond": "flow", "sigma_max": 1e6}
+
+
+def _flow_map(model: Flags, train: Flags, draws: Flags, results: tuple[Result, ...] = ()) -> Preset:
+    sample = {"training_mode": train["training_mode"], "sampler": "jumps", "steps": 1, **draws}
+    return Preset(model=model, scripts={"cm_train": train, "image_sample": sample}, results=results)
+
+
+def _cifar(law: Flags, results: tuple[Result, ...] = ()) -> Preset:
+    """16,000 epochs of 48 steps, 200 of them warm-up."""
+    model = {**NCSNPP, **FLOW, "dropout": 0.2}
+    train = {
+        "training_mode": "meanflow",
+        "init": "random",
+        "seed": 42,
+        "optimizer": "adam",
+        "lr": 6e-4,
+        "lr_warmup_steps": 9600,
+        "random_flip": True,
+        "global_batch_size": 1024,
+        "ema_rate": "0.9999,0.99995,0.9996",
+        "total_training_steps": 768000,
+    }
+    return _flow_map(model, {**train, **law}, DRAWS, results)
+
+
+V1: Flags = {"time_law": "capped", "t_mean": -0.6, "t_std": 1.6, "r_mean": -4.0, "r_std": 1.6}
+
+
+# --- digits: minutes on two cores ---
+
+
+def _digits(mode: str, model: Flags = FLOW, **cell: Any) -> Preset:
+    train = {
+        "training_mode": mode,
+        "init": "random",
+        "t_mean": -0.4,
+        "t_std": 1.2,
+        "r_mean": -0.4,
+        "r_std": 1.2,
+        "optimizer": "adam",
+        "lr": 2e-3,
+        "ema_rate": "0.99",
+        "total_training_steps": 1500,
+    }
+    return _flow_map({**DIGITS8, **model}, {**TRAINING, **train, **cell}, SAMPLING)
+
+
+STUDENT: Flags = {"init": "teacher", "lr": 5e-4, "total_training_steps": 800}
+SELF: Flags = {"flow_velocity": "self"}
+HALVES: Flags = {"identity": "progressive", **SELF}
+SPLIT: Flags = {"identity": "progressive", "flow_velocity": "data", "split_start": 0.9}
+
+PRESETS: dict[str, Preset] = {
+    "cifar10_meanflow": _cifar({}, (Result(1, 2.92, "Geng et al. 2025, MeanFlow"),)),
+    "cifar10_meanflow_v1": _cifar(V1),
+    "digits_meanflow": _digits("meanflow"),
+    # Frans et al. 2025: 7 of 8 rows learn the velocity
+    "digits_shortcut": _digits("flow_map", **HALVES, time_law="dyadic", gap_share=0.5),
+    # Boffi et al. 2025
+    "digits_esd": _digits("flow_map", **SELF),
+    "digits_lsd": _digits("flow_map", identity="lagrangian", **SELF),
+    "digits_psd": _digits("flow_map", **HALVES, split_uniform=True),
+    # From flow matching of trajectories to nearly MeanFlow
+    "digits_alphaflow": _digits("flow_map", **SPLIT, split_end=0.05, split_steps=1000),
+    "digits_soflow": _digits("flow_map", **SPLIT, split_end=1 / 64, split_steps=1000, gap_power=2.0),
+    # From the weights of a teacher, digits_cont_edm
+    "digits_lmd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT, identity="lagrangian"),
+    "digits_emd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT),
+}

@@ -1,0 +1,275 @@
+"""The general objective: at the exact map every cell's target is the map itself, on every path; which cell is whose."""
+
+import math
+
+import pytest
+import torch
+
+from cm.commands.cli import parse_config
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import CmTrainConfig
+from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.flow_maps import FlowMap, average_velocity, jump, velocity
+from cm.diffusion.paths import EDM, LINEAR, VP_COSINE, trigonometric
+from cm.diffusion.precond import EDMPrecond, FlowPrecond
+from cm.errors import UserError
+from cm.objectives.base import Draw, Roles
+from cm.objectives.flow_map import FlowMapObjective, Split, eulerian, point, times
+from cm.objectives.flow_times import TimeLaw
+from cm.sampling.jumps import sample_jumps
+from cm.sampling.levels import of_jumps
+from cm.seeding import StepRandom
+from tests.helpers.golden_data import later
+
+MU, S = 0.3, 0.6
+PATHS = {"linear": LINEAR, "edm": EDM, "vp": VP_COSINE, "trigonometric": trigonometric(0.5)}
+
+
+def gaussian_u(z, t, y=None, second=None):
+    """Average velocity of N(MU, S^2) on the linear path, without a division by t - r."""
+    t, h = (v.reshape(-1, *[1] * (z.ndim - 1)) for v in (t, second))
+    r = t - h
+    variance = [(1 - v) ** 2 * S**2 + v**2 for v in (t, r)]
+    ratio = (variance[1] / variance[0]).sqrt()
+    return (z - (1 - t) * MU) * (t + r - S**2 * (2 - t - r)) / (variance[0] * (1 + ratio)) - MU
+
+
+def gaussian_net(c_in_x, c_noise):
+    """EDM's network F of the exact denoiser; sigma from its clock."""
+    sigma = (4 * c_noise).exp().reshape(-1, *[1] * (c_in_x.ndim - 1))
+    sd = 0.5
+    x = c_in_x * (sigma**2 + sd**2).sqrt()
+    denoised = (S**2 * x + sigma**2 * MU) / (S**2 + sigma**2)
+    skip = sd**2 / (sigma**2 + sd**2)
+    return (denoised - skip * x) / (sigma * sd / (sigma**2 + sd**2).sqrt())
+
+
+EXACT = FlowMap(gaussian_u, FlowPrecond())
+TEACHER = Denoiser(gaussian_net, EDMPrecond(0.5, 1.0))
+
+
+def batch(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x0 = MU + S * torch.randn(5, 1, 2, 2, generator=generator, dtype=dtype)
+    noise = torch.randn(5, 1, 2, 2, generator=generator, dtype=dtype)
+    t = torch.tensor([0.3, 0.9, 0.55, 0.99, 0.4], dtype=dtype)
+    r = torch.tensor([0.1, 0.5, 0.5, 0.02, 0.4], dtype=dtype)
+    return x0, Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), share=torch.rand(5, dtype=dtype))
+
+
+def target(objective, model, teacher, v, step=0):
+    """(u, its target) of the rows with r < t where the velocity of image and noise is v(z, t)."""
+    x0, draw = batch()
+    t, r = times(objective.path, draw)
+    z, _ = point(objective.path, x0, draw.noise, t)
+    masks = torch.get_rng_state(), None
+    share = draw.share if objective.source == "self" else None
+    found = objective.target(Roles(model, None, teacher), z, t, r, v(z, t), share, step, masks, {})
+    return average_velocity(model, z, t, r, objective.path), found, z, t, r
+
+
+CELLS = [
+    *(
+        (identity, source)
+        for identity in ("eulerian", "lagrangian", "progressive")
+        for source in ("teacher", "self")
+    ),
+    ("eulerian", "data"),
+    ("progressive", "data"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("identity", "source"), CELLS)
+def test_the_exact_map_is_its_own_target(identity, source, path):
+    # A first step by a velocity is Euler's: right as it shrinks, while two steps of the map may be of any size.
+    by_euler = identity == "progressive" and source != "self"
+    share, tolerance = (1e-6, 1e-4) if by_euler else (0.3, 1e-8)
+    objective = FlowMapObjective(
+        law=TimeLaw(), identity=identity, source=source, path=PATHS[path], split=Split(share, share)
+    )
+    teacher = TEACHER if source == "teacher" else None
+
+    def exact(z, t):
+        return velocity(EXACT, z, t, objective.path)
+
+    u, found, *_ = target(objective, EXACT, teacher, exact)
+    torch.testing.assert_close(found, u, rtol=tolerance, atol=tolerance)
+    # Image and noise scatter around the flow's velocity; the mean of two such targets is the map's again.
+    if source == "data" and not by_euler:
+        both = [target(objective, EXACT, None, lambda z, t, s=s: exact(z, t) + s)[1] for s in (-0.4, 0.4)]
+        off = (both[0] - u).abs().amax((1, 2, 3))
+        assert (off[:4] > 1e-3).all()
+        torch.testing.assert_close((both[0] + both[1]) / 2, u, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("identity", "source"), CELLS)
+def test_a_wrong_map_is_not_its_own_target(identity, source):
+    """A map bent where r < t only, so that the diagonal stays right."""
+    objective = FlowMapObjective(law=TimeLaw(), identity=identity, source=source)
+
+    def bent(z, t, y=None, second=None):
+        gap = second.reshape(-1, 1, 1, 1)
+        return gaussian_u(z, t, second=second) + 0.3 * gap * z.sin()
+
+    model = FlowMap(bent, FlowPrecond())
+    u, found, *_ = target(
+        objective, model, TEACHER if source == "teacher" else None, lambda z, t: velocity(EXACT, z, t)
+    )
+    assert ((found - u).abs().amax((1, 2, 3))[:4] > 1e-3).all()
+    torch.testing.assert_close(found[4], u[4])
+
+
+@pytest.mark.parametrize("name", ["gauss", "mixture"])
+def test_the_eulerian_identity_on_golden_maps(name):
+    g = later("meanflow")
+    z, t, r, v, u, dudt, z_r = (
+        g.tensor(f"oracle/{name}/{k}") for k in ("z", "t", "r", "v", "u", "dudt", "z_r")
+    )
+    found = eulerian(None, z[:, None], t, r, v[:, None], lambda *_: (None, dudt[:, None]))[:, 0]
+    torch.testing.assert_close(found, u, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(z - (t - r) * u, z_r, rtol=1e-9, atol=1e-9)
+
+
+def test_the_closed_form_is_the_golden_one():
+    g = later("meanflow")
+    about = g.config["oracle_gauss"]
+    z, t, r = (g.tensor(f"oracle/gauss/{k}") for k in ("z", "t", "r"))
+    scale = (
+        S / about["s"]
+    )  # the same Gaussian, moved and stretched, is another; compare by the formula of the map
+    variance = [(1 - v) ** 2 * about["s"] ** 2 + v**2 for v in (t, r)]
+    phi = (1 - r) * about["mu"] + (variance[1] / variance[0]).sqrt() * (z - (1 - t) * about["mu"])
+    torch.testing.assert_close(phi, g.tensor("oracle/gauss/z_r"), rtol=1e-9, atol=1e-9)
+    assert scale != 1
+
+
+def test_the_cells_of_the_papers():
+    x0, draw = batch()
+    t, r, z = draw.t, draw.r, point(LINEAR, x0, draw.noise, draw.t)[0]
+    v = draw.noise - x0
+    column = [c.reshape(-1, 1, 1, 1) for c in (t, r)]
+
+    def net(z, t, y=None, second=None):
+        return (z + t.reshape(-1, 1, 1, 1)).sin() + second.reshape(-1, 1, 1, 1) * z.square()
+
+    model = FlowMap(net, FlowPrecond())
+    off = (r < t).reshape(-1, 1, 1, 1)
+
+    def u(z, t, r):
+        return net(z, t, second=t - r)
+
+    def found(source, split):
+        objective = FlowMapObjective(law=TimeLaw(), identity="progressive", source=source, split=split)
+        share = draw.share if split.uniform else None
+        return objective.target(Roles(model), z, t, r, v, share, 50, (torch.get_rng_state(), None), {})
+
+    # Shortcut models (Frans et al. 2025, Eq. 4): s(z, t, 2d) is the mean of two steps of d.
+    d = (t - r) / 2
+    first = u(z, t, t - d)
+    second = u(z - d.reshape(-1, 1, 1, 1) * first, t - d, r)
+    torch.testing.assert_close(found("self", Split()), torch.where(off, (first + second) / 2, v))
+    # PSD with a middle drawn for each row: the semigroup, written as ends of steps.
+    middle = t - draw.share * (t - r)
+    at = [c.reshape(-1, 1, 1, 1) for c in (t - middle, middle - r)]
+    x_s = z - at[0] * u(z, t, middle)
+    end = x_s - at[1] * u(x_s, middle, r)
+    torch.testing.assert_close(
+        torch.where(off, z - (column[0] - column[1]) * found("self", Split(uniform=True)), end), end
+    )
+    # alpha-Flow: alpha v + (1 - alpha) u(z_s, s, r), s = alpha r + (1 - alpha) t, alpha from 0.9 to 0.1 in 100 steps.
+    alpha = 0.9 * (1 / 9) ** 0.5
+    s = alpha * r + (1 - alpha) * t
+    z_s = z - (t - s).reshape(-1, 1, 1, 1) * v
+    mixed = alpha * v + (1 - alpha) * u(z_s, s, r)
+    alpha_target = found("data", Split(0.9, 0.1, 100))
+    torch.testing.assert_close(alpha_target, torch.where(off, mixed, v))
+    # SoFlow: f(z_t, t, r) -> f(z_l, l, r); its error is (t - r) times that of u.
+    f_t = z - (column[0] - column[1]) * u(z, t, r)
+    f_l = z_s - (s - r).reshape(-1, 1, 1, 1) * u(z_s, s, r)
+    gap = torch.where(off, column[0] - column[1], 0)
+    torch.testing.assert_close((f_t - f_l).abs() * off, gap * (u(z, t, r) - alpha_target).abs())
+    # alpha -> 0 is MeanFlow.
+    meanflow = FlowMapObjective(law=TimeLaw()).target(
+        Roles(model), z, t, r, v, None, 0, (torch.get_rng_state(), None), {}
+    )
+    torch.testing.assert_close(found("data", Split(1e-6, 1e-6)), meanflow, rtol=1e-4, atol=1e-4)
+
+
+def test_any_grid_of_jumps_lands_on_one_image():
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = MU + S / math.sqrt(S**2 + 80**2) * (80 * noise - MU)
+    for spacing in ("linear", "trigonometric", "karras"):
+        for steps in (1, 2, 4, 8):
+            levels = of_jumps(steps, 0.002, 80.0, 7.0, spacing=spacing)
+            assert len(levels) == steps + 1 and levels[0] == pytest.approx(80) and levels[-1] == 0
+            found = sample_jumps(EXACT, 80 * noise, levels)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    middle = of_jumps(2, 0.002, 1e6, 7.0)[1]
+    assert middle == pytest.approx(1.0, rel=1e-5)  # t = 1/2
+
+
+def test_a_flow_map_is_a_denoiser_and_a_consistency_function():
+    x, sigma = batch()[0] * 3, torch.tensor([0.1, 0.5, 1.0, 5.0, 70.0], dtype=torch.float64)
+    column = sigma.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(EXACT.denoiser()(x, sigma), (S**2 * x + column**2 * MU) / (S**2 + column**2))
+    torch.testing.assert_close(EXACT(x, sigma), MU + S / (S**2 + column**2).sqrt() * (x - MU))
+    torch.testing.assert_close(TEACHER(x, sigma), EXACT.denoiser()(x, sigma))
+    half = jump(EXACT(x, sigma, sigma / 2), x, column, column / 2)
+    torch.testing.assert_close(EXACT(half, sigma / 2), EXACT(x, sigma))
+
+
+def test_dyadic_times():
+    law = TimeLaw("dyadic", share=0.5, octaves=3)
+    octave, place = torch.tensor([0.0, 0.4, 0.99, 0.1]), torch.tensor([0.7, 0.0, 0.99, 0.2])
+    t, r = law.dyadic(octave, place, torch.tensor([0.9, 0.9, 0.9, 0.1]))
+    torch.testing.assert_close(t, torch.tensor([1.0, 0.25, 1.0, 0.5]), atol=2e-6, rtol=0)
+    torch.testing.assert_close(r, torch.tensor([0.5, 0.0, 0.875, 0.5]), atol=2e-6, rtol=0)
+    t, r = law.draw(StepRandom(0, 0, 0, 512, 512))
+    assert (r <= t).all() and (t <= 1).all() and 0.4 < (r < t).float().mean() < 0.6
+
+
+def test_draws_belong_to_rows():
+    objective = FlowMapObjective(law=TimeLaw("capped"), split=Split(uniform=True))
+    x0 = torch.zeros(8, 1, 2, 2)
+    whole = objective.draw(x0, 3, StepRandom(0, 3, 0, 8, 8))
+    part = objective.draw(x0[:3], 3, StepRandom(0, 3, 4, 7, 8))
+    for name in ("t", "r", "noise", "share"):
+        assert torch.equal(getattr(whole, name)[4:7], getattr(part, name))
+    assert whole[2:5].share.shape == (3,)
+
+
+def test_presets_make_the_cells():
+    def made(preset, *flags):
+        config = parse_config(
+            CmTrainConfig, ["--preset", preset, "--data_dir", "d", "--image_size", "8", *flags]
+        )
+        return OBJECTIVES.load(config.training_mode)(config)
+
+    meanflow = made("digits_meanflow")
+    assert (meanflow.identity, meanflow.source, meanflow.path) == ("eulerian", "data", LINEAR)
+    general = {"training_mode": "flow_map", "flow_velocity": "data", "identity": "eulerian"}
+    flags = [part for name, value in general.items() for part in (f"--{name}", value)]
+    same = made("digits_meanflow", *flags)
+    assert (same.law, same.weight, same.identity, same.source) == (
+        meanflow.law,
+        meanflow.weight,
+        "eulerian",
+        "data",
+    )
+    expected = {
+        "digits_shortcut": ("progressive", "self", Split()),
+        "digits_esd": ("eulerian", "self", Split()),
+        "digits_lsd": ("lagrangian", "self", Split()),
+        "digits_psd": ("progressive", "self", Split(uniform=True)),
+        "digits_alphaflow": ("progressive", "data", Split(0.9, 0.05, 1000)),
+        "digits_soflow": ("progressive", "data", Split(0.9, 1 / 64, 1000)),
+    }
+    for preset, cell in expected.items():
+        objective = made(preset)
+        assert (objective.identity, objective.source, objective.split) == cell, preset
+    assert made("digits_soflow").gap_power == 2
+    assert made("digits_lmd", "--teacher_model_path", "x").needs_teacher
+    assert made("cifar10_meanflow_v1").law == TimeLaw("capped", -0.6, 1.6, -4.0, 1.6, 0.75)
+    with pytest.raises(UserError, match="--identity lagrangian asks for the velocity where a step ends"):
+        made("digits_lsd", "--flow_velocity", "data")
