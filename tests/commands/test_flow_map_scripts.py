@@ -1,0 +1,131 @@
+"""Flow maps from flags to results, in one process: training, resuming, sampling, teachers, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cm.api import load
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig
+from cm.diffusion.flow_maps import FlowMap
+from tests.commands.test_family_scripts import data_dir, refuses, sample, train  # noqa: F401
+
+FLOW = ["--network", "ddpmpp_meanflow", "--precond", "flow", "--class_cond", "False"]
+
+
+@pytest.fixture(scope="module")
+def meanflow(data_dir, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("meanflow")
+    return train(
+        CmTrainConfig,
+        data_dir,
+        out,
+        *FLOW,
+        "--training_mode",
+        "meanflow",
+        "--preview_count",
+        "2",
+        "--preview_interval",
+        "2",
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(data_dir, tmp_path_factory):  # noqa: F811
+    return train(EdmTrainConfig, data_dir, tmp_path_factory.mktemp("teacher"), "--class_cond", "False")
+
+
+def test_a_flow_map_trains_and_samples(meanflow, tmp_path):
+    model = load(meanflow)
+    assert isinstance(model._model.denoiser, FlowMap) and model.config.sigma_max == 1e6
+    names = {path.name for path in Path(meanflow, "previews").glob("*.png")}
+    assert names == {"step_000002_onestep.png", "step_000002_fourstep.png"}
+    _, _, one = sample(meanflow, tmp_path / "one", steps=1)
+    assert (one["nfe"], one["config"]["sampler"], one["sigmas"]) == (1, "jumps", [1e6, 0.0])
+    four, _, meta = sample(meanflow, tmp_path / "four")
+    assert meta["nfe"] == 4 and np.allclose(meta["sigmas"][1:], [3.0, 1.0, 1 / 3, 0.0], rtol=1e-5)
+    drawn = model.sample(3, steps=4, seed=meta["config"]["seed"])
+    assert np.array_equal(
+        ((drawn + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), four
+    )
+    for sampler in ("heun", "onestep"):
+        sample(meanflow, tmp_path / sampler, "--sampler", sampler, "--sigma_max", "80")
+
+
+def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):  # noqa: F811
+    for total in ("1", "2"):
+        flags = [
+            *FLOW,
+            "--training_mode",
+            "meanflow",
+            "--total_training_steps",
+            total,
+            "--save_interval",
+            "1",
+        ]
+        again = train(CmTrainConfig, data_dir, tmp_path / "run", *flags)
+    states = [load(run, weights="raw")._model.denoiser.net.state_dict() for run in (meanflow, again)]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+@pytest.mark.parametrize("identity", ["eulerian", "lagrangian", "progressive"])
+def test_a_student_begins_as_its_teacher(identity, teacher, data_dir, tmp_path):  # noqa: F811
+    flags = [
+        "--training_mode",
+        "flow_map_distillation",
+        "--identity",
+        identity,
+        "--teacher_model_path",
+        teacher,
+    ]
+    student = train(
+        CmTrainConfig,
+        data_dir,
+        tmp_path / "s",
+        *flags,
+        "--class_cond",
+        "False",
+        "--init",
+        "teacher",
+        "--lr",
+        "1e-12",
+    )
+    new, old = load(student, weights="raw")._model.denoiser, load(teacher)._model.denoiser
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0])
+    for lower in (sigma, sigma / 2, torch.zeros(2)):
+        torch.testing.assert_close(new(x, sigma, lower), old(x, sigma), rtol=1e-4, atol=1e-4)
+    sample(student, tmp_path / "samples", steps=2)
+
+
+def test_what_does_not_fit_is_one_line(meanflow, teacher, data_dir, tmp_path):  # noqa: F811
+    refuses(
+        "--sampler jumps needs a flow map, a model of two times",
+        lambda: sample(teacher, tmp_path, "--sampler", "jumps"),
+    )
+    refuses(
+        "contradicts .* trained with meanflow", lambda: sample(meanflow, tmp_path, "--training_mode", "edm")
+    )
+    refuses(
+        "was trained by meanflow: a teacher is a denoiser",
+        lambda: train(
+            CmTrainConfig,
+            data_dir,
+            tmp_path / "cd",
+            "--class_cond",
+            "False",
+            "--teacher_model_path",
+            meanflow,
+        ),
+    )
+    refuses(
+        "flow_map_distillation needs --teacher_model_path",
+        lambda: train(CmTrainConfig, data_dir, tmp_path / "d", "--training_mode", "flow_map_distillation"),
+    )
+    refuses(
+        "--gap_share must",
+        lambda: train(
+            CmTrainConfig, data_dir, tmp_path / "g", "--training_mode", "meanflow", "--gap_share", "2"
+        ),
+    )
+    assert not list(tmp_path.glob("**/*.npz"))
