@@ -123,10 +123,11 @@ class Model:
     ) -> Tensor | list[Any]:
         """n images: a tensor (n, C, H, W) in [-1, 1] on the CPU, or a list of Pillow images with output="pil".
 
-        classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model or
-        flow map (0: 1), or points of a denoiser's grid (0: 18, or as it was trained for). guidance: its scale, or a text with the noise
-        levels at which it acts, "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the model itself
-        without a class. options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i) only.
+        classes: labels or names, taken in turn; None draws them. steps: evaluations of a consistency model or flow map
+        (0: 1), or points of a denoiser's grid (0: 18, or as it was trained for). guidance: its scale, or a text with
+        the noise levels at which it acts, "2,0.3,5". guide: a classifier or a weaker model, file or run; "" is the
+        model itself without a class. options: flags of the sampler, such as s_churn=40. Image i depends on (seed, i)
+        only.
         """
         if output not in ("tensor", "pil"):
             raise ValueError(f"output must be 'tensor' or 'pil', got {output!r}")

@@ -125,7 +125,7 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
             f"{merged.training_mode}"
         )
     guided = getattr(merged, "guide", "")
-    if (guided or getattr(merged, "guidance", "")) and has_two_times(merged):
+    if {"guidance", "guide"} & config.explicit and has_two_times(merged):
         raise UserError(f"--guidance and --guide are for models of one time; {source} is a flow map")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
