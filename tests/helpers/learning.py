@@ -11,16 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
-from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond, FlowPrecond
+from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.diffusion.proposals import Proposal
 from cm.diffusion.weightings import pair_weight
 from cm.objectives.base import Objective, Roles
@@ -29,8 +27,6 @@ from cm.objectives.continuous import ContinuousObjective
 from cm.objectives.curricula import EmaAndScales, Ratio, progdist_steps
 from cm.objectives.distances import PseudoHuber, make_distance
 from cm.objectives.edm import EDMObjective
-from cm.objectives.flow_map import Adaptive, FlowMapObjective, Split
-from cm.objectives.flow_times import TimeLaw
 from cm.objectives.pairs import GridPairs, LogNormalGridPairs, Pairs, RatioPairs
 from cm.objectives.parts import Weight
 from cm.objectives.progressive import ProgressiveObjective
@@ -43,7 +39,7 @@ from cm.storage.saver import Saver
 from cm.training.learning_rate import LearningRate
 from cm.training.options import BatchSize, Optimization, Reports
 from cm.training.trainer import Trainer
-from tests.helpers.models import PointNet, TwoTimePointNet
+from tests.helpers.models import PointNet
 
 GRID = Grid(sigma_max=10.0)
 BATCH = 256
@@ -51,12 +47,11 @@ COUNT = 4096  # points that are compared
 STD = 0.15
 ANGLES = torch.arange(4) * math.pi / 2
 CENTRES = 0.6 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
-# By what --boundary says of a consistency function; empty: a denoiser; flow: a flow map
+# By what --boundary says of a consistency function; empty: a denoiser
 PRECONDS = {
     "": EDMPrecond(time_scale=1.0),
     "skip": ConsistencyPrecond(time_scale=1.0),
     "zero": ConsistencyPrecond(sigma_min=0.0, time_scale=1.0),
-    "flow": FlowPrecond(),
 }
 
 
@@ -143,12 +138,6 @@ def _trigflow(mode: str, length: float) -> Objective:
     return TrigFlowObjective(law, tangent, distillation=mode == "scd")
 
 
-def _flow_map(identity: str, source: str = "self", **split: Any) -> Objective:
-    law = TimeLaw("sorted", 0.0, 1.5, 0.0, 1.5, share=0.5)
-    weight = Adaptive(0.5, 1e-2)
-    return FlowMapObjective(law=law, identity=identity, source=source, weight=weight, split=Split(**split))
-
-
 def recipes(length: float = 1.0) -> dict[str, Recipe]:
     """Method -> recipe."""
     ict = LogNormalGridPairs(GRID, -1.1, 2.0)
@@ -168,9 +157,6 @@ def recipes(length: float = 1.0) -> dict[str, Recipe]:
         "TCM": Recipe(_truncated, 300, 2e-3, teacher="ECT", boundary="zero"),
         "sCT": Recipe(partial(_trigflow, "sct", length), 600, 3e-3, boundary="zero"),
         "sCD": Recipe(partial(_trigflow, "scd", length), 500, 3e-3, boundary="zero"),
-        "MeanFlow": Recipe(partial(_flow_map, "eulerian", "data"), 1500, 1e-2, teacher="", boundary="flow"),
-        "LSD": Recipe(partial(_flow_map, "lagrangian"), 1500, 1e-2, teacher="", boundary="flow"),
-        "shortcut": Recipe(partial(_flow_map, "progressive"), 1500, 1e-2, teacher="", boundary="flow"),
     }
 
 
@@ -179,7 +165,6 @@ SAMPLINGS: dict[str, tuple[tuple[int, str, int, list[int] | None], ...]] = {
     "EDM": ((35, "heun", 18, None), (9, "heun", 5, None)),
     "PD": ((1, "progdist", 1, None),),
 }
-SAMPLINGS |= {m: tuple((n, "jumps", n, None) for n in (1, 2, 4)) for m in ("MeanFlow", "LSD", "shortcut")}
 ONE_AND_TWO = ((1, "onestep", 18, None), (2, "multistep", 18, [0, 11, 17]))
 SAMPLINGS["TCM"] = ((1, "onestep", 18, None), (2, "multistep", 18, [0, 7, 17]))  # not below t' = 1
 
@@ -197,16 +182,14 @@ def train(recipe: Recipe, teacher: Denoiser | None, length: float = 1.0) -> Deno
     steps = round(recipe.steps * length)
     objective = recipe.objective()
     torch.manual_seed(0)
-    flow_map = recipe.boundary == "flow"
-    fresh, kind = (TwoTimePointNet, FlowMap) if flow_map else (PointNet, Denoiser)
-    student = copy.deepcopy(teacher.net) if teacher else fresh()
+    student = copy.deepcopy(teacher.net) if teacher else PointNet()
     objective.attach(student)
     precond = PRECONDS[recipe.boundary]
     with tempfile.TemporaryDirectory() as folder:
         logger.configure(folder, ["json"])
         trainer = Trainer(
             roles=Roles(
-                kind(student, precond),
+                Denoiser(student, precond),
                 Denoiser(copy.deepcopy(student), precond) if objective.needs_target else None,
                 copy.deepcopy(teacher) if objective.needs_teacher else None,
             ),
@@ -227,7 +210,7 @@ def train(recipe: Recipe, teacher: Denoiser | None, length: float = 1.0) -> Deno
     with torch.no_grad():
         for p, average in zip(student.parameters(), trainer.state.ema.copies[0]):
             p.copy_(average)
-    return kind(student, precond)
+    return Denoiser(student, precond)
 
 
 def sample(model: Denoiser, sampler: str, steps: int, ts: Sequence[int] | None = None) -> Tensor:

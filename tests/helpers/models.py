@@ -86,17 +86,6 @@ class PointNet(nn.Module):
         return self.layers(torch.cat([x, c_noise[:, None].to(x.dtype)], dim=1))
 
 
-class TwoTimePointNet(PointNet):
-    """The same with a second clock."""
-
-    def __init__(self, dim: int = 2, width: int = 64):
-        super().__init__(dim, width)
-        self.layers[0] = nn.Linear(dim + 2, width)
-
-    def forward(self, x: Tensor, c_noise: Tensor, second: Tensor | None = None) -> Tensor:
-        return self.layers(torch.cat([x, c_noise[:, None].to(x.dtype), second[:, None].to(x.dtype)], dim=1))
-
-
 def roles_of(objective: Objective, make: Callable[[], nn.Module], precond: Precond) -> Roles:
     """New networks for the roles that an objective has; student and target under `precond`, the teacher under EDM's."""
     return Roles(
