@@ -265,6 +265,36 @@ class SelfFlowMapOptions(FlowMapOptions):
 
 
 @dataclass(frozen=True)
+class TrajectoryOptions:
+    """Consistency trajectories"""
+
+    max_teacher_steps: int = flag(0, "most steps of the grid from t to u; 0: as many as it has", low=0)
+    dsm_weight: float = flag(1.0, "weight of denoising score matching; 0: none", low=0)
+    dsm_adaptive: bool = flag(True, "that weight times the ratio of both gradients of the last layer")
+    target_jump: str = flag(
+        "student",
+        "who jumps from u to s, where the student's jump ends; none: s is u",
+        choices=("student", "target", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class SelfTrajectoryOptions(TrajectoryOptions):
+    """Consistency trajectories"""
+
+    iterate: bool = flag(False, "go from t to u by the steps of the grid instead of in one jump")
+
+
+@dataclass(frozen=True)
+class GammaOptions:
+    """Sampler gamma"""
+
+    gamma: float = flag(
+        0.0, "0: deterministic jumps; 1: to the lowest level and back up, as multistep does", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
 class AddimOptions:
     """Sampler addim"""
 

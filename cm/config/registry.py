@@ -35,11 +35,13 @@ class Objective(Row):
 
     consistency: its models are consistency functions, under the boundary condition. teacher: it needs one. sampler:
     how its models are sampled unless the command says otherwise. script: the training script that offers it. stages:
-    the student becomes the teacher stage by stage. segments: its samples take --segments steps. continuous: no grid
+    the student becomes the teacher stage by stage. segments: its samples take --segments steps. target: it
+    keeps a target network. continuous: no grid
     of noise levels. draws: its models draw images.
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
-    recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags.
+    recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags. passes: of its step, a function
+    (config) -> mean number of passes through student, target and teacher, and backward; empty: the usual ones.
     two_times: its models are flow maps, whose networks have a second clock.
     """
 
@@ -49,12 +51,14 @@ class Objective(Row):
     script: str = "cm_train"
     stages: bool = False
     segments: bool = False
+    target: bool = False
     continuous: bool = False
     draws: bool = True
     learns_from: str = "denoiser"
     boundary: str = ""
     lowest: str = ""
     recipe: str = "cm.config.auto:slow"
+    passes: str = ""
     two_times: bool = False
 
     @property

@@ -55,6 +55,23 @@ OBJECTIVES: Registry[Objective] = Registry(
             stages=True,
             recipe="cm.config.auto:progressive",
         ),
+        "ctm": Objective(
+            make="cm.objectives.ctm:distillation",
+            passes="cm.objectives.ctm:passes",
+            teacher=True,
+            target=True,
+            sampler="gamma",
+            two_times=True,
+            options=options.TrajectoryOptions,
+        ),
+        "ctm_training": Objective(
+            make="cm.objectives.ctm:training",
+            passes="cm.objectives.ctm:passes",
+            target=True,
+            sampler="gamma",
+            two_times=True,
+            options=options.SelfTrajectoryOptions,
+        ),
         "multistep_distillation": Objective(
             make="cm.objectives.multistep:distillation",
             teacher=True,
@@ -148,6 +165,13 @@ SAMPLERS: Registry[Sampler] = Registry(
             reads="consistency",
         ),
         "progdist": Sampler(make="cm.sampling.consistency:sample_progdist", grid="intervals", guidance=False),
+        "gamma": Sampler(
+            make="cm.sampling.gamma:sample_gamma",
+            grid="to_lowest",
+            guidance=False,
+            reads="jumps",
+            options=options.GammaOptions,
+        ),
         "addim": Sampler(
             make="cm.sampling.ode:sample_addim", order=1, other_grids=True, options=options.AddimOptions
         ),
@@ -183,6 +207,7 @@ GRIDS: Registry[Row] = Registry(
         "karras": Row(make="cm.sampling.levels:karras"),
         "ts": Row(make="cm.sampling.levels:chosen"),
         "intervals": Row(make="cm.sampling.levels:intervals"),
+        "to_lowest": Row(make="cm.sampling.levels:to_lowest"),
         "sde": Row(make="cm.sampling.levels:of_sde"),
         "jumps": Row(make="cm.sampling.levels:of_jumps"),
     },

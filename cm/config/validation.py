@@ -149,6 +149,12 @@ def _check_consistency(config: CmTrainConfig) -> None:
         _check_continuous(config, row.teacher)
     if (lowest := getattr(config, "transition_t", config.sigma_min)) >= config.sigma_max:
         raise UserError(f"--transition_t {lowest} must be below --sigma_max {config.sigma_max}")
+    if row.target and not config.start_ema:
+        raise UserError(f"--training_mode {config.training_mode} needs a target network: --start_ema above 0")
+    if row.target and config.scale_mode != "fixed":
+        raise UserError(
+            f"--training_mode {config.training_mode} has one grid: --scale_mode must be fixed, got {config.scale_mode}"
+        )
     if row.segments and config.scale_mode != "fixed":
         raise UserError(
             f"--training_mode {config.training_mode} has --segments throughout: --scale_mode must be fixed, got "

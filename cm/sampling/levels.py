@@ -44,6 +44,11 @@ def intervals(
     return karras(steps + 1, sigma_min, sigma_max, rho)
 
 
+def to_lowest(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """The ends of `steps` jumps from sigma_max to sigma_min on Karras's grid, as CTM is sampled."""
+    return karras(steps + 1, sigma_min, sigma_max, rho)[:-1]
+
+
 def of_sde(steps: int, sigma_min: float, sigma_max: float, rho: float, *, sde: SDE | None = None) -> Tensor:
     """Levels at equidistant times of an SDE, EDM's by default, and a final 0."""
     sde = sde or create_sde("edm", sigma_min, sigma_max)

@@ -32,7 +32,9 @@ def bytes_of_weights(config: TrainConfig) -> int:
     if isinstance(config, CmTrainConfig):
         row = OBJECTIVES[config.training_mode]
         copies += (
-            row.teacher + bool(config.guide) + ((row.consistency or row.segments) and config.start_ema > 0)
+            row.teacher
+            + bool(config.guide)
+            + ((row.consistency or row.segments or row.target) and config.start_ema > 0)
         )
     return 4 * parameters * copies
 

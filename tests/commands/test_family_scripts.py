@@ -365,6 +365,24 @@ def test_segments_train_and_are_sampled_one_step_each(told_some, data_dir, tmp_p
     assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all()
 
 
+@pytest.mark.parametrize("mode", ["ctm", "ctm_training"])
+def test_trajectories_train_and_jump(mode, told_some, data_dir, tmp_path):
+    flags = ["--training_mode", mode, "--start_scales", "4", "--start_ema", "0.9", "--class_cond", "True"]
+    flags += ["--loss_norm", "l2", "--preview_count", "2"]
+    flags += ["--teacher_model_path", told_some] if mode == "ctm" else []
+    run = train(CmTrainConfig, data_dir, tmp_path / "run", *flags)
+    nfe = {}
+    for name, how in {
+        "one": [],
+        "exact": ["--steps", "3"],
+        "gamma": ["--steps", "3", "--sampler", "gamma", "--gamma", "1"],
+    }.items():
+        images, _, meta = sample(run, tmp_path / name, *how, steps=1)
+        assert images.shape == (3, 8, 8, 1)
+        nfe[name] = meta["nfe"]
+    assert nfe == {"one": 1, "exact": 3, "gamma": 3}
+
+
 # ---- (alpha, sigma) ----------------------------------------------------------------------------------
 
 

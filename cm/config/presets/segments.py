@@ -1,12 +1,14 @@
-"""Multistep consistency models (Heek et al. 2024): on ImageNet 64x64, and on digits.
+"""Multistep consistency models (Heek et al. 2024) and consistency trajectory models (Kim et al. 2024).
 
-Rates, batch, grid and length are the paper's; its networks are UViTs that were not published, so its numbers are not
-quoted here: ADM's network and an EDM teacher stand for them.
+Rates, batch, grid and length of the former are the paper's; its networks are UViTs that were not published, so its
+numbers are not quoted here: ADM's network and an EDM teacher stand for them. Those of CTM are its published commands
+without the adversarial part; 50,000 steps are the upper end of what its text asks for at least.
 """
 
 from typing import Any
 
-from cm.config.presets.base import Flags, Preset
+from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.cifar10 import NCSNPP
 from cm.config.presets.released import IMAGENET64 as ADM
 from cm.config.presets.small import DIGITS8, SAMPLING, TRAINING
 
@@ -49,7 +51,54 @@ def _digits(mode: str, segments: int, steps: int, **train: Any) -> Preset:
     return _multistep(DIGITS8, segments, {**TRAINING, **own, **train}, SAMPLING)
 
 
+CTM: Flags = {
+    "training_mode": "ctm",
+    "optimizer": "radam",
+    "lr": 4e-4,
+    "start_ema": 0.999,
+    "ema_rate": "0.999,0.9999",
+    "precision": "fp16",
+    "total_training_steps": 50000,
+}
+CTM_PAPER = "Kim et al. 2024, Table 1, without the discriminator"
+
+
+def _trajectories(model: Flags, train: Flags, draws: Flags, results: tuple[Result, ...] = ()) -> Preset:
+    sample = {"training_mode": "ctm", "sampler": "gamma", "steps": 1, **draws}
+    return Preset(
+        model={**model, "weight_schedule": "uniform"},
+        scripts={"cm_train": train, "image_sample": sample},
+        results=results,
+    )
+
+
 PRESETS: dict[str, Preset] = {
+    "cifar10_ctm": _trajectories(
+        {**NCSNPP, "network": "ddpmpp", "dropout": 0.13},
+        {**CTM, "loss_norm": "lpips", "start_scales": 18, "global_batch_size": 256, "random_flip": False},
+        {"num_samples": 50000, "batch_size": 500},
+        (Result(1, 5.19, CTM_PAPER), Result(18, 3.00, CTM_PAPER)),
+    ),
+    "imagenet64_ctm": _trajectories(
+        ADM,
+        {**CTM, "loss_norm": "lpips", "start_scales": 40, "global_batch_size": 1440},
+        {"num_samples": 50000, "batch_size": 500},
+    ),
+    "digits_ctm": _trajectories(
+        DIGITS8,
+        {
+            **TRAINING,
+            "training_mode": "ctm",
+            "loss_norm": "l2",
+            "start_scales": 18,
+            "max_teacher_steps": 4,
+            "start_ema": 0.9,
+            "lr": 1e-3,
+            "ema_rate": "0.98",
+            "total_training_steps": 500,
+        },
+        SAMPLING,
+    ),
     **{f"imagenet64_mcd{segments}": _imagenet(segments) for segments in (1, 2, 4, 8, 16)},
     **{f"digits_mcd{segments}": _digits("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
     "digits_mct2": _digits("multistep_training", 2, 1500, init="random", ema_rate="0.99"),

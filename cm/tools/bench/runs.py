@@ -113,7 +113,7 @@ def training(config: TrainConfig) -> Iterator[Trainer]:
         logger.configure(folder, ["csv"])
         dataset = train.open_training_data(config)
         told = {"label_dropout": 0.1} if config.class_cond else None  # it may guide itself
-        teacher = ModelFile("random", "file", create_network(config).state_dict(), told)
+        teacher = ModelFile("random", "file", create_network(config, two_times=False).state_dict(), told)
         saver = train.create_saver(config, folder, dataset.fingerprint)
         trainer = train.build_trainer(config, *create_roles(config, teacher, device), saver)
         trainer.data = iter(train.open_stream(config, dataset, 0, device.type))

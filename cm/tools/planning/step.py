@@ -1,7 +1,7 @@
 """A training step and a sampler's network call, traced on the meta device."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -201,8 +201,8 @@ def _draw(config: TrainConfig, objective: Objective, images: int) -> Draw:
     """A draw for `images` images, its noise apart."""
     x0 = torch.zeros(images, config.in_channels or DEFAULT_CHANNELS, 1, 1)
     draw = objective.draw(x0, 0, StepRandom(0, 0, 0, images, images))
-    moved = {f: getattr(draw, f) for f in ("t", "r", "weight", "index", "share")}
-    return replace(draw, **{f: v.to(META) for f, v in moved.items() if v is not None})
+    moved = {f.name: getattr(draw, f.name) for f in fields(draw)}
+    return replace(draw, **{name: v.to(META) for name, v in moved.items() if isinstance(v, Tensor)})
 
 
 def _distance_bytes(objective: Objective) -> int:

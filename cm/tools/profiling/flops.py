@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cm.config.derived import guidance_of, has_two_times, precision, training_mode
-from cm.config.registry import Objective
+from cm.config.registry import Objective, resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import Config
 from cm.models.factory import create_network
@@ -125,6 +125,15 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     distance = 0
     if (size := getattr(config, "lpips_size", None)) is not None:
         distance = 3 * lpips_forward(config.image_size, size)
+    if row.passes:
+        student, target, teacher, backward = resolve(row.passes)(config)
+        return StepCost(
+            student=round(student * network.forward),
+            backward=round(backward * network.backward),
+            target=round(target * network.forward),
+            teacher=round(teacher * network.forward * (2 if guidance_of(config) is not None else 1)),
+            distance=distance,
+        )
     passes, backwards = 1, 1
     if row.continuous:
         # Forward mode is two passes, f and its tangent; then a plain one, or the way back through both.
