@@ -12,7 +12,6 @@ from cm.errors import UserError
 from cm.models.factory import choose_device
 from cm.storage.weights import tensors_sha256
 from evaluations import inception_v3, own_features, small_classifier
-from evaluations.inception_weights import FLAG as INCEPTION_FLAG
 from evaluations.inception_weights import load_inception
 
 
@@ -151,7 +150,7 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
         help="feature network: classifier=FILE, torchscript=FILE, timm=NAME, inception=FILE, or FILE.py:CLASS",
     )
     parser.add_argument(
-        INCEPTION_FLAG, default="", help="file or URL of the Inception weights; empty: user cache"
+        "--inception_path", default="", help="file or URL of the Inception weights; empty: user cache"
     )
     parser.add_argument("--weights_sha256", default="", help="refuse weights whose SHA-256 does not begin so")
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="images per batch and rank")
@@ -161,6 +160,6 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
 def features_from_flags(args: argparse.Namespace, default: str) -> FeatureNetwork:
     """The network that the flags of `add_feature_flags` ask for."""
     if args.inception_path and args.features:
-        raise UserError(f"give {INCEPTION_FLAG} or --features, not both")
+        raise UserError("give --inception_path or --features, not both")
     spec = f"inception={args.inception_path}" if args.inception_path else args.features
     return load_features(spec, default, choose_device(args.device), sha256=args.weights_sha256)

@@ -17,7 +17,8 @@ from cm.storage.torch_format import check_size, read_torch
 from evaluations.fetch import check_sha256, local_copy
 from evaluations.inception_v3 import InceptionV3
 
-FLAG = "--inception_path"
+# What messages call them: programs name the file by --inception_path or by --features inception=FILE.
+WHAT = "Inception weights"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
             raise UserError(
-                f"{FLAG}: {path} is a TorchScript program (NVIDIA's file of this name), which is code; "
+                f"{WHAT}: {path} is a TorchScript program (NVIDIA's file of this name), which is code; "
                 f"use the plain weights from {PUBLISHED['pytorch-fid'].url}"
             )
     try:
@@ -133,9 +134,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         check_size(state, path.stat().st_size, "it")
     except Exception as error:  # damaged bytes make pickle, zipfile and torch raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{FLAG}: {path} is not a readable file of plain tensors ({reason})") from None
+        raise UserError(f"{WHAT}: {path} is not a readable file of plain tensors ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{FLAG}: {path} is not a flat dictionary of tensors")
+        raise UserError(f"{WHAT}: {path} is not a flat dictionary of tensors")
     return state
 
 
@@ -147,7 +148,7 @@ def read_inception_state(path: str | Path) -> dict[str, Tensor]:
         scales = [k for k, v in state.items() if k.endswith("bn.weight") and not bool((v == 1).all())]
         if scales:
             raise UserError(
-                f"{FLAG}: {path} is not the FID Inception: its batch norms have scales ({scales[0]})"
+                f"{WHAT}: {path} is not the FID Inception: its batch norms have scales ({scales[0]})"
             )
         state = {ours: state[theirs] for theirs, ours in pytorch_fid_names().items() if theirs in state}
     with torch.device("meta"):
@@ -156,7 +157,7 @@ def read_inception_state(path: str | Path) -> dict[str, Tensor]:
     if found != expected:
         wrong = next(k for k in [*expected, *found] if found.get(k) != expected.get(k))
         raise UserError(
-            f"{FLAG}: {path} has another layout: {wrong} is {found.get(wrong, 'absent')}, "
+            f"{WHAT}: {path} has another layout: {wrong} is {found.get(wrong, 'absent')}, "
             f"the 2015-12-05 Inception needs {expected.get(wrong, 'no such tensor')}"
         )
     return {k: v.float() for k, v in state.items()}
@@ -168,16 +169,16 @@ def find_inception(location: str = "", sha256: str = "") -> tuple[Path, str]:
         if location.startswith("http://") and not sha256:
             name = location.partition("?")[0].rpartition("/")[2]
             raise UserError(
-                f"{FLAG}: {name} would come over http:// as anybody on the way likes it; "
+                f"{WHAT}: {name} would come over http:// as anybody on the way likes it; "
                 "give an https:// address, a file, or its hash (--weights_sha256)"
             )
-        path = local_copy(location, sha256=sha256, flag=FLAG)
+        path = local_copy(location, sha256=sha256, flag=WHAT)
         return path, check_sha256(path, sha256)
     for known in PUBLISHED.values():
         if known.cached.exists():
             return known.cached, check_sha256(known.cached, sha256 or known.sha256)
     known = PUBLISHED["pytorch-fid"]
-    path = local_copy(known.url, target=known.cached, sha256=sha256 or known.sha256, flag=FLAG)
+    path = local_copy(known.url, target=known.cached, sha256=sha256 or known.sha256, flag=WHAT)
     return path, check_sha256(path, sha256 or known.sha256)
 
 

@@ -107,7 +107,9 @@ def parse_config(
         sys.exit(0)
     if unknown:
         raise UserError(_unknown_flag(unknown[0], cls, chosen))
-    from_preset = {name: value for name, value in from_preset.items() if not is_fixed(cls, name)}
+    # Where a row of the preset was replaced, the options of that row are no flags any more.
+    own = flags_of(cls)
+    from_preset = {n: value for n, value in from_preset.items() if n in own and not is_fixed(cls, n)}
     from_file = read_config(file, first.get("config", ""), cls)
     named = {**from_file, **given}
     explicit = {

@@ -168,6 +168,13 @@ def test_options_are_flags_where_their_row_is_chosen():
     assert "sampler pc: sde, predictor" in " ".join(help_page(SampleConfig, "all").split())
 
 
+def test_options_of_a_presets_row_go_with_it():
+    own = parse_config(CmTrainConfig, ["--preset", "digits_ict"])
+    other = parse_config(CmTrainConfig, ["--preset", "digits_ict", "--pairs", "grid"])
+    assert own.p_mean != 0 and not hasattr(other, "p_mean")
+    assert other.pairs == "grid" and other.loss_norm == own.loss_norm
+
+
 def test_a_configuration_file_of_an_earlier_version_is_read(tmp_path):
     """It names every flag that there was; those of rows that are not chosen were at their defaults."""
     path = tmp_path / "c.json"

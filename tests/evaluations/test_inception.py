@@ -142,7 +142,7 @@ def test_offline_and_absent_says_what_where_and_how(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         load_inception()
     known = PUBLISHED["pytorch-fid"]
-    for part in (known.name, known.url, str(known.cached), "--inception_path"):
+    for part in (known.name, known.url, str(known.cached), "Inception weights"):
         assert part in str(error.value)
     assert not list((tmp_path / "inception").iterdir())
 
@@ -199,7 +199,7 @@ def test_plain_http_needs_a_hash(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
     serve(monkeypatch, b"content")
     location = "http://user:secret@host/weights.pt?key=secret"
-    with pytest.raises(UserError, match=r"--inception_path: weights\.pt .*--weights_sha256") as error:
+    with pytest.raises(UserError, match=r"Inception weights: weights\.pt .*--weights_sha256") as error:
         inception_weights.find_inception(location)
     assert "secret" not in str(error.value) and not (tmp_path / "cache").exists()
     known = hashlib.sha256(b"content").hexdigest()
