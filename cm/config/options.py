@@ -233,6 +233,18 @@ class FlowTimeOptions:
 
 
 @dataclass(frozen=True)
+class MeanFlowOptions(FlowTimeOptions):
+    """Flow maps"""
+
+    omega: float = flag(
+        1.0, "omega of the guidance that the student learns, whose scale is omega / (1 - kappa)", above=0
+    )
+    kappa: float = flag(0.0, "kappa of it: share of the student's own velocity of the class", low=0, below=1)
+    guided_from: float = flag(0.0, "first time t at which it acts, from 0 (images) to 1", low=0, high=1)
+    guided_to: float = flag(1.0, "last time t at which it acts", low=0, high=1)
+
+
+@dataclass(frozen=True)
 class FlowMapOptions(FlowTimeOptions):
     """Flow maps"""
 

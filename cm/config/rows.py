@@ -130,10 +130,11 @@ OBJECTIVES: Registry[Objective] = Registry(
         ),
         "meanflow": Objective(
             make="cm.objectives.meanflow:meanflow",
+            passes="cm.objectives.meanflow:passes",
             sampler="jumps",
             continuous=True,
             two_times=True,
-            options=options.FlowTimeOptions,
+            options=options.MeanFlowOptions,
         ),
         "classifier": Objective(
             make="cm.objectives.classifier:classification",

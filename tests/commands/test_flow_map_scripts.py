@@ -69,6 +69,26 @@ def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):  # noqa: F811
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
 
 
+def test_a_student_learns_guidance(data_dir, tmp_path):  # noqa: F811
+    """Where some rows hide their class; a sample costs one pass, and the weights are others than without."""
+    flags = [
+        "--training_mode",
+        "meanflow",
+        "--class_cond",
+        "True",
+        "--label_dropout",
+        "0.5",
+        "--kappa",
+        "0.5",
+    ]
+    run = train(CmTrainConfig, data_dir, tmp_path / "run", *FLOW[:-2], *flags)
+    _, labels, meta = sample(run, tmp_path / "samples", steps=1)
+    assert meta["nfe"] == 1 and len(labels) == 3
+    plain = train(CmTrainConfig, data_dir, tmp_path / "plain", *FLOW[:-2], *flags[:-2])
+    states = [load(path, weights="raw")._model.denoiser.net.state_dict() for path in (run, plain)]
+    assert any(not torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
 @pytest.mark.parametrize("identity", ["eulerian", "lagrangian", "progressive"])
 def test_a_student_begins_as_its_teacher(identity, teacher, data_dir, tmp_path):  # noqa: F811
     flags = [

@@ -69,6 +69,7 @@ PRESETS: dict[str, Preset] = {
     "cifar10_meanflow": _cifar({}, (Result(1, 2.92, "Geng et al. 2025, MeanFlow"),)),
     "cifar10_meanflow_v1": _cifar(V1),
     "digits_meanflow": _digits("meanflow"),
+    "digits_meanflow_guided": _digits("meanflow", label_dropout=0.1, kappa=0.5),
     # Frans et al. 2025: 7 of 8 rows learn the velocity
     "digits_shortcut": _digits("flow_map", **HALVES, time_law="dyadic", gap_share=0.5),
     # Boffi et al. 2025
