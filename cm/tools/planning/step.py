@@ -32,6 +32,7 @@ TRACED = (
     *flags_of(GuidanceFlags),
     "precision",
     "schedule_sampler",
+    "label_dropout",
 )
 # What never changes it: traces are made once for all values.
 UNTRACED = ("total_training_steps", "distill_steps_per_iter", "teacher_model_path", "init")
