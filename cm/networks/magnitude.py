@@ -25,9 +25,8 @@ def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = EP
     dims = tuple(range(1, x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else dim
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
-    count = math.prod(
-        x.shape[i] for i in dims
-    )  # not by numel(), which holds the batch, open in an exported graph
+    # Not by numel(), which holds the batch, open in an exported graph; a list, since torch.compile takes no generator.
+    count = math.prod([x.shape[i] for i in dims])
     return x / (eps + length * math.sqrt(1 / count)).to(x.dtype)
 
 
