@@ -30,9 +30,9 @@ def addim(x: Tensor, denoised: Tensor, t: Tensor, r: Tensor, x_var: Tensor) -> T
     """DDIM's step with a longer noise: its square, per image of d values, is r^2 + d / |e|^2 (1 - r/t)^2 x_var.
 
     A prediction is the mean of the images that x may come from, which is too smooth; x_var (B,) is the variance of one
-    value of those. 0 is DDIM.
+    value of those. 0 is DDIM. t and r: (B,), or numbers for the whole batch, which stay where they are.
     """
-    noise = (x - denoised) / append_dims(t, x.ndim)
+    noise = (x - denoised) / (append_dims(t, x.ndim) if t.ndim else t)
     square = noise.flatten(1).square().sum(1)
     lost = noise[0].numel() / square * (1 - r / t) ** 2 * x_var
     return denoised + append_dims((r**2 + lost).sqrt(), x.ndim) * noise

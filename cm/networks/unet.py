@@ -215,10 +215,10 @@ class Torso:
         return nn.ModuleList(blocks), outputs
 
     def middle(self, num_heads: int) -> TimestepEmbedSequential:
-        """The blocks at the coarsest level."""
+        """The blocks at the coarsest level, made in their order, in which initial weights are drawn."""
         width = self.widths[-1]
-        first, last = (self._res(-1, width, width) for _ in range(2))
-        return TimestepEmbedSequential(first, self._attention(width, num_heads), last)
+        layers = [self._res(-1, width, width), self._attention(width, num_heads), self._res(-1, width, width)]
+        return TimestepEmbedSequential(*layers)
 
     def decoder(self, skip_widths: list[int], num_heads: int) -> nn.ModuleList:
         """Blocks of the way up; each takes one output of the encoder, the last one first, beside its input."""

@@ -70,8 +70,7 @@ def sample_addim(
     for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         yield Step(x, sigma, denoised)
-        t, r = (level.to(x).expand(len(x)) for level in (sigma, sigma_next))
-        x = addim(x, denoised, t, r, of_snr(t, eta=eta))
+        x = addim(x, denoised, sigma, sigma_next, of_snr(sigma, eta=eta))
     return x
 
 

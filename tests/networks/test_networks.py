@@ -88,3 +88,23 @@ def test_combinations_that_no_network_has():
         build_network(
             Architecture(network="ncsnpp", **{**TINY, "image_size": 9, "attention_resolutions": ""})
         )
+
+
+# Of a network at seed 0: the sum of its weights, each times its place among them modulo 7
+INITIAL = {
+    "adm": 3990.9058,
+    "ncsnpp": 4368.3068,
+    "ddpmpp": 3978.8589,
+    "ddpmpp_scm": 4494.4544,
+    "edm2": -1941.8596,
+    "edm2_scm": -2482.4333,
+}
+
+
+@pytest.mark.parametrize("network", INITIAL)
+def test_initial_weights_are_a_function_of_the_seed(network):
+    """Their order is fixed, too: a run that starts from random weights is the same with every version."""
+    torch.manual_seed(0)
+    net = build_network(Architecture(network=network, num_classes=10, **TINY))
+    flat = torch.cat([p.detach().double().flatten() for p in net.parameters()])
+    assert (flat * (torch.arange(len(flat)) % 7)).sum().item() == pytest.approx(INITIAL[network], rel=1e-5)

@@ -17,7 +17,7 @@ def test_levels_decrease_from_sigma_max_to_the_end(name):
     levels = grid_levels(name, 6, 0.02, 80.0, 7.0, {"ts": [0, 2, 5]})
     assert (levels[1:] < levels[:-1]).all() and not levels.is_cuda
     assert len(levels) == {"ts": 3, "intervals": 8}.get(name, 7)
-    assert levels[-1].item() == (pytest.approx(0.02) if name == "ts" else 0)
+    assert levels[-1].item() == (pytest.approx(0.02) if name in ("ts", "to_lowest") else 0)
     assert levels[0].item() == pytest.approx(71.291 if name == "iddpm" else 80.0, rel=1e-5)
 
 

@@ -14,7 +14,15 @@ from cm.commands.sample import CallCounter, noise_levels, sample_batches, solver
 from cm.config import presets
 from cm.config.derived import AUTO, is_consistency, precision, stop_step, training_mode, with_counts
 from cm.config.rows import OBJECTIVES
-from cm.config.scripts import SCRIPTS, ClassifierConfig, CmTrainConfig, EdmTrainConfig, SampleConfig, flags_of
+from cm.config.scripts import (
+    SCRIPTS,
+    ClassifierConfig,
+    CmTrainConfig,
+    EdmTrainConfig,
+    SampleConfig,
+    configuration_class,
+    flags_of,
+)
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError, choose
 from cm.models.factory import create_precond
@@ -139,7 +147,8 @@ def _seconds(row: Row, report: Report) -> float:
 def _row_step(row: Row, cluster: Cluster, slowdown: float) -> Step:
     classifier = row.config.get("preset", "").endswith("classifier")
     train = ClassifierConfig if classifier else EdmTrainConfig
-    cls = CmTrainConfig if "training_mode" in row.config else train
+    plain = CmTrainConfig if "training_mode" in row.config else train
+    cls = configuration_class(plain, row.config)
     known = {k: v for k, v in row.config.items() if k in flags_of(cls)}
     return plan_step(cls(**known), cluster, slowdown=slowdown)
 
