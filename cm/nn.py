@@ -35,6 +35,7 @@ __all__ = [
 
 NORM_GROUPS = 32
 NO_CLASS = -1  # the label of an image whose class is not told
+UNGUIDED = (1.0, 0.0, 1.0)  # 1 / scale of a guidance, and the first and the last time at which it acts
 
 CONVOLUTIONS = {
     1: nn.Conv1d,

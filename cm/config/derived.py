@@ -71,6 +71,11 @@ def has_two_times(config: Config) -> bool:
     return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].two_times
 
 
+def told_guidance(config: Config) -> bool:
+    """Whether the configured network is told which guidance to follow."""
+    return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].told_guidance
+
+
 def learns_from(config: TrainConfig) -> str:
     """What a teacher of this run is: `denoiser` or `consistency`."""
     return OBJECTIVES[training_mode(config)].learns_from

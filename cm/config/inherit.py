@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from cm.config import plugins
-from cm.config.derived import ModelUser, has_two_times, last_known, with_two_steps
+from cm.config.derived import ModelUser, has_two_times, last_known, told_guidance, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
 from cm.config.rows import NETWORKS, OBJECTIVES, SAMPLERS
@@ -125,7 +125,8 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
             f"{merged.training_mode}"
         )
     guided = getattr(merged, "guide", "")
-    if {"guidance", "guide"} & config.explicit and has_two_times(merged):
+    steering = {"guide"} if told_guidance(merged) else {"guidance", "guide"}
+    if steering & config.explicit and has_two_times(merged):
         raise UserError(f"--guidance and --guide are for models of one time; {source} is a flow map")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")

@@ -245,6 +245,21 @@ class MeanFlowOptions(FlowTimeOptions):
 
 
 @dataclass(frozen=True)
+class ImprovedMeanFlowOptions(FlowTimeOptions):
+    """Flow maps"""
+
+    t_mean: float = flag(-0.4, "mean of ln(t / (1 - t)), which is ln(sigma)")
+    t_std: float = flag(1.0, "standard deviation of it", above=0)
+    r_mean: float = flag(-0.4, "the same of r")
+    r_std: float = flag(1.0, "the same of r", above=0)
+    gap_share: float = flag(0.5, "share of the rows with r < t; the others learn the velocity", low=0, high=1)
+    norm_p: float = flag(1.0, "p of the weight 1 / (error + c)^p; 0: none", low=0)
+    norm_c: float = flag(0.01, "c of that weight", above=0)
+    omega_max: float = flag(8.0, "largest scale of guidance that training draws; the smallest is 1", above=1)
+    omega_beta: float = flag(1.0, "the density of that scale falls as scale^-beta", low=0)
+
+
+@dataclass(frozen=True)
 class FlowMapOptions(FlowTimeOptions):
     """Flow maps"""
 

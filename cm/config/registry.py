@@ -42,7 +42,8 @@ class Objective(Row):
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
     recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags. passes: of its step, a function
     (config) -> mean number of passes through student, target and teacher, and backward; empty: the usual ones.
-    two_times: its models are flow maps, whose networks have a second clock.
+    two_times: its models are flow maps, whose networks have a second clock. told_guidance: its networks are told which
+    guidance to follow and predict the velocity in more channels; its draws say which rows hide their class.
     """
 
     consistency: bool = False
@@ -60,6 +61,7 @@ class Objective(Row):
     recipe: str = "cm.config.auto:slow"
     passes: str = ""
     two_times: bool = False
+    told_guidance: bool = False
 
     @property
     def kind(self) -> str:
@@ -94,7 +96,8 @@ class Network(Row):
 
     clock: c_noise = clock * ln(sigma) / 4. half: it has `convert_torso(dtype)` and `.dtype`. levels: it halves the
     image from level to level (--channel_mult). augment: it takes augmentation labels. two_times: it takes a second
-    clock, as `second=` (B,), where `architecture.two_times` asks for one. check: `module:attribute`, a
+    clock, as `second=` (B,), where `architecture.two_times` asks for one. told_guidance: it takes a guidance, as
+    `guidance_inputs=` (B, 3), and has twice the channels, where the architecture asks so. check: `module:attribute`, a
     function (architecture) that raises UserError where flags do not fit. classifier: the classifier that goes with it.
     A module with a method `project(params)` has its fp32 weights, by name, changed in place after each optimizer step.
     """
@@ -104,6 +107,7 @@ class Network(Row):
     levels: bool = True
     augment: bool = False
     two_times: bool = False
+    told_guidance: bool = False
     check: str | Callable[..., None] = ""
     classifier: str = ""
 

@@ -128,6 +128,15 @@ OBJECTIVES: Registry[Objective] = Registry(
             two_times=True,
             options=options.FlowMapOptions,
         ),
+        "improved_meanflow": Objective(
+            make="cm.objectives.improved_meanflow:improved_meanflow",
+            passes="cm.objectives.improved_meanflow:passes",
+            sampler="jumps",
+            continuous=True,
+            two_times=True,
+            told_guidance=True,
+            options=options.ImprovedMeanFlowOptions,
+        ),
         "meanflow": Objective(
             make="cm.objectives.meanflow:meanflow",
             passes="cm.objectives.meanflow:passes",
@@ -240,7 +249,7 @@ NETWORKS: Registry[Network] = Registry(
         "ddpmpp": Network(make="cm.networks.architecture:ddpmpp", augment=True, two_times=True),
         "ddpmpp_scm": Network(make="cm.networks.architecture:ddpmpp_scm", augment=True, two_times=True),
         "ddpmpp_meanflow": Network(
-            make="cm.networks.architecture:ddpmpp_meanflow", augment=True, two_times=True
+            make="cm.networks.architecture:ddpmpp_meanflow", augment=True, two_times=True, told_guidance=True
         ),
         "edm2": Network(
             make="cm.networks.architecture:edm2",

@@ -39,6 +39,9 @@ def check_architecture(architecture: Any) -> None:
     if getattr(a, "two_times", False) and not row.two_times:
         known = ", ".join(name for name, other in NETWORKS.items() if other.two_times)
         raise UserError(f"--network {a.network} has one time; a flow map needs two: choose {known}")
+    if getattr(a, "told_guidance", False) and not row.told_guidance:
+        known = ", ".join(name for name, other in NETWORKS.items() if other.told_guidance)
+        raise UserError(f"--network {a.network} cannot be told a guidance: choose {known}")
     if row.check:
         (resolve(row.check) if isinstance(row.check, str) else row.check)(a)
 

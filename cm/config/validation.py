@@ -233,10 +233,18 @@ def _check_solver(config: SampleConfig) -> None:
         if config.time_steps and not SAMPLERS[config.sampler].other_grids:
             _refuse_for_sampler(config, "time_steps", lambda row: row.other_grids)
         for name, field in flags_of(GuidanceFlags).items():
-            if getattr(config, name) != field.default and not SAMPLERS[config.sampler].guidance:
+            guided = SAMPLERS[config.sampler].guidance or (name == "guidance" and _may_be_told(config))
+            if getattr(config, name) != field.default and not guided:
                 _refuse_for_sampler(config, name, lambda row: row.guidance)
     if parsing.parse_guidance(config.guidance).drawn:
         raise UserError(f"--guidance {config.guidance}: samples have one scale")
+
+
+def _may_be_told(config: SampleConfig) -> bool:
+    """Whether the model is told its guidance, as far as one knows before its file is read."""
+    if "training_mode" in config.explicit:
+        return OBJECTIVES[config.training_mode].told_guidance
+    return SAMPLERS[config.sampler].reads == "jumps"
 
 
 def _refuse_for_sampler(config: SampleConfig, flag: str, reads: Callable[[Sampler], bool]) -> NoReturn:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cm.config.parsing import Guidance
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, Gradient
+from cm.diffusion.paths import LINEAR
 from cm.nn import NO_CLASS, append_dims
 
 
@@ -52,6 +53,18 @@ def without_labels(denoiser: Denoiser) -> Denoiser:
     """A denoiser that knows no classes, among others that do: it ignores them."""
     net = denoiser.net
     return replace(denoiser, net=lambda x, times, y=None, **cond: net(x, times, **cond))
+
+
+def told(denoiser: Denoiser, guidance: Guidance) -> Denoiser:
+    """The denoiser of a network that is told its guidance (improved MeanFlow); noise levels become times."""
+    net = denoiser.net
+    levels = torch.tensor([guidance.sigma_low, min(guidance.sigma_high, 1e9)], dtype=torch.float64)
+    inputs = torch.cat([torch.tensor([1 / guidance.low]), LINEAR.time(levels).float()])
+
+    def with_guidance(x: Tensor, times: Tensor, **cond: Tensor) -> Tensor:
+        return net(x, times, guidance_inputs=inputs.to(times.device).expand(len(x), -1), **cond)
+
+    return replace(denoiser, net=with_guidance)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cm.config.derived import augmentation_labels, has_two_times
+from cm.config.derived import augmentation_labels, has_two_times, told_guidance
 from cm.config.fields import arguments_of
 from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
@@ -29,9 +29,11 @@ def create_network(
     Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout;
     two_times: whether it has a second clock; None: as models of the configured objective do.
     """
-    own = ("use_fp16", "in_channels", "num_classes", "two_times")
+    own = ("use_fp16", "in_channels", "num_classes", "two_times", "told_guidance")
     flags = {f.name: getattr(config, f.name) for f in fields(Architecture) if f.name not in own}
     flags["augment_dim"] = augmentation_labels(config)
+    if two_times is None:
+        two_times = has_two_times(config)
     if dropout is not None:
         flags["dropout"] = dropout
     return build_network(
@@ -41,7 +43,8 @@ def create_network(
             use_fp16=False,
             in_channels=config.in_channels or DEFAULT_CHANNELS,
             num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
-            two_times=has_two_times(config) if two_times is None else two_times,
+            two_times=two_times,
+            told_guidance=two_times and told_guidance(config),
         ),
         classifier=isinstance(config, ClassifierConfig),
         options=network_options(config),

@@ -12,7 +12,7 @@ from cm.config.parsing import Guidance
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import ClassifierConfig, SampleConfig, configure
 from cm.diffusion.denoiser import Denoiser, NoisyClassifier
-from cm.diffusion.guidance import GuidedDenoiser, unconditional, without_labels
+from cm.diffusion.guidance import GuidedDenoiser, told, unconditional, without_labels
 from cm.errors import UserError, masked
 from cm.models.factory import create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
@@ -104,11 +104,18 @@ def guided_by(
     source: ModelFile,
     class_cond: bool,
     lazy: bool = False,
-) -> GuidedDenoiser:
-    """The denoiser of `source` guided by another model, or by itself without a class.
+) -> Denoiser:
+    """The denoiser of `source` guided by another model, or by itself without a class, or told to be guided.
 
     UserError where it has no class to leave out, or has not learned to do without.
     """
+    row = OBJECTIVES.get((source.config or {}).get("training_mode", ""))
+    if row is not None and row.two_times and (guide is not None or not row.told_guidance):
+        raise UserError(f"--guidance and --guide are for models of one time; {source.path} is a flow map")
+    if row is not None and row.told_guidance:
+        if guidance.low < 1:
+            raise UserError(f"--guidance {guidance.low:g}: {source.path} knows scales from 1 on")
+        return told(denoiser, guidance)
     if guide is None:
         dropout = (source.config or {}).get("label_dropout", 0)
         if not class_cond or not isinstance(dropout, int | float) or dropout <= 0:

@@ -23,7 +23,8 @@ from cm.networks.unet import UNetModel
 class Architecture:
     """A network as flags describe it (`cm.config.scripts.ModelFlags`); num_classes None is a network without labels.
 
-    two_times: it has a second clock, as a flow map's network does.
+    two_times: it has a second clock, as a flow map's network does. told_guidance: it takes a guidance, too, and has a
+    second prediction behind the first.
     """
 
     network: str = "adm"
@@ -47,6 +48,7 @@ class Architecture:
     num_classes: int | None = None
     augment_dim: int = 0
     two_times: bool = False
+    told_guidance: bool = False
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -66,7 +68,7 @@ class Architecture:
     @property
     def out_channels(self) -> int:
         """Channels of the prediction."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
+        return self.in_channels * (2 if self.learn_sigma or self.told_guidance else 1)
 
     @property
     def added_clock(self) -> str:
@@ -149,6 +151,7 @@ def ddpmpp_meanflow(a: Architecture) -> SongUNet:
         input_pyramid=False,
         qkv_first=True,
         second_clock=JOINED if a.two_times else "",
+        told_guidance=a.told_guidance,
     )
 
 

@@ -31,7 +31,7 @@ from cm.networks.layers import (
     xavier_,
 )
 from cm.networks.second_clock import ADDED, JOINED, check_form, check_second
-from cm.nn import Dropout, checkpoint, zero_module
+from cm.nn import UNGUIDED, Dropout, checkpoint, zero_module
 
 # Sums of two branches are divided by sqrt(2), so that depth does not change the variance.
 SKIP_SCALE = math.sqrt(0.5)
@@ -244,6 +244,7 @@ class SongUNet(nn.Module):
     input_pyramid: add a learned pyramid of the input image to the trunk at each coarser level.
     double_norm: sCM's adaptive double normalisation (Lu & Song 2025), see `SongBlock`.
     second_clock: "" for a network of one time; "added" or "joined", see `cm.networks.second_clock`.
+    told_guidance: it takes a guidance (B, 3), whose features join the embedding's.
     qkv_first: order of the attention's weights, see `SongBlock`.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
@@ -269,13 +270,14 @@ class SongUNet(nn.Module):
         input_pyramid: bool = True,
         double_norm: bool = False,
         second_clock: str = "",
+        told_guidance: bool = False,
         qkv_first: bool = False,
         use_checkpoint: bool = False,
     ):
         super().__init__()
         self.second_clock = check_form(second_clock, (ADDED, JOINED))
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.num_classes, self.augment_dim = num_classes, augment_dim
+        self.num_classes, self.augment_dim, self.told_guidance = num_classes, augment_dim, told_guidance
         self.divisor = 2 ** (len(channel_mult) - 1)
         if image_size < 1 or image_size % self.divisor:
             raise ValueError(
@@ -303,6 +305,8 @@ class SongUNet(nn.Module):
             self.map_label = xavier_(nn.Linear(num_classes, features))
         if augment_dim:
             self.map_augment = xavier_(nn.Linear(augment_dim, features, bias=False))
+        if told_guidance:
+            self.map_guidance = xavier_(nn.Linear(3 * embedding_mult * model_channels, features, bias=False))
         self.map_layer0 = xavier_(nn.Linear(features, torso.emb_channels))
         self.map_layer1 = xavier_(nn.Linear(torso.emb_channels, torso.emb_channels))
         if second_clock == ADDED:
@@ -331,16 +335,19 @@ class SongUNet(nn.Module):
         y: Tensor | None = None,
         augment_labels: Tensor | None = None,
         second: Tensor | None = None,
+        guidance_inputs: Tensor | None = None,
     ) -> Tensor:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels; -1 stands for none. augment_labels
         (B, augment_dim): what was done to the images; None means nothing, and so do zeros. second (B,): the second
-        clock, of a network that has one.
+        clock, of a network that has one. guidance_inputs (B, 3): of one that is told them, 1 / scale and the first and
+        last time at which it acts; None: scale 1.
         """
         self._check_inputs(x, timesteps, y, augment_labels)
         check_second(second, timesteps, self.second_clock)
-        emb = self._embed(timesteps, second, y, augment_labels)
+        guides = self._guides(guidance_inputs, timesteps)
+        emb = self._embed(timesteps, second, guides, y, augment_labels)
         h = pyramid = x.to(self.dtype)
         skips: list[Tensor] = []
         for layer in self.enc.values():
@@ -355,7 +362,12 @@ class SongUNet(nn.Module):
         return conv(F.silu(norm(h.to(conv.weight.dtype))))
 
     def _embed(
-        self, timesteps: Tensor, second: Tensor | None, y: Tensor | None, augment_labels: Tensor | None
+        self,
+        timesteps: Tensor,
+        second: Tensor | None,
+        guides: Tensor | None,
+        y: Tensor | None,
+        augment_labels: Tensor | None,
     ) -> Tensor:
         """(B, E); with a second clock that is added, both side by side: (B, 2 E)."""
         dtype = self.map_layer0.weight.dtype
@@ -363,11 +375,26 @@ class SongUNet(nn.Module):
         waves = None if second is None else self.map_noise(second.to(dtype))
         if self.second_clock == JOINED:
             emb = torch.cat([emb, waves], dim=1)
+        if guides is not None:
+            emb = emb + guides
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(self._labelled(emb, y, augment_labels)))))
         if self.second_clock != ADDED:
             return emb
         waves = self._labelled(waves, y, augment_labels)
         return torch.cat([emb, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(waves))))], dim=1)
+
+    def _guides(self, given: Tensor | None, timesteps: Tensor) -> Tensor | None:
+        """What a guidance (B, 3) adds to the features of times; None for a network that is not told any."""
+        if not self.told_guidance:
+            if given is not None:
+                raise ValueError("the network is not told a guidance")
+            return None
+        dtype = self.map_layer0.weight.dtype
+        if given is None:
+            given = torch.tensor(UNGUIDED, device=timesteps.device).expand(len(timesteps), -1)
+        if given.shape != (len(timesteps), len(UNGUIDED)):
+            raise ValueError(f"guidance_inputs have shape {tuple(given.shape)}, need ({len(timesteps)}, 3)")
+        return self.map_guidance(torch.cat([self.map_noise(g) for g in given.to(dtype).unbind(1)], dim=1))
 
     def _labelled(self, emb: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         dtype = emb.dtype

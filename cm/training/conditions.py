@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm.config.derived import guidance_of
+from cm.config.derived import guidance_of, told_guidance
 from cm.config.scripts import TrainConfig
 from cm.nn import NO_CLASS
 from cm.seeding import StepRandom
@@ -41,4 +41,5 @@ def conditions_of(config: TrainConfig) -> Conditions:
     """What a configuration asks for."""
     guidance = guidance_of(config)
     drawn = guidance is not None and guidance.drawn
-    return Conditions(config.label_dropout, (guidance.low, guidance.high) if drawn else None)
+    dropout = 0.0 if told_guidance(config) else config.label_dropout  # its draws hide classes
+    return Conditions(dropout, (guidance.low, guidance.high) if drawn else None)

@@ -14,6 +14,10 @@ from tests.commands.test_family_scripts import data_dir, refuses, sample, train 
 FLOW = ["--network", "ddpmpp_meanflow", "--precond", "flow", "--class_cond", "False"]
 
 
+def pixels(images):
+    return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 @pytest.fixture(scope="module")
 def meanflow(data_dir, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("meanflow")
@@ -46,9 +50,7 @@ def test_a_flow_map_trains_and_samples(meanflow, tmp_path):
     four, _, meta = sample(meanflow, tmp_path / "four")
     assert meta["nfe"] == 4 and np.allclose(meta["sigmas"][1:], [3.0, 1.0, 1 / 3, 0.0], rtol=1e-5)
     drawn = model.sample(3, steps=4, seed=meta["config"]["seed"])
-    assert np.array_equal(
-        ((drawn + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), four
-    )
+    assert np.array_equal(pixels(drawn), four)
     for sampler in ("heun", "onestep"):
         sample(meanflow, tmp_path / sampler, "--sampler", sampler, "--sigma_max", "80")
 
@@ -87,6 +89,36 @@ def test_a_student_learns_guidance(data_dir, tmp_path):  # noqa: F811
     plain = train(CmTrainConfig, data_dir, tmp_path / "plain", *FLOW[:-2], *flags[:-2])
     states = [load(path, weights="raw")._model.denoiser.net.state_dict() for path in (run, plain)]
     assert any(not torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_a_student_is_told_its_guidance(data_dir, meanflow, tmp_path):  # noqa: F811
+    """One network for every guidance: samples choose it, at the price of no pass."""
+    mode = ["--training_mode", "improved_meanflow", "--class_cond", "True"]
+    run = train(
+        CmTrainConfig, data_dir, tmp_path / "run", *FLOW[:-2], *mode, "--label_dropout", "0.5", "--lr", "0.1"
+    )
+    model = load(run)
+    drawn = {}
+    for guidance in ("1", "4", "4,0.5,2"):
+        _, _, meta = sample(run, tmp_path / guidance, "--guidance", guidance, steps=2)
+        assert meta["nfe"] == 2
+        drawn[guidance] = model.sample(3, steps=2, guidance=guidance)
+    assert torch.equal(drawn["1"], model.sample(3, steps=2))
+    assert not torch.equal(drawn["4"], drawn["1"]) and not torch.equal(drawn["4"], drawn["4,0.5,2"])
+    refuses("knows scales from 1 on", lambda: sample(run, tmp_path / "low", "--guidance", "0.5"))
+    one_time = "--guidance and --guide are for models of one time"
+    jumps = ["--sampler", "jumps", "--guidance", "4"]
+    assert np.array_equal(
+        sample(run, tmp_path / "jumps", *jumps, "--seed", "0", steps=2)[0], pixels(drawn["4"])
+    )
+    refuses("--guide is for --sampler", lambda: sample(run, tmp_path / "guide", *jumps[2:], "--guide", run))
+    refuses("--guidance is for --sampler", lambda: sample(meanflow, tmp_path / "flow", *jumps))
+    refuses(one_time, lambda: load(meanflow).sample(1, guidance=2, sampler="heun"))
+    flags = [*FLOW[2:-2], *mode, "--label_dropout", "0.5", "--network", "adm"]
+    refuses(
+        "--network adm cannot be told a guidance: choose ddpmpp_meanflow",
+        lambda: train(CmTrainConfig, data_dir, tmp_path / "adm", *flags),
+    )
 
 
 @pytest.mark.parametrize("identity", ["eulerian", "lagrangian", "progressive"])

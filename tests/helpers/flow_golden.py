@@ -22,9 +22,14 @@ class Mlp(nn.Module):
         t: Tensor,
         y: Tensor | None = None,
         second: Tensor | None = None,
-        more: Tensor | None = None,
+        guidance_inputs: Tensor | None = None,
     ) -> Tensor:
-        columns = [z.flatten(1), t[:, None], second[:, None], *([] if more is None else [more])]
+        columns = [
+            z.flatten(1),
+            t[:, None],
+            second[:, None],
+            *([] if guidance_inputs is None else [guidance_inputs]),
+        ]
         a = torch.cat(columns, 1) @ self.W1.T + self.b1
         q = torch.tanh(a if y is None else a + self.E[y])
         q = torch.tanh(q @ self.W2.T + self.b2)

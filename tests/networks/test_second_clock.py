@@ -12,7 +12,7 @@ from tests.helpers.golden_data import later
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
 
-def published(arguments: dict, form: str) -> SongUNet:
+def published(arguments: dict, form: str, **more: bool) -> SongUNet:
     """A SongUNet by the arguments that the golden files list."""
     a = arguments
     return SongUNet(
@@ -32,6 +32,7 @@ def published(arguments: dict, form: str) -> SongUNet:
         input_pyramid=a["encoder_type"] == "residual",
         second_clock=form,
         qkv_first=form == "joined",
+        **more,
     ).eval()
 
 

@@ -108,6 +108,7 @@ CONTINUOUS = ("--loss_norm", "l2", "--training_mode")
         (*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"),
         ("--loss_norm", "l2", "--preset", "digits_meanflow"),
         ("--loss_norm", "l2", "--preset", "digits_meanflow_guided"),
+        ("--loss_norm", "l2", "--preset", "digits_improved_meanflow"),
     ],
 )
 def test_flops_are_those_of_the_flop_model(flags):

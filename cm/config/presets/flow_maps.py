@@ -70,6 +70,7 @@ PRESETS: dict[str, Preset] = {
     "cifar10_meanflow_v1": _cifar(V1),
     "digits_meanflow": _digits("meanflow"),
     "digits_meanflow_guided": _digits("meanflow", label_dropout=0.1, kappa=0.5),
+    "digits_improved_meanflow": _digits("improved_meanflow", label_dropout=0.1, norm_p=1.0),
     # Frans et al. 2025: 7 of 8 rows learn the velocity
     "digits_shortcut": _digits("flow_map", **HALVES, time_law="dyadic", gap_share=0.5),
     # Boffi et al. 2025
