@@ -158,6 +158,11 @@ def slow(side: int, width: int, gpu: bool) -> Flags:
     }
 
 
+def trajectories(side: int, width: int, gpu: bool) -> Flags:
+    """CTM: small steps, and a target network that follows as slowly as the authors'."""
+    return {**slow(side, width, gpu), "start_ema": 0.999}
+
+
 def open_flags(explicit: frozenset[str], found: Mapping[str, Any]) -> Flags:
     """What auto may choose: flags that the command left open, and that fit those that it gave."""
     closed = explicit.union(*(TOGETHER[name] for name in TOGETHER if name in explicit))

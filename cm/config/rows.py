@@ -58,6 +58,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "ctm": Objective(
             make="cm.objectives.ctm:distillation",
             passes="cm.objectives.ctm:passes",
+            recipe="cm.config.auto:trajectories",
             teacher=True,
             target=True,
             sampler="gamma",
@@ -67,6 +68,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "ctm_training": Objective(
             make="cm.objectives.ctm:training",
             passes="cm.objectives.ctm:passes",
+            recipe="cm.config.auto:trajectories",
             target=True,
             sampler="gamma",
             two_times=True,
