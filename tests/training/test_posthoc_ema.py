@@ -24,6 +24,7 @@ FLAGS = (
     f"{TINY_FLAGS}--global_batch_size 4 --num_workers 0 --log_interval 3 "
     "--ema_rate 0.9 --lr 1e-3 --total_training_steps 6 --ema_profiles 0.05,0.1 --save_interval 1 --device cpu"
 )
+TOLD = "--network ddpmpp_meanflow --precond flow --label_dropout 0.5"
 CM = "--loss_norm l2 --weight_schedule uniform --start_scales 4"
 
 
@@ -48,6 +49,8 @@ def train_cm(data, run, mode, teacher=None):
     row = OBJECTIVES[mode]
     extra = ["--boundary", row.boundary] if row.boundary else []
     extra += ["--teacher_model_path", str(teacher)] if row.teacher else []
+    extra += ["--start_ema", "0.9"] if row.target else []
+    extra += [*TOLD.split(), "--class_cond", "True"] if row.told_guidance else []
     return train(data, run, CmTrainConfig, "--training_mode", mode, *CM.split(), *extra)
 
 
