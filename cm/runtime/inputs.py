@@ -39,22 +39,20 @@ def open_regular(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
     A pipe would wait for ever and a device has no end. OSError as open() raises it.
     """
     try:
-        descriptor = os.open(path, READ)
+        file = open(path, "rb", opener=lambda name, _: os.open(name, READ))  # noqa: SIM115
     except OSError as error:
         if error.errno == errno.ENXIO:  # what a socket answers
             raise UserError(f"{os.fspath(path)} is {KINDS[stat.S_IFSOCK]}, not a file") from None
         raise
     try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        status = os.fstat(file.fileno())
         if kind := KINDS.get(stat.S_IFMT(status.st_mode)):
             raise UserError(f"{os.fspath(path)} is {kind}, not a file")
         if limit is not None and status.st_size > limit:
             raise UserError(f"{os.fspath(path)} has {status.st_size:,} bytes; at most {limit:,} are read")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
+        return file
+    except BaseException:  # a signal, too; the file is its descriptor's only owner
+        file.close()
         raise
 
 

@@ -125,10 +125,15 @@ def test_the_exact_network_gives_the_exact_denoiser(name):
         "iddpm": lambda c: iddpm_levels()[(999 - c).long()],
         "trigflow": lambda c: 0.5 * torch.tan(c),
         "ddpm": lambda c: ddpm_levels()[(999 - c).long()],
+        "flow": lambda c: c / (1 - c),
     }
 
     def net(x_in, clock):
         level = clocks[name](clock)[:, None]
+        if name == "flow":  # the velocity of x0 + t (noise - x0), whose input is (1 - t) x
+            x = x_in * (1 + level)
+            clean = GAUSS.denoise(x, level)
+            return (x - clean) / level - clean
         if name in ("edm", "trigflow"):
             x = x_in * (level**2 + 0.25).sqrt()
             f = (GAUSS.denoise(x, level) - 0.25 / (level**2 + 0.25) * x) / (
