@@ -116,7 +116,7 @@ def test_a_wrong_map_is_not_its_own_target(identity, source):
     u, found, *_ = target(
         objective, model, TEACHER if source == "teacher" else None, lambda z, t: velocity(EXACT, z, t)
     )
-    assert ((found - u).abs().amax((1, 2, 3))[:4] > 1e-3).all()
+    assert (found - u).abs().amax((1, 2, 3))[:4].mean() > 1e-2  # a middle near an end bends a row little
     torch.testing.assert_close(found[4], u[4])
 
 
