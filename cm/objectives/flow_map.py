@@ -159,6 +159,7 @@ class FlowMapObjective(Objective):
     ) -> Tensor:
         """What u should be, like z. v: dz/dt of image and noise. masks: generator state of the pass that learns."""
         held = bare(roles.student)
+        v = self.guided(roles, z, t, v, masks, cond)
 
         def u(z: Tensor, t: Tensor, r: Tensor, model: FlowMap = held) -> Tensor:
             with replayed_rng(z.device, masks):
@@ -181,6 +182,12 @@ class FlowMapObjective(Objective):
             )
         diagonal = v if roles.teacher is None else flow
         return torch.where(append_dims(r == t, z.ndim), diagonal, found)
+
+    def guided(
+        self, roles: Roles, z: Tensor, t: Tensor, v: Tensor, masks: Any, cond: dict[str, Tensor]
+    ) -> Tensor:
+        """The flow of the data that the target takes in the place of v, like v: here v itself."""
+        return v
 
 
 def differentiated(model: Denoiser, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -44,27 +44,12 @@ class MeanFlowObjective(FlowMapObjective):
 
     guidance: TargetGuidance = TargetGuidance()
 
-    def target(
-        self,
-        roles: Roles,
-        z: Tensor,
-        t: Tensor,
-        r: Tensor,
-        v: Tensor,
-        share: Tensor | None,
-        step: int,
-        masks: Any,
-        cond: dict[str, Tensor],
-    ) -> Tensor:
-        """As of `FlowMapObjective`, with v_g in the place of v."""
-        if not self.guidance.plain:
-            v = self.guided(roles, z, t, v, masks, cond)
-        return super().target(roles, z, t, r, v, share, step, masks, cond)
-
     def guided(
         self, roles: Roles, z: Tensor, t: Tensor, v: Tensor, masks: Any, cond: dict[str, Tensor]
     ) -> Tensor:
         """v_g where the guidance acts and the row has a class y (B,), v elsewhere; like v."""
+        if self.guidance.plain:
+            return v
         held = bare(roles.student)
         with torch.no_grad(), replayed_rng(z.device, masks):
             by_class = average_velocity(held, z, t, t, self.path, **cond)

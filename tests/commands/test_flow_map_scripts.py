@@ -9,7 +9,7 @@ import torch
 from cm.api import load
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.diffusion.flow_maps import FlowMap
-from tests.commands.test_family_scripts import data_dir, refuses, sample, train  # noqa: F401
+from tests.helpers.small_runs import refuses, sample, train
 
 FLOW = ["--network", "ddpmpp_meanflow", "--precond", "flow", "--class_cond", "False"]
 
@@ -19,7 +19,7 @@ def pixels(images):
 
 
 @pytest.fixture(scope="module")
-def meanflow(data_dir, tmp_path_factory):  # noqa: F811
+def meanflow(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("meanflow")
     return train(
         CmTrainConfig,
@@ -36,7 +36,7 @@ def meanflow(data_dir, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def teacher(data_dir, tmp_path_factory):  # noqa: F811
+def teacher(data_dir, tmp_path_factory):
     return train(EdmTrainConfig, data_dir, tmp_path_factory.mktemp("teacher"), "--class_cond", "False")
 
 
@@ -55,7 +55,7 @@ def test_a_flow_map_trains_and_samples(meanflow, tmp_path):
         sample(meanflow, tmp_path / sampler, "--sampler", sampler, "--sigma_max", "80")
 
 
-def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):  # noqa: F811
+def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):
     for total in ("1", "2"):
         flags = [
             *FLOW,
@@ -71,7 +71,7 @@ def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):  # noqa: F811
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
 
 
-def test_a_student_learns_guidance(data_dir, tmp_path):  # noqa: F811
+def test_a_student_learns_guidance(data_dir, tmp_path):
     """Where some rows hide their class; a sample costs one pass, and the weights are others than without."""
     flags = [
         "--training_mode",
@@ -91,7 +91,7 @@ def test_a_student_learns_guidance(data_dir, tmp_path):  # noqa: F811
     assert any(not torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
 
 
-def test_a_student_is_told_its_guidance(data_dir, meanflow, tmp_path):  # noqa: F811
+def test_a_student_is_told_its_guidance(data_dir, meanflow, tmp_path):
     """One network for every guidance: samples choose it, at the price of no pass."""
     mode = ["--training_mode", "improved_meanflow", "--class_cond", "True"]
     run = train(
@@ -122,7 +122,7 @@ def test_a_student_is_told_its_guidance(data_dir, meanflow, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("identity", ["eulerian", "lagrangian", "progressive"])
-def test_a_student_begins_as_its_teacher(identity, teacher, data_dir, tmp_path):  # noqa: F811
+def test_a_student_begins_as_its_teacher(identity, teacher, data_dir, tmp_path):
     flags = [
         "--training_mode",
         "flow_map_distillation",
@@ -150,7 +150,7 @@ def test_a_student_begins_as_its_teacher(identity, teacher, data_dir, tmp_path):
     sample(student, tmp_path / "samples", steps=2)
 
 
-def test_what_does_not_fit_is_one_line(meanflow, teacher, data_dir, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_one_line(meanflow, teacher, data_dir, tmp_path):
     refuses(
         "--sampler jumps needs a flow map, a model of two times",
         lambda: sample(teacher, tmp_path, "--sampler", "jumps"),

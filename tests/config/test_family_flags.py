@@ -20,7 +20,7 @@ from cm.diffusion.precond import (
     VPPrecond,
 )
 from cm.models.factory import create_precond
-from tests.commands.test_family_scripts import refuses
+from tests.helpers.small_runs import refuses
 
 
 def test_a_column_brings_its_noise_and_weighting_unless_they_are_given():
