@@ -54,7 +54,8 @@ def batch(dtype=torch.float64):
     noise = torch.randn(5, 1, 2, 2, generator=generator, dtype=dtype)
     t = torch.tensor([0.3, 0.9, 0.55, 0.99, 0.4], dtype=dtype)
     r = torch.tensor([0.1, 0.5, 0.5, 0.02, 0.4], dtype=dtype)
-    return x0, Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), share=torch.rand(5, dtype=dtype))
+    share = torch.tensor([0.3, 0.5, 0.7, 0.4, 0.6], dtype=dtype)
+    return x0, Draw(t=t, r=r, noise=noise, weight=torch.ones_like(t), share=share)
 
 
 def target(objective, model, teacher, v, step=0):
@@ -116,7 +117,7 @@ def test_a_wrong_map_is_not_its_own_target(identity, source):
     u, found, *_ = target(
         objective, model, TEACHER if source == "teacher" else None, lambda z, t: velocity(EXACT, z, t)
     )
-    assert (found - u).abs().amax((1, 2, 3))[:4].mean() > 1e-2  # a middle near an end bends a row little
+    assert ((found - u).abs().amax((1, 2, 3))[:4] > 1e-3).all()
     torch.testing.assert_close(found[4], u[4])
 
 
