@@ -181,10 +181,11 @@ class TrainLoop(Trainer):
                 ema_rate=ema_rate,
             ),
             saver=Saver(logger.get_dir()),
-            reports=Reports(log_interval, save_interval),
+            reports=Reports(
+                log_interval, save_interval, sigma_range=(diffusion.sigma_min, diffusion.sigma_max)
+            ),
             total_steps=total_training_steps or lr_anneal_steps,
             seed=seed,
-            sigma_range=(diffusion.sigma_min, diffusion.sigma_max),
         )
         if resume_checkpoint:
             self.load_original(resume_checkpoint)

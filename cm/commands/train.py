@@ -183,10 +183,10 @@ def build_trainer(
             preview=Preview(config, str(saver.run_dir)) if config.preview_count else None,
             preview_interval=config.preview_interval,
             progress_bar=sys.stderr.isatty(),
+            sigma_range=(config.sigma_min, config.sigma_max),
         ),
         total_steps=stop_step(config),
         seed=config.seed,
-        sigma_range=(config.sigma_min, config.sigma_max),
         execution=Execution(
             compile=config.compile and can_compile(device),
             channels_last=training_format(config, device) == torch.channels_last,

@@ -52,7 +52,7 @@ class Reports:
     """What a run shows of itself, and every how many steps; all of it is due after the last step, too.
 
     save_interval -1: the last step only. preview: called with the trainer; preview_interval 0: at each checkpoint.
-    progress_bar: with the time left, on rank 0.
+    progress_bar: with the time left, on rank 0. sigma_range: of the noise levels in which the log groups losses.
     """
 
     log_interval: int = 10
@@ -60,6 +60,7 @@ class Reports:
     preview: Callable[[Any], None] | None = None
     preview_interval: int = 0
     progress_bar: bool = False
+    sigma_range: tuple[float, float] = (0.002, 80.0)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Trainer:
     """Trains the student of `roles` with `objective` on batches of (images, conditions) for this rank's rows.
 
     roles: denoisers of bare networks on one device, with initial weights. data yields (x0 (b, C, H, W) in [-1, 1],
-    {name: (b,) tensor}). total_steps 0: no end. sigma_range: of the noise levels in which the log groups losses.
+    {name: (b,) tensor}). total_steps 0: no end. conditions: what is drawn for them, such as hidden classes.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class Trainer:
         reports: Reports,
         total_steps: int = 0,
         seed: int = 0,
-        sigma_range: tuple[float, float] = (0.002, 80.0),
         execution: Execution | None = None,
         supervision: Supervision | None = None,
         conditions: Conditions | None = None,
@@ -84,7 +83,7 @@ class Trainer:
         if self.execution.compile:
             compile_in_place(networks)
         self.guard = NanGuard(optimization.max_bad_steps)
-        self.meter = LossMeter(*sigma_range)
+        self.meter = LossMeter(*reports.sigma_range)
         self.clock = RunClock(step=0, saved_step=-1)
         # On a CPU the step itself has the cores.
         self._ahead = NoiseAhead() if self.device.type == "cuda" else None
