@@ -7,7 +7,7 @@ rows, `cm.register` adds rows from outside. Imports no torch.
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cm.errors import UserError, choose
@@ -256,11 +256,6 @@ def resolve(path: str) -> Any:
     for part in attribute.split("."):
         found = getattr(found, part)
     return found
-
-
-def with_origin(row: R, origin: str) -> R:
-    """The same row, from a plug-in."""
-    return replace(row, origin=origin)
 
 
 def simple(what: str, rows: Mapping[str, str]) -> Registry[Row]:

@@ -10,7 +10,6 @@ from cm.config.derived import augmentation_labels, has_two_times, told_guidance
 from cm.config.fields import arguments_of
 from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
-from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.precond import Precond, boundary_precond, denoiser_precond
@@ -77,11 +76,6 @@ def create_denoiser(config: Config, network: nn.Module, *, consistency: bool = F
     """What the configured objective trains: a denoiser, a consistency function or a flow map on a network."""
     kind = FlowMap if has_two_times(config) else Denoiser
     return kind(network, create_precond(config, consistency=consistency))
-
-
-def create_alpha_sigma(config: Config) -> AlphaSigma:
-    """The schedule of z = alpha x + sigma e by --diffusion_schedule."""
-    return AlphaSigma(config.diffusion_schedule, config.sigma_min, config.sigma_max)
 
 
 def choose_device(name: str) -> torch.device:
