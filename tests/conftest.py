@@ -1,14 +1,26 @@
-"""Settings for the whole suite: one thread per process, no network."""
+"""Settings for the whole suite: one thread per process, no network, one seed for each test."""
 
 import os
+import signal
 
 # Before torch is imported: several test processes on few cores spin against each other otherwise.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Started by nohup, the programs under test would ignore it.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 import pytest
+import torch
 
 from cm.runtime import logger
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Numbers do not depend on which tests ran before in the process, fixtures included."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
