@@ -13,7 +13,7 @@ from cm.sampling.noise import SampleGenerator
 def sample_jumps(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: SampleGenerator) -> Walk:
     """x <- Phi(x, sigma, sigma'), deterministic; with the exact map every grid gives one and the same image.
 
-    MeanFlow's sampler and `exact` of CTM. denoise(x, sigma, lower) is a flow map's x^. Equal levels are passed over.
+    MeanFlow's sampler and `exact` of CTM. denoise(x, sigma, lower) is a flow map's x^. An equal level changes nothing.
     """
     for sigma, lower in pairwise(sigmas):
         clean = denoise(x, sigma, lower)

@@ -32,7 +32,7 @@ BATCH = 64
 TEACHER = "cont_edm"
 PREPARATION = (
     "scripts/prepare_data.py digits {run}/data --image_size 8 --overwrite True",
-    "-m evaluations.digits_classifier {run}/data {run}/classifier.pt",
+    "-m evaluations.small_classifier {run}/data {run}/classifier.pt",
 )
 SAME = "--time_scale 4 --ema_rate 0.98"
 FIRST_STAGE = "tcm1"
