@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from cm.config import plugins, presets
 from cm.config.flags import ModelFlags
 from cm.config.parsing import Guidance, parse_guidance
+from cm.config.registry import Objective
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import (
     CmTrainConfig,
@@ -42,6 +43,11 @@ def training_mode(config: TrainConfig) -> str:
     return next(name for name, row in OBJECTIVES.items() if row.script == script_of(config))
 
 
+def row_of(config: Config) -> Objective:
+    """The row of the objective that a model has, or that a run trains."""
+    return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)]
+
+
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
     return OBJECTIVES[training_mode].consistency
@@ -49,7 +55,7 @@ def is_consistency(training_mode: str) -> bool:
 
 def lowest_level(config: Config) -> float:
     """The noise level from which up the model is defined: sigma_min, unless its objective learns from another one."""
-    name = OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].lowest
+    name = row_of(config).lowest
     return getattr(config, name) if name else config.sigma_min
 
 
@@ -68,12 +74,12 @@ def lands_on_images(training_mode: str) -> bool:
 
 def has_two_times(config: Config) -> bool:
     """Whether the configured network has a second clock, as flow maps do."""
-    return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].two_times
+    return row_of(config).two_times
 
 
 def told_guidance(config: Config) -> bool:
     """Whether the configured network is told which guidance to follow."""
-    return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)].told_guidance
+    return row_of(config).told_guidance
 
 
 def learns_from(config: TrainConfig) -> str:
