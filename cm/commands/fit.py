@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cm.config.auto import ARCHITECTURE, architecture, open_flags, training
+from cm.config.auto import ARCHITECTURE, architecture, open_flags, patches, training
 from cm.config.derived import AUTO, learns_from, run_dir, stop_step, training_mode
 from cm.config.fields import flags_of
 from cm.config.inherit import adopt_teacher
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
-from cm.config.rules import inside_patches
+from cm.config.rules import check_patches, inside_patches
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.config.validation import validate
 from cm.data.facts import DataFacts, describe
@@ -86,8 +86,7 @@ def choose(config: TrainConfig, facts: DataFacts, teacher: dict[str, Any]) -> di
     gpu = choose_device(config.device).type == "cuda"
     ranks = distributed.get_world_size()
     flags = flags_of(type(config))
-    found = {} if teacher else architecture(inside_patches(config).image_size, gpu)
-    found = open_flags(config.explicit, found)
+    found = {} if teacher else open_flags(config.explicit, network(config, gpu))
     steps = config.total_training_steps if "total_training_steps" in config.explicit else 0
     found |= training(
         training_mode(config),
@@ -105,6 +104,15 @@ def choose(config: TrainConfig, facts: DataFacts, teacher: dict[str, Any]) -> di
     found["class_cond"] = facts.labelled
     found["num_workers"] = 0 if facts.array else 4
     return {n: v for n, v in open_flags(config.explicit, found).items() if n in flags}
+
+
+def network(config: TrainConfig, gpu: bool) -> dict[str, Any]:
+    """What auto chooses of the network, within the patches that the command asks for or leaves open."""
+    size = patches(config.image_size, gpu)
+    if not open_flags(config.explicit, {"patch_size": size}):
+        size = config.patch_size
+    check_patches(config.image_size, size)
+    return architecture(config.image_size, gpu, size)
 
 
 def chosen_before(config: TrainConfig, directory: str) -> dict[str, Any] | None:

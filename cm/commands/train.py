@@ -11,6 +11,7 @@ from cm.config.derived import (
     global_batch,
     identity_flags,
     learns_from,
+    may_grow,
     run_dir,
     stop_step,
     stored_config,
@@ -67,7 +68,8 @@ def _train(config: TrainConfig, directory: RunDirectory, stopper: Stopper, signa
     mirror = Mirror(config.mirror, run) if config.mirror else None
     if mirror is not None:
         distributed.on_main(mirror.pull)
-    identity = Identity(identity_flags(config), images_per_step(config), dataset.fingerprint)
+    rate = create_optimization(config).learning_rate if may_grow(config) else None
+    identity = Identity(identity_flags(config), images_per_step(config), dataset.fingerprint, rate)
     checkpoint, step, notes = find_checkpoint(
         run, identity, config.resume, allow_changes=config.resume_with_changes
     )

@@ -13,16 +13,20 @@ Flags = dict[str, Any]
 
 # Flags that say what a network looks like
 ARCHITECTURE = (
-    *("network", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads"),
+    *("network", "patch_size", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"),
+    "num_heads",
     *("num_heads_upsample", "num_head_channels", "use_scale_shift_norm", "resblock_updown", "learn_sigma"),
 )
 # A given flag -> what auto leaves alone beside it, because it would not fit
 TOGETHER = {
     "network": ARCHITECTURE,
-    "channel_mult": ("attention_resolutions",),
+    "channel_mult": ("attention_resolutions", "patch_size"),
+    "attention_resolutions": ("patch_size",),
     "num_heads": ("num_head_channels",),
 }
 SMALLEST_SIDE, MOST_LEVELS = 4, 4
+# From this side on, a CPU sees images as patches of 2 x 2 pixels
+PATCHED_SIDE = 24
 
 
 def sides(side: int) -> list[int]:
@@ -33,13 +37,19 @@ def sides(side: int) -> list[int]:
     return found
 
 
-def architecture(side: int, gpu: bool) -> Flags:
-    """An ADM U-Net for images of `side` pixels: minutes on two CPU cores, hours on a GPU."""
-    levels = sides(side)
+def patches(side: int, gpu: bool) -> int:
+    """--patch_size: a quarter of the time per step where there is no GPU to spend it."""
+    return 2 if not gpu and side >= PATCHED_SIDE and side % 2 == 0 else 1
+
+
+def architecture(side: int, gpu: bool, patch_size: int = 1) -> Flags:
+    """An ADM U-Net for images of `side` pixels, in patches: minutes on two CPU cores, hours on a GPU."""
+    levels = sides(side // patch_size)
     attended = [s for s in levels if s <= (16 if gpu else 8)] or [s for s in levels[-1:] if s <= 32]
     width = (64 if side <= 32 else 128) if gpu else 32
     return {
         "network": "adm",
+        "patch_size": patch_size,
         "num_channels": width,
         "channel_mult": ",".join(["1", *["2"] * (len(levels) - 1)]),
         "num_res_blocks": 2 if gpu else 1,

@@ -140,10 +140,17 @@ def lr_decay(config: TrainConfig) -> tuple[str, int]:
     return name, config.total_training_steps
 
 
+def may_grow(config: TrainConfig) -> bool:
+    """Whether a run may get a later end while it lasts: N(k) knows none, and the rate none or one that may move."""
+    return lr_decay(config)[0] in ("constant", "late_decay") and (
+        getattr(config, "scale_mode", "fixed") == "fixed"
+    )
+
+
 def identity_flags(config: TrainConfig) -> dict[str, Any]:
-    """The flags that two starts of one run must share. A run whose steps know no end may be made longer."""
+    """The flags that two starts of one run must share. A run whose steps know no end may have any."""
     flags = result_flags(config)
-    if lr_decay(config)[0] == "constant" and getattr(config, "scale_mode", "fixed") == "fixed":
+    if may_grow(config) and lr_decay(config)[0] == "constant":
         del flags["total_training_steps"]
     return flags
 

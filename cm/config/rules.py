@@ -12,11 +12,14 @@ from cm.errors import UserError
 def inside_patches(architecture: Any) -> Any:
     """The flags as the network within --patch_size has them: a smaller side; UserError where patches do not fit."""
     side, size = architecture.image_size, architecture.patch_size
-    if size == 1:
-        return architecture
+    check_patches(side, size)
+    return replace(architecture, image_size=side // size, patch_size=1) if size > 1 else architecture
+
+
+def check_patches(side: int, size: int) -> None:
+    """Raise UserError where patches of `size` pixels do not cover an image of `side` pixels."""
     if side % size:
         raise UserError(f"--image_size {side} is not a multiple of --patch_size {size}")
-    return replace(architecture, image_size=side // size, patch_size=1)
 
 
 def check_architecture(architecture: Any) -> None:

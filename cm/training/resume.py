@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,21 @@ from cm.storage import mirror
 from cm.storage.checkpoint import checkpoint_directories, newest_checkpoint, read_state, verify_checkpoint
 from cm.storage.filesystem import is_remote
 from cm.storage.weights import Damaged
+from cm.training.learning_rate import LearningRate
 from cm.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run the same run: flags that change its result, images per step, fingerprint of the data set."""
+    """What makes a run the same run: flags that change its result, images per step, fingerprint of the data set.
+
+    rate: where --total_training_steps may grow, the learning rate, which decays to that end.
+    """
 
     flags: dict[str, Any]
     global_batch: int
     data: str
+    rate: LearningRate | None = None
 
 
 def find_checkpoint(
@@ -49,6 +54,7 @@ def _find(
         )
     newest, damaged = _newest_intact(found)
     state = read_state(newest)
+    identity, grown = _grown(identity, state)
     changes = _changes(directory, identity, state)
     if changes and not allow_changes:
         raise UserError(
@@ -56,7 +62,28 @@ def _find(
             "give another --out_dir, or --resume_with_changes True"
         )
     notes = [_set_aside(path, problem) for path, problem in damaged.items()]
-    return newest, state["step"], notes + [f"changed (--resume_with_changes): {change}" for change in changes]
+    return (
+        newest,
+        state["step"],
+        notes + grown + [f"changed (--resume_with_changes): {change}" for change in changes],
+    )
+
+
+def _grown(identity: Identity, state: dict) -> tuple[Identity, list[str]]:
+    """The identity without the end of the run, where that may move and is later than planned; a line that says so."""
+    name, rate, step = "total_training_steps", identity.rate, state["step"]
+    planned = (state.get("config") or {}).get(name)
+    if rate is None or not isinstance(planned, int) or not 0 < planned < identity.flags.get(name, 0):
+        return identity, []
+    end = identity.flags[name]
+    now, then = (rate(step, total) if rate.total == end else rate(step) for total in (planned, end))
+    line = f"longer: --{name} {planned} -> {end}"
+    if now != then:
+        line += (
+            f"; --lr_schedule {rate.schedule} follows the new end: "
+            f"at step {step} the rate is {then:.3g} instead of {now:.3g}"
+        )
+    return replace(identity, flags={n: v for n, v in identity.flags.items() if n != name}), [line]
 
 
 def _newest_intact(found: list[Path]) -> tuple[Path, dict[Path, Damaged]]:

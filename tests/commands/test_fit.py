@@ -8,7 +8,7 @@ import pytest
 from cm.commands import fit as fitting
 from cm.commands.cli import parse_config
 from cm.commands.fit import fit, fit_memory, warnings
-from cm.config.derived import identity_flags, stored_config
+from cm.config.derived import identity_flags, may_grow, stored_config
 from cm.config.inherit import adopt_teacher, inherit
 from cm.config.scripts import SCRIPTS, CmTrainConfig, EdmTrainConfig, SampleConfig, configure
 from cm.errors import UserError
@@ -143,14 +143,15 @@ def test_two_steps_without_ts():
     assert ts({"steps": 18, "searched": "0,5,39"}) == "0,10,17"  # of another grid
 
 
-def test_only_a_run_at_a_constant_rate_and_grid_can_be_made_longer():
+def test_only_a_run_whose_rate_and_grid_know_no_fixed_end_can_be_made_longer():
     assert "total_training_steps" not in identity_flags(configure(EdmTrainConfig, total_training_steps=5))
+    late = configure(EdmTrainConfig, total_training_steps=5, lr_schedule="late_decay")
+    assert may_grow(late) and "total_training_steps" in identity_flags(late)
     for config in (
-        configure(EdmTrainConfig, total_training_steps=5, lr_schedule="late_decay"),
         configure(EdmTrainConfig, lr_anneal_steps=5),
         configure(CmTrainConfig, scale_mode="progressive", start_scales=2),
     ):
-        assert "total_training_steps" in identity_flags(config)
+        assert not may_grow(config) and "total_training_steps" in identity_flags(config)
 
 
 def test_an_auto_run_at_a_constant_rate_can_be_made_longer(data, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cm.config.auto import ARCHITECTURE, architecture, averaging, open_flags, sides, training
+from cm.config.auto import ARCHITECTURE, architecture, averaging, open_flags, patches, sides, training
 from cm.config.fields import flags_of
 from cm.config.parsing import parse_attention, parse_channel_mult
 from cm.config.rows import OBJECTIVES
@@ -17,7 +17,7 @@ from cm.config.validation import validate
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_choice_is_valid(objective, side, gpu):
     row = OBJECTIVES[objective]
-    found = architecture(side, gpu)
+    found = architecture(side, gpu, patches(side, gpu))
     found |= training(
         objective, side=side, channels=1, count=500, width=found["num_channels"], gpu=gpu, ranks=3
     )
@@ -28,9 +28,15 @@ def test_every_choice_is_valid(objective, side, gpu):
     own = {n: v for n, v in found.items() if n in flags_of(cls)}
     validate(configure(cls, image_size=side, **own, **mode))
     assert found["global_batch_size"] % 3 == 0 and found["global_batch_size"] <= 500
-    if side <= 64:
-        mult = parse_channel_mult(found["channel_mult"], side)
-        assert side > 32 or parse_attention(found["attention_resolutions"], side, len(mult)) or not gpu
+    inner = side // found["patch_size"]
+    mult = parse_channel_mult(found["channel_mult"], inner)
+    assert inner > 32 or parse_attention(found["attention_resolutions"], inner, len(mult))
+
+
+def test_a_cpu_sees_patches_where_they_fit():
+    assert [patches(side, False) for side in (8, 23, 24, 27, 28, 64)] == [1, 1, 2, 1, 2, 2]
+    assert patches(64, True) == 1
+    assert architecture(28, False, 2)["channel_mult"] == "1,2" == architecture(14, False)["channel_mult"]
 
 
 def test_levels_stop_at_odd_sides_and_at_four_pixels():
@@ -58,4 +64,4 @@ def test_what_is_given_stays_and_so_does_what_would_not_fit_it():
     assert open_flags(frozenset({"lr"}), found) == {n: v for n, v in found.items() if n != "lr"}
     assert set(open_flags(frozenset({"network"}), found)) == set(found) - set(ARCHITECTURE)
     left = set(found) - set(open_flags(frozenset({"channel_mult"}), found))
-    assert left == {"channel_mult", "attention_resolutions"}
+    assert left == {"channel_mult", "attention_resolutions", "patch_size"}

@@ -114,6 +114,18 @@ def test_changed_flags_are_named_and_need_consent(data, stopped):
     assert "--resume_with_changes): --lr 0.001 -> 0.002" in (stopped / "log.txt").read_text()
 
 
+def test_a_longer_run_is_told_how_its_decay_moves_and_a_shorter_one_is_refused(data, tmp_path):
+    decay = ("--lr_schedule", "late_decay", "--total_training_steps")
+    run = train(data, tmp_path / "run", *decay, "4")
+    with pytest.raises(UserError, match="--total_training_steps 4 -> 3"):
+        train(data, run, *decay, "3")
+    train(data, run, *decay, "8")
+    said = "4 -> 8; --lr_schedule late_decay follows the new end: at step 4 the rate is 0.000625 instead of 0.0001"
+    assert said in (run / "log.txt").read_text()
+    optimizer = load_weights(complete_checkpoints(run)[-2] / "opt000006.pt")[0]
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(1e-3 * 1.25 * (1 - 6 / 8))
+
+
 def test_changed_images_are_noticed(data, stopped):
     with pytest.raises(UserError, match=r"the images or labels of --data_dir \(fingerprint \w{8} -> \w{8}\)"):
         train(data, stopped, "--data_dir", str(data / "1.npz"))
