@@ -68,6 +68,8 @@ def students(images: int) -> list[Student]:
     stage, half = steps // 7, steps // 2
     changes = {
         "pd": {"steps": 7 * stage, "flags": f"--distill_steps_per_iter {stage}"},
+        # From random weights so short a run shows nothing
+        **{name: {"flags": "--init teacher", "source": TEACHER} for name in ("ct", "ict")},
         "ect": {"flags": f"--ratio_steps {steps // 8}"},
         "tcm": {"steps": half, "source": FIRST_STAGE},
         **{name: {"flags": f"--tangent_warmup {steps // 5}"} for name in ("sct", "scd")},
