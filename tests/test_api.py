@@ -1,7 +1,7 @@
 """The library from Python: train, load, sample, denoise, edit, convert, evaluate; and the tutorial."""
 
 import copy
-import runpy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cm
-from cm.commands.cli import parse_config
+from cm.commands.cli import parse, parse_config
 from cm.commands.sample import run_image_sample
 from cm.config.scripts import SampleConfig
 from cm.data.images import from_uint8, to_uint8
@@ -21,6 +21,7 @@ from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
 from evaluations.protocols import PROTOCOLS
 from tests.helpers.eval_files import write_classifier, write_npz
+from tests.helpers.notebook import TUTORIAL, notebook_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +64,14 @@ def test_samples_are_those_of_the_command(runs, steps, tmp_path):
     run_image_sample(parse_config(SampleConfig, [*argv, *extra, "--out_dir", str(tmp_path)]))
     drawn = np.load(tmp_path / "samples_5x8x8x1.npz")
     assert (drawn["arr_0"] == to_uint8(images).numpy()).all() and drawn["arr_1"].tolist() == [1, 0, 1, 0, 1]
+
+
+def test_a_dry_run_of_sampling_shows_what_the_model_says(runs, capsys):
+    argv = ["--model_path", str(runs[0] / "cd"), "--sampler", "multistep", "--dry_run", "True"]
+    with pytest.raises(SystemExit):
+        parse(SampleConfig, argv)
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["image_size"], shown["steps"], shown["ts"]) == (8, 18, "0,10,17")
 
 
 def test_samples_do_not_depend_on_the_batch(runs):
@@ -168,6 +177,20 @@ def test_import_costs_nothing():
 
 
 def test_the_tutorial_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tutorial.py", str(tmp_path), "2"])
-    runpy.run_path(str(ROOT / "docs" / "tutorial.py"), run_name="__main__")
-    assert (tmp_path / "samples.png").exists() and (tmp_path / "completed.png").exists()
+    monkeypatch.chdir(tmp_path)
+    source = TUTORIAL.read_text()
+    short = source.replace('"runs/tutorial", {}', '"runs/tutorial", {"total_training_steps": 2}')
+    assert short != source
+    kinds = [
+        [kind for o in cell["outputs"] for kind in o.get("data", o)] for cell in code_of(notebook_of(short))
+    ]
+    assert (
+        kinds[0] == kinds[1] == []
+        and "text/plain" in kinds[2]
+        and [k[0] for k in kinds[-2:]] == ["image/png"] * 2
+    )
+    assert (tmp_path / "runs/tutorial/samples.png").exists()
+
+
+def code_of(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -73,7 +73,9 @@ def parse(config_class: type[ConfigType], argv: Sequence[str] | None = None, usa
     """
     config = parse_config(config_class, argv, usage)
     if config.dry_run:
-        if isinstance(config, SampleConfig) and config.sampler == "multistep":
+        if isinstance(config, SampleConfig) and os.path.exists(config.model_path):
+            config = resolve("cm.models.pretrained:as_loaded")(config)
+        elif isinstance(config, SampleConfig) and config.sampler == "multistep":
             config = with_two_steps(config, {})
         elif isinstance(config, TrainConfig) and config.preset == AUTO:
             require_inputs(config)
@@ -193,7 +195,7 @@ def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dic
         if name in flags:
             values[name] = _converted(name, value, type(flags[name].default), path)
             continue
-        others = [f for _, _, f in _other_rows(cls) if f.name == name]
+        others = [f for _, _, f in other_rows(cls) if f.name == name]
         if not any(value == f.default or value == str(f.default) for f in others):
             hint = nearest(name, flags) if not others else f": it is {_whose(name, cls, content)}"
             raise UserError(f"--config {path}: unknown flag {name}{hint}")
@@ -257,7 +259,7 @@ def _unknown_flag(word: str, cls: type[Config], chosen: Mapping[str, Any]) -> st
 def _whose(name: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:
     """`for --sampler pc, not for heun` for an option of a row that was not chosen; empty for others."""
     found: dict[str, list[str]] = {}
-    for flag, row, f in _other_rows(cls):
+    for flag, row, f in other_rows(cls):
         if f.name == name:
             found.setdefault(flag, []).append(row)
     flags = flags_of(cls)
@@ -267,7 +269,7 @@ def _whose(name: str, cls: type[Config], chosen: Mapping[str, Any]) -> str:
     )
 
 
-def _other_rows(cls: type[Config]) -> list[tuple[str, str, Field]]:
+def other_rows(cls: type[Config]) -> list[tuple[str, str, Field]]:
     """(flag that chooses, row, option) of every option that is no flag of this configuration."""
     flags = flags_of(cls)
     return [
@@ -318,7 +320,7 @@ def help_page(cls: type[Config], which: str, usage: str = "") -> str:
 def _help_on_others(cls: type[Config]) -> str:
     """Which rows bring further flags."""
     found: dict[str, list[str]] = {}
-    for flag, row, f in _other_rows(cls):
+    for flag, row, f in other_rows(cls):
         found.setdefault(f"--{flag} {row}", []).append(f.name)
     parts = [f"{choice}: {', '.join(names)}" for choice, names in found.items()]
     return f"Further flags come with {'; '.join(parts)}." if parts else ""

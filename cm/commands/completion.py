@@ -2,19 +2,27 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import Field
 
+from cm.commands.cli import other_rows
+from cm.config import presets
+from cm.config.derived import AUTO
 from cm.config.fields import flags_of, meta_of
+from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
 
 # Sub-commands that are scripts with a configuration
-SCRIPT_OF = {
-    "train": "edm_train",
-    "distill": "cm_train",
-    "sample": "image_sample",
-    "edit": "image_edit",
-    "search": "ternary_search",
-    "likelihood": "likelihood",
+SCRIPTS_OF = {
+    "train": ("edm_train", "cm_train", "classifier_train"),
+    "distill": ("cm_train",),
+    "sample": ("image_sample",),
+    "edit": ("image_edit",),
+    "search": ("ternary_search",),
+    "likelihood": ("likelihood",),
 }
+# Whether the objectives of a sub-command need a teacher
+TEACHER = {"train": False, "distill": True}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,15 +36,34 @@ def parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help)
         sub.add_argument("paths", nargs="*").complete = shtab.FILE
-        if name in SCRIPT_OF:
-            for flag, field in flags_of(configuration_class(SCRIPTS[SCRIPT_OF[name]], {})).items():
-                meta = meta_of(field)
-                choices = [c for c in meta.names if c] or None
-                choices = ["True", "False"] if isinstance(field.default, bool) else choices
-                option = sub.add_argument(f"--{flag}", help=meta.help.replace("%", "%%"), choices=choices)
-                if not choices and flag.endswith(("_dir", "_path", "config", "input")):
-                    option.complete = shtab.FILE
+        if name in TEACHER:
+            offered = [n for n, row in OBJECTIVES.items() if row.teacher == TEACHER[name]]
+            sub.add_argument("--objective", help="what is trained", choices=offered)
+        for flag, field in _flags(SCRIPTS_OF.get(name, ())):
+            choices = _choices(flag, field)
+            option = sub.add_argument(
+                f"--{flag}", help=meta_of(field).help.replace("%", "%%"), choices=choices
+            )
+            if not choices and flag.endswith(("_dir", "_path", "config", "input")):
+                option.complete = shtab.FILE
     return top
+
+
+def _flags(scripts: tuple[str, ...]) -> Iterator[tuple[str, Field]]:
+    """The flags of some scripts and of all rows that those may name, each once."""
+    found: dict[str, Field] = {}
+    for script in scripts:
+        cls = configuration_class(SCRIPTS[script], {})
+        found = {**{option.name: option for _, _, option in other_rows(cls)}, **flags_of(cls), **found}
+    yield from found.items()
+
+
+def _choices(flag: str, field: Field) -> list[str] | None:
+    if flag == "preset":
+        return [AUTO, *presets.PRESETS]
+    if isinstance(field.default, bool):
+        return ["True", "False"]
+    return [name for name in meta_of(field).names if name] or None
 
 
 def program() -> None:

@@ -5,7 +5,9 @@ Leading words that are no flags are paths in a fixed order; everything else is p
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cm.commands.cli import read_file
 from cm.config import plugins, presets
 from cm.config.derived import AUTO
 from cm.config.rows import OBJECTIVES
@@ -65,20 +67,23 @@ def distill(words: Sequence[str]) -> Line:
         raise UserError(f"--objective {name} needs no teacher: cm train DATA --objective {name}")
     teacher = value_of(line, "teacher_model_path")
     asks = {"-h", "--help"} & set(line)
-    if teacher and not asks and not any(value_of(line, flag) for flag in ("data_dir", "config")):
+    if teacher and not asks and not (value_of(line, "data_dir") or _file(line).get("data_dir")):
         line += ["--data_dir", data_of(teacher)]
     return _training(line, name)
 
 
 def _objective(line: Sequence[str], default: str, needs_teacher: bool) -> str:
-    """The objective that a command line asks for: by --objective, --training_mode, or its preset."""
-    plugins.load(value_of(line, "plugin"))
+    """The objective that a command line asks for: by --objective, --training_mode, its --config file or its preset."""
+    file = _file(line)
+    plugins.load(value_of(line, "plugin") or str(file.get("plugin", "")))
     offered = {n: row for n, row in OBJECTIVES.items() if row.teacher == needs_teacher}
-    for flag in ("objective", "training_mode"):
-        if name := value_of(line, flag):
+    asked = {flag: value_of(line, flag) for flag in ("objective", "training_mode")}
+    asked |= {"config": str(file.get("training_mode", ""))}
+    for flag, name in asked.items():
+        if name:
             choose(OBJECTIVES if name in OBJECTIVES else offered, name, f"--{flag}")
             return name
-    name = value_of(line, "preset")
+    name = value_of(line, "preset") or file.get("preset", "")
     if not name or name == AUTO:
         return default
     preset = presets.get(name)
@@ -90,11 +95,17 @@ def _objective(line: Sequence[str], default: str, needs_teacher: bool) -> str:
     return default
 
 
+def _file(line: Sequence[str]) -> dict[str, Any]:
+    """What the --config file of a command line says; empty without one."""
+    path = value_of(line, "config")
+    return read_file(path) if path else {}
+
+
 def _training(line: Sequence[str], objective: str) -> Line:
     """The script of an objective and its command line."""
     script = OBJECTIVES[objective].script
     line = without(without(line, "objective"), "training_mode")
-    if not (value_of(line, "preset") or value_of(line, "config")):
+    if not value_of(line, "preset") and "preset" not in _file(line):
         line = [*line, "--preset", AUTO]
     return script, [*line, "--training_mode", objective] if script == "cm_train" else line
 

@@ -85,9 +85,11 @@ def make_grid(
     return grid
 
 
-def save_grid(path: str | os.PathLike, images: np.ndarray | Tensor, columns: int = 0, **options: Any) -> None:
-    """Write `make_grid` of (N, H, W, C) uint8 images as PNG; options as there."""
-    save_png(path, make_grid(images, columns, **options))
+def save_grid(path: str | os.PathLike, images: np.ndarray | Tensor, columns: int = 0, **options: Any):
+    """Write `make_grid` of (N, H, W, C) uint8 images as PNG; options as there. The grid, which a notebook shows."""
+    grid = make_grid(images, columns, **options)
+    save_png(path, grid)
+    return grid
 
 
 def save_png(path: str | os.PathLike, image) -> None:

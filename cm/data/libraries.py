@@ -1,7 +1,9 @@
-"""Data sets of other libraries by name: `torchvision:FashionMNIST`, `hf:cifar10` (extra `datasets`).
+"""Data sets of other libraries by name: `torchvision:FashionMNIST`, `hf:ylecun/mnist` (extra `datasets`).
 
-    torchvision:NAME[/SPLIT]    a class of torchvision.datasets, downloaded into the cache folder
-    hf:NAME[/CONFIG][@SPLIT]    a data set of the Hugging Face hub, by its package `datasets`
+    torchvision:NAME[/SPLIT]          a class of torchvision.datasets, downloaded into the cache folder
+    hf:OWNER/NAME[/CONFIG][@SPLIT]    a data set of the Hugging Face hub, by its package `datasets`
+    hf:FOLDER[@SPLIT]                 what `save_to_disk` wrote, or parquet files whose names say their split
+    FILE.parquet                      one such file
 
 They are read image by image: prepare them once (`cm prepare torchvision:FashionMNIST data/fashion`).
 """
@@ -16,11 +18,13 @@ import numpy as np
 
 from cm.data import labels as label_modes
 from cm.data.labels import Labels
+from cm.data.npz_names import LABELS, first_of
 from cm.data.sources import stored_labels
 from cm.errors import UserError, nearest
 from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.storage.filesystem import cache_folder
 
+HUB, PARQUET = "hf:", ".parquet"
 EXTRA = "pip install 'consistency-models[datasets]'"
 
 
@@ -99,34 +103,74 @@ class TorchvisionSource(LibrarySource):
 
 
 class HuggingFaceSource(LibrarySource):
-    """A data set of the Hugging Face hub: its first feature of images, its first of class labels."""
+    """A data set of the Hugging Face hub, or of its kind on disk: its first feature of images.
+
+    Labels: its first feature of class labels, else of integers under a usual name.
+    """
 
     def __init__(self, path: str):
         super().__init__(path)
-        name, _, split = path.partition(":")[2].partition("@")
+        name, _, split = path.removeprefix(HUB).partition("@")
+        if not name:
+            raise UserError(f"{path}: the name is missing: {HUB}OWNER/NAME, or {HUB}FOLDER")
         try:
             import datasets
         except ImportError:
             raise UserError(f"{path}: needs the package datasets: {EXTRA}") from None
         try:
-            self._data = datasets.load_dataset(name, split=split or "train")
+            self._data = _opened(datasets, name, split or "train")
+        except UserError:
+            raise
         except Exception as error:  # the hub, the network, the script of a data set: a dozen types
             raise UserError(f"{path}: {' '.join(str(error).split())}") from None
         kinds = {key: type(feature).__name__ for key, feature in self._data.features.items()}
+        integers = [key for key, f in self._data.features.items() if "int" in str(getattr(f, "dtype", ""))]
         self._key = next((key for key, kind in kinds.items() if kind == "Image"), "")
-        self._label = next((key for key, kind in kinds.items() if kind == "ClassLabel"), "")
+        self._label = next((key for key, kind in kinds.items() if kind == "ClassLabel"), "") or first_of(
+            LABELS, integers
+        )
         if not self._key:
             raise UserError(f"{path}: has no feature of images: {', '.join(map(' '.join, kinds.items()))}")
         self._count = len(self._data)
 
+    def identity(self) -> Iterator[str]:
+        """Files on disk may change; what lies behind a name does not."""
+        yield from super().identity()
+        place = Path(self.path.removeprefix(HUB).partition("@")[0])
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        yield from (f"{f.name}:{f.stat().st_size}" for f in files if f.is_file())
+
     def _image(self, index: int) -> Any:
-        return self._data[index][self._key]
+        image = self._data[index][self._key]
+        if image is None:
+            raise UserError(f"{self.name(index)}: is empty")
+        return image
 
     @cached_property
     def _stored(self) -> Labels:
         if not self._label:
             return label_modes.UNLABELLED
-        return self._named(self._data[self._label], self._data.features[self._label].names)
+        return self._named(self._data[self._label], getattr(self._data.features[self._label], "names", None))
+
+
+def _opened(datasets: Any, name: str, split: str) -> Any:
+    """One split of a data set on disk or of the hub."""
+    place = Path(name)
+    if name.endswith(PARQUET) and not place.is_dir():
+        if not place.exists():
+            raise UserError(f"{name}: no such file")
+        return datasets.load_dataset("parquet", data_files=name, split="train")
+    if not place.exists():
+        parts = name.split("/")
+        return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
+    if not any((place / saved).exists() for saved in ("state.json", "dataset_dict.json")):
+        return datasets.load_dataset(name, split=split)
+    data = datasets.load_from_disk(name)
+    if not isinstance(data, dict):
+        return data
+    if split not in data:
+        raise UserError(f"{HUB}{name}: has no split {split}: it has {', '.join(data)}")
+    return data[split]
 
 
 def is_torchvision(path: str) -> bool:
@@ -135,5 +179,5 @@ def is_torchvision(path: str) -> bool:
 
 
 def is_hugging_face(path: str) -> bool:
-    """Whether a path is the name of a data set of the Hugging Face hub."""
-    return path.startswith("hf:")
+    """Whether a path is the name of a data set of the Hugging Face hub, or a file of its kind."""
+    return path.startswith(HUB) or path.endswith(PARQUET)

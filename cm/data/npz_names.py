@@ -22,7 +22,7 @@ class NamedNpzSource(ArraySource):
         with readable(path), filesystem.open_npz(path) as arrays:
             members = arrays.zip.namelist()
             there = [name for name in arrays.files if f"{name}.npy" in members]
-            image_name, label_name = _first(IMAGES, there), _first(LABELS, there)
+            image_name, label_name = first_of(IMAGES, there), first_of(LABELS, there)
             if not image_name:
                 raise UserError(
                     f"has no array of images: it holds {', '.join(sorted(there)) or 'nothing'}; images are looked for "
@@ -49,7 +49,8 @@ def is_named_npz(path: str) -> bool:
         return False
 
 
-def _first(wanted: Sequence[str], there: Sequence[str]) -> str:
+def first_of(wanted: Sequence[str], there: Sequence[str]) -> str:
+    """The first wanted name that is there, as it is spelled there; empty where none is."""
     by_lower = {name.lower(): name for name in there}
     return next((by_lower[name] for name in wanted if name in by_lower), "")
 

@@ -105,6 +105,22 @@ def load_pretrained(config: ConfigType) -> Pretrained[ConfigType]:
 
 def pretrained_from(config: ConfigType, file: ModelFile, flag: str = "model_path") -> Pretrained[ConfigType]:
     """As `load_pretrained`, of weights that are read already. flag: what named them."""
+    config = completed(config, file)
+    device = choose_device(config.device)
+    with torch.device("meta"):  # compared before memory is taken
+        check_matching(create_network(config), file.state, f"--{flag} {file.path}")
+    network = create_network(config)
+    network.load_state_dict(file.state)
+    return prepare_for_sampling(config, file, network, device)
+
+
+def as_loaded(config: ConfigType) -> ConfigType:
+    """The configuration as the model of --model_path completes it, for --dry_run."""
+    return completed(config, load_model_file(config.model_path, config.weights))
+
+
+def completed(config: ConfigType, file: ModelFile) -> ConfigType:
+    """The configuration with what the command left open filled in from a model file."""
     size = config.image_size if "image_size" in config.explicit else 0
     fully_given = size and {"num_channels", "num_res_blocks"} <= config.explicit
     stored = file.config
@@ -115,13 +131,7 @@ def pretrained_from(config: ConfigType, file: ModelFile, flag: str = "model_path
             stored["num_classes"] = len(file.state["label_emb.weight"])
     for note in plugins.require(stored, config.model_path):
         logger.log(note)
-    config = inherit(config, {**stored, "searched": searched_points(config.model_path)}, config.model_path)
-    device = choose_device(config.device)
-    with torch.device("meta"):  # compared before memory is taken
-        check_matching(create_network(config), file.state, f"--{flag} {file.path}")
-    network = create_network(config)
-    network.load_state_dict(file.state)
-    return prepare_for_sampling(config, file, network, device)
+    return inherit(config, {**stored, "searched": searched_points(config.model_path)}, config.model_path)
 
 
 def prepare_for_sampling(

@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from cm.commands import words
+from cm.commands import completion, words
 from cm.commands.cli import parse_config
 from cm.commands.main import COMMANDS, overview
+from cm.config.derived import stored_config
 from cm.config.registry import resolve
-from cm.config.scripts import SCRIPTS, script_of
+from cm.config.scripts import SCRIPTS, EdmTrainConfig, configure, script_of
 from cm.errors import UserError
 from cm.models.files import searched_points
 
@@ -86,6 +88,24 @@ def test_a_student_takes_the_data_of_its_teacher(tmp_path):
     assert parsed("distill", f"{tmp_path} other").data_dir == "other"
 
 
+def test_a_file_of_three_keys_leaves_the_rest_to_auto_and_one_of_a_run_names_its_objective(tmp_path):
+    three, run = tmp_path / "three.json", tmp_path / "config.json"
+    three.write_text(json.dumps({"image_size": 16, "num_channels": 64, "data_dir": "d"}))
+    config = parsed("train", f"--config {three}")
+    assert (config.preset, config.data_dir, config.num_channels) == ("auto", "d", 64)
+    assert parsed("distill", f"t --config {three}").data_dir == "d"
+    three.write_text(json.dumps({"training_mode": "consistency_training", "loss_norm": "l2"}))
+    assert parsed("train", f"d --config {three}").training_mode == "consistency_training"
+    run.write_text(json.dumps(stored_config(configure(EdmTrainConfig, lr=0.25, preset=""))))
+    again = parsed("train", f"d --config {run}")
+    assert (again.preset, again.lr, script_of(again)) == ("", 0.25, "edm_train")
+    three.write_text(json.dumps({"preset": "digits_ct"}))
+    assert (
+        parsed("train", f"d --config {three}").end_scales
+        == parsed("train", "d --preset digits_ct").end_scales
+    )
+
+
 @pytest.mark.parametrize(
     "command, line, message",
     [
@@ -125,6 +145,24 @@ def test_help_needs_no_torch():
             code += "finally: assert 'torch' not in sys.modules"
             shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
             assert shown.returncode == 0, (name, shown.stderr)
+
+
+def test_completion_offers_objectives_presets_and_the_options_of_all_rows(monkeypatch):
+    stub = ModuleType("shtab")
+    stub.FILE = {}
+    monkeypatch.setitem(sys.modules, "shtab", stub)
+    subs = completion.parser()._subparsers._group_actions[0].choices
+    assert subs.keys() == COMMANDS.keys()
+    offered = {n: {o: a.choices for a in sub._actions for o in a.option_strings} for n, sub in subs.items()}
+    assert (
+        "edm" in offered["train"]["--objective"]
+        and "consistency_distillation" not in offered["train"]["--objective"]
+    )
+    assert (
+        "consistency_distillation" in offered["distill"]["--objective"]
+        and "auto" in offered["train"]["--preset"]
+    )
+    assert offered["train"]["--class_cond"] == ["True", "False"] and "--s_churn" in offered["sample"]
 
 
 @pytest.mark.slow

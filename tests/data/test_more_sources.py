@@ -3,7 +3,9 @@
 import io
 import json
 import struct
+import sys
 import tarfile
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -89,9 +91,72 @@ def test_torchvision_by_name():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"consistency-models\[datasets\]"):
         open_source("hf:cifar10")
+
+
+class Rows(list):
+    """A split in the form that the package `datasets` documents: rows by number, columns by name, features."""
+
+    def __init__(self, names=("cat", "dog")):
+        super().__init__({"img": Image.new("RGB", (6, 6), (i, 0, 0)), "label": i % 2} for i in range(4))
+        label = (
+            type("ClassLabel", (), {"names": [*names]})()
+            if names
+            else type("Value", (), {"dtype": "int64"})()
+        )
+        self.features = {"label": label, "img": type("Image", (), {})()}
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def test_data_sets_of_hugging_face_in_their_forms(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **how):
+        asked.append((*names, how))
+        return Rows(names=() if names[0] == "me/plain" else ("cat", "dog"))
+
+    stub = ModuleType("datasets")
+    stub.load_dataset, stub.load_from_disk = load_dataset, lambda path: {"train": Rows(), "test": Rows()}
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    source = open_source("hf:me/set/small@test")
+    assert asked.pop() == ("me/set", "small", {"split": "test"})
+    assert source.labels("auto").classes == ("cat", "dog") and source.read(3)[0, 0].tolist() == [3, 0, 0]
+    assert open_source("hf:me/plain").labels("auto").indices.tolist() == [0, 1, 0, 1]
+    assert asked.pop() == ("me/plain", {"split": "train"})
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    before = [*open_source(str(tmp_path / "x.parquet")).identity()]
+    assert asked.pop() == ("parquet", {"data_files": str(tmp_path / "x.parquet"), "split": "train"})
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 more")
+    assert [*open_source(str(tmp_path / "x.parquet")).identity()] != before
+    open_source(f"hf:{tmp_path}")
+    assert asked.pop() == (str(tmp_path), {"split": "train"})
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert len(open_source(f"hf:{tmp_path}@test")) == 4
+    for name, said in ((f"{tmp_path}@dev", "no split dev: it has train, test"), ("", "name is missing")):
+        with pytest.raises(UserError, match=said):
+            open_source(f"hf:{name}")
+    with pytest.raises(UserError, match="no such file"):
+        open_source(str(tmp_path / "y.parquet"))
+
+
+def test_the_package_datasets_itself(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = Rows()
+    kinds = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    made = datasets.Dataset.from_dict({name: rows[name] for name in ("img", "label")}, features=kinds)
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(str(tmp_path / "x.parquet"))
+    for path in (f"hf:{tmp_path}/saved", str(tmp_path / "x.parquet")):
+        source = open_source(path)
+        assert source.labels("auto").indices.tolist() == [0, 1, 0, 1] and source.read(2)[5, 5].tolist() == [
+            2,
+            0,
+            0,
+        ]
 
 
 def test_sources_of_every_kind_can_be_prepared(tmp_path):
