@@ -38,7 +38,7 @@ from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, EditConfig, SampleConfig, changed, configuration_class, configure
 from cm.config.validation import validate
 from cm.data.images import to_pil, to_uint8
-from cm.errors import UserError
+from cm.errors import UserError, nearest
 from cm.models.factory import choose_device
 from cm.models.files import ModelFile, searched_points
 from cm.models.guides import TrainedClassifier
@@ -131,6 +131,9 @@ class Model:
         """
         if output not in ("tensor", "pil"):
             raise ValueError(f"output must be 'tensor' or 'pil', got {output!r}")
+        for name, number, low in (("n", n, 0), ("steps", steps, 0), ("batch_size", batch_size, 1)):
+            if type(number) is not int or number < low:
+                raise ValueError(f"{name} must be a whole number from {low} up, got {number!r}")
         options |= {
             "guidance": f"{guidance:g}" if isinstance(guidance, float | int) else guidance,
             "guide": guide,
@@ -170,6 +173,7 @@ class Model:
         else:
             flags["sampler"] = "onestep"
         made = changed(c, **flags, explicit=c.explicit | set(flags))
+        _check_options(made, flags)
         if made.sampler == "multistep" and not made.ts:
             made = with_two_steps(
                 made, {**(self._model.file.config or {}), "searched": searched_points(c.model_path)}
@@ -188,6 +192,8 @@ class Model:
         self._check(x)
         x_here = x.to(self.device)
         levels = torch.as_tensor(sigma, dtype=torch.float32, device=self.device)
+        if not (levels.isfinite() & (levels > 0)).all():
+            raise ValueError(f"sigma must be above 0 and finite, got {sigma}")
         if levels.ndim and levels.shape != x.shape[:1]:
             raise ValueError(f"sigma has shape {tuple(levels.shape)}, the images {tuple(x.shape)}")
         return self._model.denoise(self._labels(classes, len(x)), clip)(x_here, levels.expand(len(x))).to(
@@ -250,13 +256,15 @@ class Editor:
 
     def colorize(self, image: Tensor, *, classes: Classes = None, seed: int = 0) -> Tensor:
         """Draw the colours of an image of which only the luma is known; it has three channels or one."""
+        if image.ndim < 3 or image.shape[-3] not in (1, 3):
+            raise ValueError(f"an image of shape {tuple(image.shape)}, colorize takes ([n,] 1 or 3, H, W)")
         image = image if image.shape[-3] == 3 else image.expand(*image.shape[:-3], 3, *image.shape[-2:])
         return self._run(image, "colorize", colorize(), classes, seed)
 
     def superres(self, image: Tensor, factor: int, *, classes: Classes = None, seed: int = 0) -> Tensor:
         """Draw the detail of an image `factor` times smaller than the model's, or of which only patch means count."""
         side = self._model.config.image_size
-        if side % factor:
+        if factor < 1 or side % factor:
             raise ValueError(f"a factor of {factor} does not divide the model's {side} pixels")
         if tuple(image.shape[-2:]) == (side // factor,) * 2:
             image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
@@ -264,6 +272,8 @@ class Editor:
 
     def interpolate(self, first: int, second: int, frames: int = 9, *, classes: Classes = None) -> Tensor:
         """(frames, C, H, W) on the way between the samples of two seeds."""
+        if frames < 2:
+            raise ValueError(f"frames must be 2 or more, got {frames}")
         shape = self._model.image_shape
         ends = []
         for seed in (first, second):
@@ -349,6 +359,8 @@ def evaluate(
     seed.
     """
     if isinstance(samples, Tensor):
+        if samples.ndim != 4 or samples.shape[1] not in (1, 3):
+            raise ValueError(f"samples of shape {tuple(samples.shape)}; expected (n, 1 or 3, H, W)")
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder, "samples.npz"))
             np.savez(path, arr_0=to_uint8(samples).numpy())
@@ -371,6 +383,17 @@ def _line(flags: dict[str, Any]) -> list[str]:
     """Flags as a command line; empty ones are left out."""
     given = {name: value for name, value in flags.items() if value not in ("", None)}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def _check_options(config: SampleConfig, given: dict[str, Any]) -> None:
+    """TypeError for a name that is no flag of the sampler, ValueError for a value of another type."""
+    flags = flags_of(type(config))
+    for name, value in given.items():
+        if name not in flags:
+            raise TypeError(f"sampler {config.sampler} has no option {name}{nearest(name, flags)}")
+        kind = type(flags[name].default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
 
 def _listed(classes: Classes) -> str:

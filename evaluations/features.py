@@ -53,7 +53,15 @@ class InceptionFeatures:
     classes = 0  # its 1008 outputs are not the classes of a data set
 
     def __init__(self, location: str, device: torch.device, sha256: str = ""):
-        net, self.file_sha256 = load_inception(location, sha256=sha256, channels_last=True)
+        try:
+            net, self.file_sha256 = load_inception(location, sha256=sha256, channels_last=True)
+        except UserError as error:
+            if location:
+                raise
+            own = f"cm classifier DATA FILE.pt, then --features {small_classifier.NAME}=FILE.pt"
+            raise UserError(
+                f"{error}; features of your own labelled images need no download: {own}"
+            ) from None
         self.sha256 = tensors_sha256(net.state_dict())
         self.net = net.to(device)
         self.device = device
@@ -135,8 +143,9 @@ def load_features(spec: str, default: str, device: torch.device, *, sha256: str 
     name, _, location = (spec or default).partition("=")
     name = current_name(name)
     if name not in FEATURE_NETWORKS:
+        file = f"; did you mean {ClassifierFeatures.name}={spec}?" if name.endswith(".pt") else ""
         raise UserError(
-            f"--features {name}: unknown network; choose {', '.join(FEATURE_NETWORKS)}, or FILE.py:CLASS"
+            f"--features {name}: unknown network; choose {', '.join(FEATURE_NETWORKS)}, or FILE.py:CLASS{file}"
         )
     return FEATURE_NETWORKS[name](location, device, sha256)
 

@@ -132,6 +132,11 @@ def test_editing(runs):
         teacher.edit.inpaint(image, mask, classes=0)
 
 
+def test_an_option_that_the_sampler_does_not_have_is_named(runs):
+    with pytest.raises(TypeError, match="sampler heun has no option s_chrn; did you mean s_churn"):
+        runs[1].sample(1, classes=0, s_chrn=1.0)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -149,6 +154,20 @@ def test_editing(runs):
         (lambda m: m.edit.inpaint(torch.zeros(1, 9, 9), torch.zeros(8, 8)), r"\(1, 1, 9, 9\)"),
         (lambda m: m.edit.superres(torch.zeros(1, 8, 8), 3), "factor of 3"),
         (lambda m: m.sample(1, classes="shoes"), "did you mean"),
+        (lambda m: m.denoise(torch.zeros(3, 1, 8, 8), 0.0, 0), "sigma must be above 0 and finite, got 0.0"),
+        (
+            lambda m: m.denoise(torch.zeros(3, 1, 8, 8), torch.tensor([1, 2, np.nan]), 0),
+            "sigma must be above 0",
+        ),
+        (lambda m: m.edit.superres(torch.zeros(1, 8, 8), 0), "factor of 0"),
+        (lambda m: m.edit.colorize(torch.zeros(2, 8, 8)), r"\(2, 8, 8\), colorize takes"),
+        (lambda m: m.edit.colorize(torch.zeros(8, 8)), r"\(8, 8\), colorize takes"),
+        (lambda m: m.edit.interpolate(1, 2, frames=1), "frames must be 2 or more, got 1"),
+        (lambda m: m.sample(-1), "n must be a whole number from 0 up, got -1"),
+        (lambda m: m.sample("two"), "n must be a whole number from 0 up, got 'two'"),
+        (lambda m: m.sample(1, batch_size=0), "batch_size must be a whole number from 1 up"),
+        (lambda m: m.sample(1, seed="a"), "seed must be of type int, got 'a'"),
+        (lambda m: cm.evaluate(torch.zeros(4, 8, 8), "r"), r"samples of shape \(4, 8, 8\)"),
         (lambda m: m.sample(1, output="png"), "'tensor' or 'pil'"),
         (lambda m: m.sample(1, steps=40), "18 points"),
         (lambda m: m.push("x", to="tensorflow"), "diffusers"),

@@ -159,8 +159,10 @@ def choose_weights(names: Iterable[str], weights: str, checkpoint: str) -> tuple
         kind = next((k for k, value in averages.items() if value == rate), weights)
     else:
         kind = wanted or (max(averages, key=averages.get) if averages else "raw")
+    if not available:
+        raise UserError(f"{checkpoint} holds no weights of a model")
     if kind not in available:
         raise UserError(
-            f"{checkpoint} has no {weights or kind}, but {', '.join(sorted(available)) or 'no weights'} (--weights)"
+            f"{checkpoint} has no {weights or kind}, but {', '.join(sorted(available))} (--weights)"
         )
     return available[kind], kind

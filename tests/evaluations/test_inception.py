@@ -230,9 +230,24 @@ def test_inception_features_of_uint8_images(tmp_path):
     torch.testing.assert_close(network(grey)["pool"], network(grey.expand(-1, -1, -1, 3))["pool"])
 
 
+def test_without_the_weights_and_a_network_another_way_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        UserError, match="no route.*cm classifier DATA FILE.pt, then --features classifier=FILE.pt"
+    ):
+        load_features("", "inception", CPU)
+
+
 def test_unknown_network_and_missing_file():
     with pytest.raises(UserError, match=r"--features dino: unknown network; choose inception, classifier"):
         load_features("dino=x.pt", "inception", CPU)
+    with pytest.raises(UserError, match=r"did you mean classifier=x\.pt"):
+        load_features("x.pt", "inception", CPU)
     with pytest.raises(UserError, match="classifier=PATH"):
         load_features("classifier", "inception", CPU)
     with pytest.raises(UserError, match=r"no such weights file"):

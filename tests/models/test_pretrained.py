@@ -5,6 +5,8 @@ import torch
 
 from cm.config.scripts import SampleConfig
 from cm.diffusion.denoiser import Denoiser
+from cm.errors import UserError
+from cm.models.files import choose_weights
 from cm.models.pretrained import Model
 from tests.helpers.analytic import free
 
@@ -25,6 +27,11 @@ def test_labels_reach_a_class_conditional_network():
     assert denoise(X, SIGMA).tolist() == [[10.5], [3.0]]
     with pytest.raises(ValueError, match="needs the labels"):
         model(True).denoise()
+
+
+def test_a_folder_without_weights_is_no_model():
+    with pytest.raises(UserError, match="data/photos holds no weights of a model"):
+        choose_weights(["manifest.json"], "", "data/photos")
 
 
 def test_an_unconditional_model_ignores_labels():
