@@ -238,7 +238,7 @@ def test_without_the_weights_and_a_network_another_way_is_named(tmp_path, monkey
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
-        UserError, match="no route.*cm classifier DATA FILE.pt, then --features classifier=FILE.pt"
+        UserError, match=r"no route.*cm classifier DATA FILE\.pt, then --features classifier=FILE\.pt"
     ):
         load_features("", "inception", CPU)
 
