@@ -3,9 +3,11 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from typing import TypeVar
 
 T = TypeVar("T")
+PACKAGE = "consistency-models"
 
 
 class UserError(ValueError):
@@ -36,6 +38,17 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0
     """`; did you mean X?`, or nothing when no known name resembles `name`."""
     matches = difflib.get_close_matches(str(name), [k for k in known if k], n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def extra(name: str) -> str:
+    """How packages of setup.py's extra `name` are installed, beside an installed wheel or in a checkout."""
+    try:
+        metadata.distribution(PACKAGE)
+    except (
+        metadata.PackageNotFoundError
+    ):  # another package may have that name where packages are fetched from
+        return f"pip install '.[{name}]' in the checkout"
+    return f"pip install '{PACKAGE}[{name}]'"
 
 
 # User and password, and values such as signatures and tokens, in URLs

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.config import plugins
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.storage.weights import tensors_sha256
 from evaluations.inception_v3 import exact_float32
@@ -136,7 +136,7 @@ def from_timm(name: str, device: torch.device) -> OwnFeatures:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
-        raise UserError("--features timm=NAME needs timm: pip install 'consistency-models[timm]'") from None
+        raise UserError(f"--features timm=NAME needs timm: {extra('timm')}") from None
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # an unknown name, or no way to the weights

@@ -30,7 +30,7 @@ from cm.config.scripts import (
     script_of,
 )
 from cm.config.validation import require_inputs, validate
-from cm.errors import UserError, nearest
+from cm.errors import UserError, extra, nearest
 from cm.runtime.inputs import JSON_LIMIT, misfit, parse_json, read_regular
 
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
@@ -168,7 +168,7 @@ def _yaml(text: str, path: str) -> Any:
     try:
         import yaml
     except ImportError:
-        raise UserError(f"--config {path}: pip install pyyaml, or consistency-models[yaml]") from None
+        raise UserError(f"{path} needs PyYAML: {extra('yaml')}") from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -11,6 +11,7 @@ from cm.config.derived import AUTO
 from cm.config.fields import flags_of, meta_of
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
+from cm.errors import extra
 
 # Sub-commands that are scripts with a configuration
 SCRIPTS_OF = {
@@ -71,7 +72,7 @@ def program() -> None:
     try:
         import shtab
     except ImportError:
-        _end("cm completion needs shtab: pip install 'consistency-models[completion]'")
+        _end(f"cm completion needs shtab: {extra('completion')}")
     shell = sys.argv[1] if len(sys.argv) > 1 else ""
     if shell not in shtab.SUPPORTED_SHELLS:
         _end(

@@ -20,7 +20,7 @@ from cm.data.dataset import sampled_channels
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
 from cm.data.sources import Source, check_member, is_hidden, open_source, stored_labels
-from cm.errors import UserError, masked
+from cm.errors import UserError, extra, masked
 from cm.runtime.inputs import open_regular
 from cm.seeding import derive_seed
 from cm.storage import filesystem
@@ -133,7 +133,7 @@ def _lmdb(path: str, labels: str, limit: int) -> Items:
     try:
         import lmdb
     except ImportError as error:
-        raise UserError(f"{path}: reading lmdb needs the package lmdb (extra `lsun`): {error}") from error
+        raise UserError(f"{path}: reading lmdb needs the package lmdb: {extra('lsun')} ({error})") from error
     if labels not in ("auto", "none"):
         raise UserError(f"{path}: --labels {labels}, but an LSUN database has no labels")
     if filesystem.is_remote(path):
@@ -201,7 +201,7 @@ def _digits(in_colour: bool, labels: str, limit: int, seed: int, split: str) -> 
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(f"digits needs the package scikit-learn (extra `quickstart`): {error}") from error
+        raise UserError(f"digits needs the package scikit-learn: {extra('quickstart')} ({error})") from error
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     if in_colour:

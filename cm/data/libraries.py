@@ -20,12 +20,11 @@ from cm.data import labels as label_modes
 from cm.data.labels import Labels
 from cm.data.npz_names import LABELS, first_of
 from cm.data.sources import stored_labels
-from cm.errors import UserError, nearest
+from cm.errors import UserError, extra, nearest
 from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.storage.filesystem import cache_folder
 
 HUB, PARQUET = "hf:", ".parquet"
-EXTRA = "pip install 'consistency-models[datasets]'"
 
 
 class LibrarySource:
@@ -74,7 +73,7 @@ class TorchvisionSource(LibrarySource):
         try:
             from torchvision import datasets
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"{path}: needs torchvision: {EXTRA} ({error})") from None
+            raise UserError(f"{path}: needs torchvision: {extra('datasets')} ({error})") from None
         if name not in datasets.__all__:
             raise UserError(f"{path}: torchvision has no data set {name}{nearest(name, datasets.__all__)}")
         make = getattr(datasets, name)
@@ -116,7 +115,7 @@ class HuggingFaceSource(LibrarySource):
         try:
             import datasets
         except ImportError:
-            raise UserError(f"{path}: needs the package datasets: {EXTRA}") from None
+            raise UserError(f"{path}: needs the package datasets: {extra('datasets')}") from None
         try:
             self._data = _opened(datasets, name, split or "train")
         except UserError:

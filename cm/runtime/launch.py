@@ -23,7 +23,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 
 # A process that waits longer for others says so (seconds).
 PATIENCE = 10.0
@@ -170,7 +170,7 @@ def _mpi_communicators(launch: Launch):
     except (ImportError, RuntimeError) as error:
         cause = str(error).strip().split("\n")[0]
         raise UserError(
-            "starting with mpiexec needs mpi4py and an MPI library: pip install '.[mpi]', "
+            f"starting with mpiexec needs mpi4py and an MPI library: {extra('mpi')}, "
             f"or start with torchrun ({cause}){_srun_hint()}"
         ) from error
     comm = MPI.COMM_WORLD
@@ -178,7 +178,7 @@ def _mpi_communicators(launch: Launch):
         library = MPI.Get_library_version().strip("\0").split("\n")[0].split(",")[0]
         raise UserError(
             f"the launcher started {launch.world_size} processes but mpi4py uses {library}, which sees {comm.size}: "
-            "start with the mpiexec of that library, or pip install '.[mpi]' and use "
+            f"start with the mpiexec of that library, or {extra('mpi')} and use "
             f"the mpiexec it brings{_srun_hint()}"
         )
     return comm, comm.Split_type(MPI.COMM_TYPE_SHARED)

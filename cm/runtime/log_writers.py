@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.runtime.files import whole_file
 from cm.runtime.inputs import LINES_LIMIT, open_regular, parse_json, read_regular
 from cm.runtime.streams import screen
@@ -187,7 +187,7 @@ class TensorBoardOutputFormat(KVWriter):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                "log format tensorboard needs the package tensorboard: pip install '.[tensorboard]'"
+                f"log format tensorboard needs the package tensorboard: {extra('tensorboard')}"
             ) from error
         self._open = functools.partial(SummaryWriter, os.fspath(dir))
         self._writer = None
@@ -237,7 +237,7 @@ class WandbOutputFormat(KVWriter):
         try:
             import wandb
         except ImportError:
-            raise UserError(f"--wandb {project} needs the package wandb: pip install '.[wandb]'") from None
+            raise UserError(f"--wandb {project} needs the package wandb: {extra('wandb')}") from None
         self._wandb = wandb
         name = os.path.basename(os.path.abspath(folder))
         try:

@@ -18,7 +18,7 @@ from cm.config.derived import last_known
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SampleConfig, configure
 from cm.data.images import from_uint8, make_grid, to_uint8
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.runtime import job
 from cm.sampling.editing import LinearEdit, colorize, edit_images, inpaint, luma, superres
@@ -181,7 +181,7 @@ def page(tried: Tried) -> Any:
     try:
         import gradio as gr
     except ImportError:
-        raise UserError("the page needs gradio: pip install '.[demo]'") from None
+        raise UserError(f"the page needs gradio: {extra('demo')}") from None
 
     def chosen_class() -> Any:
         return gr.Dropdown(tried.class_choices, value=IN_TURN, label="class", visible=bool(tried.classes))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
 from cm.runtime import distributed, job, launch, liveness
 from cm.runtime.cpu import usable_cores
@@ -93,9 +93,7 @@ def check_mpi() -> list[Check]:
     )
     mpiexec = shutil.which("mpiexec") or "no mpiexec on the path"
     if answer.returncode:
-        return [
-            Check("mpi", "note", f"no MPI library: pip install '.[mpi]', or start with torchrun; {mpiexec}")
-        ]
+        return [Check("mpi", "note", f"no MPI library: {extra('mpi')}, or start with torchrun; {mpiexec}")]
     return [Check("mpi", "ok", f"{answer.stdout.split(chr(10))[0].strip()}; {mpiexec}")]
 
 

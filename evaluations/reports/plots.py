@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.storage.filesystem import write_atomic
 
 Figure = Any  # matplotlib's
@@ -40,7 +40,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib import figure
     except ImportError:
-        raise UserError("pictures of reports need matplotlib: pip install '.[plots]'") from None
+        raise UserError(f"pictures of reports need matplotlib: {extra('plots')}") from None
     return figure.Figure((width, height), dpi=DPI, layout="constrained")
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +17,7 @@ from cm.commands.main import COMMANDS, overview
 from cm.config.derived import stored_config
 from cm.config.registry import resolve
 from cm.config.scripts import SCRIPTS, EdmTrainConfig, configure, script_of
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.models.files import searched_points
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +165,25 @@ def test_completion_offers_objectives_presets_and_the_options_of_all_rows(monkey
         and "auto" in offered["train"]["--preset"]
     )
     assert offered["train"]["--class_cond"] == ["True", "False"] and "--s_churn" in offered["sample"]
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_an_extra_is_installed_where_the_package_is(found, monkeypatch):
+    def distribution(name):
+        if not found:
+            raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    assert extra("yaml") == (
+        "pip install 'consistency-models[yaml]'" if found else "pip install '.[yaml]' in the checkout"
+    )
+
+
+def test_extras_that_messages_name_are_those_of_the_package():
+    sources = [*ROOT.glob("cm/**/*.py"), *ROOT.glob("evaluations/**/*.py")]
+    named = {name for path in sources for name in re.findall(r"extra\('(\w+)'\)", path.read_text())}
+    known = set(re.findall(r'^    +"(\w+)": \[', (ROOT / "setup.py").read_text(), flags=re.MULTILINE))
+    assert {"yaml", "mpi", "datasets"} <= named <= known
 
 
 @pytest.mark.slow

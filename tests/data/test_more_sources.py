@@ -92,7 +92,7 @@ def test_torchvision_by_name():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"consistency-models\[datasets\]"):
+    with pytest.raises(UserError, match=r"\[datasets\]"):
         open_source("hf:cifar10")
 
 

@@ -131,5 +131,5 @@ def test_timm(monkeypatch):
     with pytest.raises(UserError, match=r"timm=nothing: Unknown model \(nothing\)$"):
         load_features("timm=nothing", "", CPU)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"consistency-models\[timm\]"):
+    with pytest.raises(UserError, match=r"\[timm\]"):
         load_features("timm=tiny", "", CPU)

@@ -104,7 +104,7 @@ def test_the_mpiexec_of_another_library_is_noticed(alone):
     alone.setitem(sys.modules, "mpi4py", fake)
     place = launch.detect({"PMI_SIZE": "2", "PMI_RANK": "0"})
     with pytest.raises(
-        UserError, match=r"started 2 processes.*Open MPI v5.0.11, which sees 1.*'\.\[mpi\]'"
+        UserError, match=r"started 2 processes.*Open MPI v5.0.11, which sees 1.*\[mpi\]'"
     ) as e:
         launch.connect(place, timedelta(seconds=1))
     assert "\n" not in str(e.value) and "srun" not in str(e.value)
@@ -115,7 +115,7 @@ def test_the_mpiexec_of_another_library_is_noticed(alone):
 
 def test_a_missing_mpi_is_one_line(alone):
     alone.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[mpi\]', or start with torchrun") as e:
+    with pytest.raises(UserError, match=r"pip install '.*\[mpi\]'.*, or start with torchrun") as e:
         launch.connect(launch.detect({"PMI_SIZE": "2", "PMI_RANK": "0"}), timedelta(seconds=1))
     assert "\n" not in str(e.value)
 

@@ -139,7 +139,7 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write logs to"):
         logger.configure(tmp_path / "file" / "below")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"\.\[tensorboard\]"):
+    with pytest.raises(UserError, match=r"pip install .*\[tensorboard\]"):
         logger.configure(tmp_path, ["tensorboard"])
 
 
@@ -260,5 +260,5 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"--wandb test .*\.\[wandb\]"):
+    with pytest.raises(UserError, match=r"--wandb test .*\[wandb\]"):
         logger.configure(tmp_path, ["wandb:test"])

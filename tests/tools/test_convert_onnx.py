@@ -85,7 +85,7 @@ def test_an_earlier_export_stays_when_a_new_one_fails(tmp_path, student, package
 
 def test_without_the_packages_it_is_one_line(tmp_path, student, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"--to onnx needs onnx: pip install '\.\[onnx\]'"):
+    with pytest.raises(UserError, match=r"--to onnx needs onnx: pip install '.*\[onnx\]'"):
         convert(Source(student), str(tmp_path / "g.onnx"), "onnx", {})
     assert left_in(tmp_path) == []
 

@@ -2,7 +2,7 @@
 
 import re
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -20,7 +20,7 @@ def push(folder: str, repository: str) -> str:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     except ImportError:
-        raise UserError("hf:// needs huggingface_hub: pip install '.[hub]'") from None
+        raise UserError(f"hf:// needs huggingface_hub: {extra('hub')}") from None
     api = HfApi(library_name="consistency-models")
     try:
         api.create_repo(repository, private=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.networks.architecture import build_network
 from cm.networks.layers import fir_kernel
 from cm.runtime.inputs import open_regular, read_regular
@@ -55,7 +55,7 @@ def read_flax(path: str) -> dict[str, Any]:
     try:
         import msgpack
     except ImportError:
-        raise UserError(f"{path} is a msgpack file: install the extra `jax` (pip install msgpack)") from None
+        raise UserError(f"{path} is a msgpack file: {extra('jax')}") from None
     with one_line(f"{path} is not a readable flax checkpoint"):
         data = read_regular(path, MAX_BYTES)
         tree = msgpack.unpackb(data, ext_hook=_extension, raw=False, strict_map_key=False)

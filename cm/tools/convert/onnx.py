@@ -21,7 +21,7 @@ from cm.config.inherit import inherit
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SampleConfig, configure
 from cm.diffusion.denoiser import Denoiser, clamped
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.models.factory import create_network, create_precond
 from cm.sampling.registry import run_sampler
 from cm.tools.convert.layout import Config, State
@@ -68,7 +68,7 @@ def _require_packages() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--to onnx needs {error.name}: pip install '.[onnx]'") from None
+        raise UserError(f"--to onnx needs {error.name}: {extra('onnx')}") from None
 
 
 def _model(state: State, config: Config) -> tuple[OneStep, SampleConfig]:

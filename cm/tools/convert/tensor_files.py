@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.runtime.inputs import check_regular, open_regular, parse_json
 
 META = "cm"
@@ -15,7 +15,7 @@ def _library():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("safetensors files need the extra `diffusers` (pip install safetensors)") from None
+        raise UserError(f"safetensors files need the package safetensors: {extra('safetensors')}") from None
     return safetensors
 
 

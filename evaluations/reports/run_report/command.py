@@ -18,7 +18,7 @@ from cm import __version__
 from cm.config.fields import flags_of
 from cm.config.rows import METRICS, OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
-from cm.errors import UserError
+from cm.errors import UserError, extra
 from cm.runtime import job, liveness
 from cm.runtime.inputs import json_or_none, misfit, open_regular, read_regular
 from cm.storage.filesystem import write_atomic
@@ -39,7 +39,7 @@ def page(runs: Sequence[Run], *, results: Sequence[str] = (), previews: int = PR
     try:
         import jinja2
     except ImportError:
-        raise UserError("the page needs jinja2: pip install '.[plots]'") from None
+        raise UserError(f"the page needs jinja2: {extra('plots')}") from None
     findings = {run.name: find_results(run, results) for run in runs}
     everything = [f for found in findings.values() for f in found]
     environment = jinja2.Environment(
