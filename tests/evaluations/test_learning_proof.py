@@ -73,7 +73,7 @@ def test_students_are_compared_at_equal_images_on_one_network():
         same = (c.time_scale, c.ema_rate, c.num_channels, c.channel_mult, c.global_batch_size)
         assert same == (4, "0.98", 32, "1,1", 64), name
         source = Path(c.teacher_model_path).name
-        assert source == {"ct": "", "ict": "", "tcm": "tcm1"}.get(name, equal_images.TEACHER), name
+        assert source == {"tcm": "tcm1"}.get(name, equal_images.TEACHER), name
     assert students["pd"].distill_steps_per_iter * 7 == students["pd"].total_training_steps
 
 
