@@ -4,9 +4,9 @@
         [--out docs/results/digits_equal_images.json]
 
 RUN is a folder for data, models and samples; a second call goes on where the first one stopped. Prints a table of what
-is there, and writes its numbers as JSON. Each student is trained by its preset, but for what must be equal: the
-network, whose clock is slow so that continuous time works, too, the average of the weights, and the number of images.
-Lengths of a preset's own schedules (stages, warm-up) shrink with the run.
+is there, writes its numbers as JSON and the first samples as RUN/equal_images.png. Each student is trained by its
+preset, but for what must be equal: the network, whose clock is slow so that continuous time works, too, the average of
+the weights, and the number of images. Lengths of a preset's own schedules (stages, warm-up) shrink with the run.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from cm.errors import choose
 from cm.runtime import job, logger
 from cm.runtime.inputs import read_json
 from cm.runtime.provenance import versions
-from evaluations.reports.digits_report import TITLES, measure
+from evaluations.reports.digits_report import TITLES, measure, picture
 from evaluations.reports.learning_proof import MODELS, execute
+from evaluations.reports.plots import image_page
 
 BATCH = 64
 TEACHER = "cont_edm"
@@ -175,6 +176,7 @@ def main() -> None:
     result = collect(args.run, args.images)
     out = args.out or args.run / "equal_images.json"
     save_json(out, result)
+    image_page(args.run / "equal_images.png", picture(args.run))
     print(table(result))
 
 
