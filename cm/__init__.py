@@ -7,6 +7,7 @@
 `load`, `train`, `evaluate` and `Model` are those of `cm.api`, imported when they are first asked for.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,3 +27,24 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+def _refuse_modules_that_are_no_programs() -> None:
+    """`python -m cm.api` would end without a word: say what to start instead."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    words = sys.orig_argv
+    name = words[words.index("-m") + 1] if "-m" in words else ""
+    spec = find_spec(name) if name.startswith("cm.") else None
+    if not spec or not spec.origin or spec.submodule_search_locations:
+        return
+    if '__name__ == "__main__"' not in Path(spec.origin).read_text():
+        sys.stderr.write(
+            f"error: {name} is no program: cm --help, or python -m cm --help, lists the commands\n"
+        )
+        sys.exit(2)
+
+
+if sys.argv[:1] == ["-m"]:  # python -m, before the module is found
+    _refuse_modules_that_are_no_programs()

@@ -11,7 +11,7 @@ from cm.config.fields import flags_of
 from cm.config.inherit import adopt_teacher
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
-from cm.config.rules import check_patches, inside_patches
+from cm.config.rules import check_architecture, check_patches, inside_patches
 from cm.config.scripts import CmTrainConfig, TrainConfig, changed
 from cm.config.validation import validate
 from cm.data.facts import DataFacts, describe
@@ -55,6 +55,7 @@ def fit(config: TrainConfig, teacher: ModelFile | None, directory: str) -> tuple
             notes.append("--preset auto: " + " ".join(f"--{n} {v}" for n, v in sorted(chosen.items())))
             config = changed(config, **chosen, explicit=config.explicit | set(chosen))
         validate(config)
+        check_architecture(config)
     config, said = fit_memory(config)
     return config, [*notes, *said, *warnings(config)]
 
@@ -75,7 +76,7 @@ def with_side(config: TrainConfig, facts: DataFacts) -> TrainConfig:
         return config
     if not facts.side:
         raise UserError(
-            f"--data_dir {config.data_dir}: the images have several sizes: "
+            f"--data_dir {config.data_dir}: the images have several sizes or are not square: "
             f"cm prepare {shlex.quote(config.data_dir)} FOLDER --image_size N, or give --image_size"
         )
     return replace(config, image_size=facts.side, explicit=config.explicit | {"image_size"})

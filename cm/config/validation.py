@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from cm.config import parsing, rules
+from cm.config.derived import AUTO
 from cm.config.fields import check_flag, flags_of
 from cm.config.flags import GuidanceFlags, LoopFlags, ModelFlags, SamplingFlags
 from cm.config.registry import Sampler
@@ -71,7 +72,8 @@ def _check_model(config: ModelFlags) -> None:
     if config.in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 1 or 3, or 0 for those of the data, got {config.in_channels}")
     _check_column(config)
-    if config.image_size:  # else the data or the model says it, and the configuration is checked again
+    # Where the data, the model or auto has the last word, the configuration is checked again.
+    if config.image_size and config.preset != AUTO:
         rules.check_architecture(config)
 
 

@@ -40,6 +40,21 @@ def test_auto_follows_the_data_and_prints_what_it_chose(data, tmp_path):
     assert not plain.class_cond
 
 
+def test_flags_of_the_network_are_judged_by_the_size_of_the_data(data, tmp_path):
+    config, _ = fit(
+        auto(data, "--attention_resolutions", "6"), None, str(tmp_path / "run")
+    )  # none of 64 pixels'
+    assert (config.attention_resolutions, config.channel_mult) == ("6", "1,2")
+    assert fit(auto(data, "--patch_size", "3"), None, str(tmp_path / "run"))[0].channel_mult == "1"
+    for flags, said in (
+        (("--attention_resolutions", "7"), r"--attention_resolutions 7 is not .* \(12, 6\)"),
+        (("--patch_size", "5"), "--image_size 12 is not a multiple of --patch_size 5"),
+        (("--num_channels", "48"), "--num_channels 48 times --channel_mult 1,2 gives"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fit(auto(data, *flags), None, str(tmp_path / "run"))
+
+
 def test_a_run_goes_on_with_what_auto_chose_at_its_beginning(data, tmp_path):
     first, _ = fit(auto(data), None, str(tmp_path))
     stored = {**stored_config(first), "global_batch_size": 32, "num_channels": 64}
@@ -58,7 +73,7 @@ def test_images_of_several_sizes_need_one(tmp_path):
 
     for i in range(4):
         Image.new("L", (8 + i, 8)).save(tmp_path / f"{i}.png")
-    with pytest.raises(UserError, match=r"several sizes: cm prepare .* --image_size N"):
+    with pytest.raises(UserError, match=r"several sizes or are not square: cm prepare .* --image_size N"):
         fit(auto(str(tmp_path)), None, str(tmp_path / "run"))
 
 

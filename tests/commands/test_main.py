@@ -139,6 +139,16 @@ def test_the_program(tmp_path):
     assert made.returncode == 0 and "num_classes" in made.stdout, made.stderr
 
 
+def test_a_module_started_by_mistake_says_what_to_start():
+    for name, code, said in (
+        ("cm.api", 2, "error: cm.api is no program: cm --help, or"),
+        ("cm.presets", 0, ""),
+        ("cm --help -m cm.api", 0, ""),
+    ):
+        done = subprocess.run([sys.executable, "-m", *name.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(said), done.stderr
+
+
 def test_help_needs_no_torch():
     for name, command in COMMANDS.items():
         if command.words or (command.ends_job and name != "completion"):
