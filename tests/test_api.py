@@ -21,7 +21,7 @@ from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
 from evaluations.protocols import PROTOCOLS
 from tests.helpers.eval_files import write_classifier, write_npz
-from tests.helpers.notebook import TUTORIAL, notebook_of
+from tests.helpers.notebook import TUTORIAL, cells_of, notebook_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +209,17 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
         and [k[0] for k in kinds[-2:]] == ["image/png"] * 2
     )
     assert (tmp_path / "runs/tutorial/samples.png").exists()
+
+
+def test_the_notebook_is_the_tutorial_with_its_outputs():
+    path = TUTORIAL.with_suffix(".ipynb")
+    stored = json.loads(path.read_text())
+    without = [{**cell, "outputs": [], "execution_count": None} for cell in code_of(stored)]
+    assert without == code_of({"cells": cells_of(TUTORIAL.read_text())}), "python -m tests.helpers.notebook"
+    assert path.stat().st_size < 400_000
+    assert [cell["outputs"][-1]["data"].keys() for cell in code_of(stored)[-2:]] == [
+        {"image/png", "text/plain"}
+    ] * 2
 
 
 def code_of(notebook):
