@@ -27,6 +27,7 @@ from cm.runtime.inputs import read_json
 from cm.runtime.liveness import EXIT_UNFINISHED, read_status
 from cm.runtime.provenance import versions
 from evaluations.npz_io import open_images
+from evaluations.study_edits import draw_edits, measure_edits
 from evaluations.study_measure import Ruler, classifier, draw, prepare, search_middle
 from evaluations.study_methods import (
     MANY,
@@ -114,6 +115,8 @@ class Runner:
             middle = self.once(f"{name}_middle", partial(self.middle, name))["middle"]
         for kind, flags in method.sets.items():
             self.once(f"{name}_{kind}", partial(self.sample_set, name, kind, set_flags(flags, middle)))
+        if method.edits:
+            self.once(f"{name}_edits", partial(self.edits, name))
         if method.teacher and not method.models and not method.like:
             for checkpoint in self.checkpoints(name)[:-1]:
                 self.once(f"{name}_{checkpoint.name}", partial(self.point, name, checkpoint))
@@ -122,6 +125,12 @@ class Runner:
         """The second noise level of two-step samples."""
         folder = self.run / "samples" / name / "search"
         return search_middle(self.ruler, self.run / name, self.study.methods[name].middles, folder)
+
+    def edits(self, name: str) -> dict[str, Any]:
+        """Scores of edits of test images, and a page of them."""
+        model, test = self.run / name, self.run / "test.npz"
+        draw_edits(self.run / "samples" / name / "edits.png", model, test)
+        return measure_edits(model, test, self.ruler.network)
 
     def sample_set(self, name: str, kind: str, flags: dict[str, Any]) -> dict[str, Any]:
         """Draw a set with every seed and measure it."""

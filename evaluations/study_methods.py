@@ -22,6 +22,7 @@ class Method:
 
     sets: name of a sample set -> flags that draw it; {middle} is a noise level m of `middles` that is searched, {high}
     and {low} are 4 m and m / 4. models: sets that are drawn with the model of a stage: how many stages were over.
+    edits: whether it edits test images, too.
     like, flags: a variation of that method, and what it changes; for what it shows, one evaluation is enough.
     """
 
@@ -31,6 +32,7 @@ class Method:
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     middles: tuple[float, ...] = (0.2, 0.4, 0.8, 1.6, 3.2)
     models: Mapping[str, int] = field(default_factory=dict)
+    edits: bool = False
     like: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,8 +72,8 @@ DENOISER = {
 }
 METHODS = {
     "edm": Method("EDM teacher", "", "edm_train", DENOISER),
-    "cd": Method("CD", sets=CONSISTENCY),
-    "ct": Method("CT", sets=CONSISTENCY),
+    "cd": Method("CD", sets=CONSISTENCY, edits=True),
+    "ct": Method("CT", sets=CONSISTENCY, edits=True),
     "ect": Method("ECT", sets=CONSISTENCY),
     "ict": Method("iCT", sets=CONSISTENCY),
     "pd": Method("PD", sets=PROGRESSIVE, models=PROGRESSIVE_STAGES),
@@ -100,6 +102,8 @@ VARIATIONS = {
     "cd_mu0": _variation("cd", "CD, mu = 0", start_ema=0.0),
     "cd_n9": _variation("cd", "CD, N = 9", start_scales=9),
     "cd_huber": _variation("cd", "CD, pseudo-Huber", loss_norm="pseudo-huber"),
+    "cd_weight": _variation("cd", "CD, weight 1 / (t - r)", weight_schedule="inverse-gap"),
+    "cd_karras": _variation("cd", "CD, weight of EDM", weight_schedule="karras"),
     # The ablation of iCT (Song & Dhariwal 2023, Figure 5): each takes one of its parts away
     "ict_mu": _variation("ict", "iCT with a target network, mu = 0.9", start_ema=0.9),
     "ict_l2": _variation("ict", "iCT with l2", loss_norm="l2"),

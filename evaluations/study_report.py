@@ -11,6 +11,7 @@ from cm.data.images import save_json
 from cm.runtime.inputs import read_json
 from cm.storage.filesystem import write_atomic
 from evaluations.reports.plots import Block, Series, image_page, line_plot
+from evaluations.study_edits import edits_table
 from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_of
 
 Results = dict[str, dict[str, Any]]
@@ -202,7 +203,25 @@ def pictures(name: str, study: Study, run: Path, results: Results, folder: Path)
         path = folder / f"{name}_grid.png"
         image_page(path, blocks)
         lines.append(f"![The same noise and classes with every method](pictures/{path.name})")
+    return [*lines, *edit_pages(name, study, run, folder)]
+
+
+def edit_pages(name: str, study: Study, run: Path, folder: Path) -> list[str]:
+    """Copy the pages of edits; Markdown that shows them."""
+    lines = []
+    for method, row in study.methods.items():
+        page = run / "samples" / method / "edits.png"
+        if page.exists():
+            path = folder / f"{name}_edits_{method}.png"
+            write_atomic(path, page.read_bytes())
+            lines.append(f"![Edits of test images by {row.title}](pictures/{path.name})")
     return lines
+
+
+def edits(study: Study, results: Results) -> tuple[Results, dict[str, str]]:
+    """(method -> its edits, method -> its title)."""
+    titles = {name: method.title for name, method in study.methods.items() if f"{name}_edits" in results}
+    return {name: results[f"{name}_edits"] for name in titles}, titles
 
 
 def tables(study: Study, results: Results) -> list[str]:
@@ -223,6 +242,7 @@ def tables(study: Study, results: Results) -> list[str]:
         ("Variations", variations_table(study, results)),
         ("Other measures", details_table(study, results)),
         ("Noise levels of two steps", levels_table(study, results)),
+        ("Edits of test images", edits_table(*edits(study, results))),
     )
     return [said, *(line for title, table in parts for line in ("", f"### {title}", "", *table))]
 

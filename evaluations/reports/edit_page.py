@@ -82,6 +82,14 @@ def interpolation_block(model: Pretrained[EditConfig], label: int) -> Block:
     return Block("interpolation between three noises", [to_uint8(images).numpy()[None]])
 
 
+def write_page(path: Path, model: Pretrained[EditConfig]) -> None:
+    """The page of a model with images taken evenly from its --input."""
+    source = InputFiles(model.config)
+    count = len(source.names)
+    inputs = list(source.load(range(0, count, max(1, count // IMAGES))))
+    image_page(path, list(blocks(model, inputs)))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,11 +98,7 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="PNG to write")
     args = parser.parse_args()
     flags = ["--model_path", args.model, "--input", args.images, "--batch_size", "64"]
-    model = load_pretrained(parse_config(EditConfig, flags))
-    source = InputFiles(model.config)
-    count = len(source.names)
-    inputs = list(source.load(range(0, count, max(1, count // IMAGES))))
-    image_page(args.page, list(blocks(model, inputs)))
+    write_page(args.page, load_pretrained(parse_config(EditConfig, flags)))
 
 
 if __name__ == "__main__":
