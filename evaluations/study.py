@@ -28,8 +28,10 @@ from cm.runtime.liveness import EXIT_UNFINISHED, read_status
 from cm.runtime.provenance import versions
 from evaluations.npz_io import open_images
 from evaluations.study_edits import draw_edits, measure_edits
+from evaluations.study_levels import errors_by_level
 from evaluations.study_measure import Ruler, classifier, draw, prepare, search_middle
 from evaluations.study_methods import (
+    CONSISTENCY,
     MANY,
     STUDIES,
     TEACHER,
@@ -115,6 +117,10 @@ class Runner:
             middle = self.once(f"{name}_middle", partial(self.middle, name))["middle"]
         for kind, flags in method.sets.items():
             self.once(f"{name}_{kind}", partial(self.sample_set, name, kind, set_flags(flags, middle)))
+        if method.sets.get("nfe1") == CONSISTENCY["nfe1"] or name == TEACHER:
+            cache = self.run / "samples" / TEACHER / "trajectory.npz"
+            models = (self.run / TEACHER, self.run / name, cache)
+            self.once(f"{name}_levels", partial(errors_by_level, *models))
         if method.edits:
             self.once(f"{name}_edits", partial(self.edits, name))
         if method.teacher and not method.models and not method.like:
@@ -128,9 +134,9 @@ class Runner:
 
     def edits(self, name: str) -> dict[str, Any]:
         """Scores of edits of test images, and a page of them."""
-        model, test = self.run / name, self.run / "test.npz"
-        draw_edits(self.run / "samples" / name / "edits.png", model, test)
-        return measure_edits(model, test, self.ruler.network)
+        model, test, folder = self.run / name, self.run / "test.npz", self.run / "samples" / name
+        draw_edits(folder / "edits.png", model, test)
+        return measure_edits(model, test, self.ruler.few, folder)
 
     def sample_set(self, name: str, kind: str, flags: dict[str, Any]) -> dict[str, Any]:
         """Draw a set with every seed and measure it."""

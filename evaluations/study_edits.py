@@ -20,12 +20,15 @@ from cm.data.images import from_uint8, to_uint8
 from cm.models.pretrained import Pretrained, load_pretrained
 from cm.sampling.editing import slerp
 from cm.sampling.noise import IndexedGenerator
+from cm.storage.filesystem import write_atomic
+from evaluations.evaluator import Evaluator
 from evaluations.features import FeatureNetwork
+from evaluations.npz_io import open_images
 from evaluations.reports import edit_page
 from evaluations.reports.edit_report import bicubic, make_metrics, mean_fill
 
 IMAGES = 500  # test images that are edited
-PAIRS = 20  # of noises between which each class is interpolated
+PAIRS = 100  # of noises between which each class is interpolated
 MODEL = "the model"
 
 
@@ -74,13 +77,20 @@ def load_model(model_path: Path, images: Path) -> Pretrained[EditConfig]:
     return load_pretrained(parse(EditConfig, [word for n, v in flags.items() for word in (f"--{n}", str(v))]))
 
 
-def measure_edits(model_path: Path, test: Path, network: FeatureNetwork) -> dict[str, Any]:
-    """Scores of every task and of interpolation, the same images for every model: first ones of the test set."""
+def measure_edits(model_path: Path, test: Path, evaluator: Evaluator, folder: Path) -> dict[str, Any]:
+    """Scores of every task, the same images for every model, the first of the test set; and of interpolation.
+
+    folder: for the frames of the latter.
+    """
     model = load_model(model_path, test)
     inputs = list(InputFiles(model.config).load(range(IMAGES)))
-    scorer = Scorer(network, inputs, model.config.image_size)
+    scorer = Scorer(evaluator.network, inputs, model.config.image_size)
     tasks = {edit.title: edit_scores(model, edit, inputs, scorer) for edit in EDITS}
-    return {"images": len(inputs), "tasks": tasks, "interpolation": interpolation_scores(model, network)}
+    return {
+        "images": len(inputs),
+        "tasks": tasks,
+        "interpolation": interpolation_scores(model, evaluator, folder),
+    }
 
 
 class Scorer:
@@ -126,29 +136,31 @@ def edit_scores(
 
 
 def interpolation_scores(
-    model: Pretrained[EditConfig], network: FeatureNetwork
+    model: Pretrained[EditConfig], evaluator: Evaluator, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """How often frames half-way between two noises are read as their class, beside both ends' mean in pixels."""
-    config = changed(model.config, task="interpolate")
+    """Distance to the test images of frames half-way between two noises, beside both ends and their mean in pixels.
+
+    Each frame takes one evaluation.
+    """
+    config = changed(model.config, task="interpolate", sigmas=f"{model.config.sigma_max:g}")
     shape = (config.in_channels or 3, config.image_size, config.image_size)
-    ends, halves, fades, labels = [], [], [], []
+    frames: dict[str, list[Tensor]] = {"the two ends": [], "half-way": [], "mean of both ends' pixels": []}
     for label in range(config.num_classes):
         generator = IndexedGenerator(label)
         generator.set_rows(range(2 * PAIRS))
         a, b = generator.randn(2 * PAIRS, *shape).chunk(2)
         noise = torch.cat([a, b, slerp(a, b, 0.5)])
         first, last, half = decode(replace(model, config=config), noise, noise_levels(config), label).chunk(3)
-        ends.append(torch.cat([first, last]))
-        halves.append(half)
-        fades.append((first + last) / 2)
-        labels += [label] * PAIRS
-    told = torch.tensor(labels)
-    parts = {"the two ends": (ends, told.repeat_interleave(2)), "half-way": (halves, told)}
-    parts["mean of both ends' pixels"] = (fades, told)
-    return {
-        name: {"accuracy": read_as(network, network(to_uint8(torch.cat(images)))["pool"], wanted)}
-        for name, (images, wanted) in parts.items()
-    }
+        for name, images in zip(frames, (torch.cat([first, last]), half, (first + last) / 2)):
+            frames[name].append(images)
+    found = {}
+    for i, (name, parts) in enumerate(frames.items()):
+        path = folder / f"interpolation_{i}.npz"
+        labels = np.arange(config.num_classes).repeat(len(parts[0]))
+        images = to_uint8(torch.cat(parts)).numpy()
+        write_atomic(path, lambda file, i=images, y=labels: np.savez(file, arr_0=i, arr_1=y))
+        found[name] = evaluator.measure(open_images(str(path)))["metrics"]
+    return found
 
 
 def edits_table(results: Mapping[str, dict[str, Any]], titles: Mapping[str, str]) -> list[str]:
@@ -166,10 +178,18 @@ def edits_table(results: Mapping[str, dict[str, Any]], titles: Mapping[str, str]
         for i, (name, row) in enumerate(shown):
             cells = f"{row['psnr']:.2f} | {row['ssim']:.3f} | {row['features']:.2f} | {row['accuracy']:.1%}"
             lines.append(f"| {'' if i else task} | {name} | {cells} |")
+    return lines
+
+
+def interpolation_table(results: Mapping[str, dict[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """Markdown: quality of the ends and of what lies between them."""
+    lines = [
+        "| interpolation in one evaluation | frames | Fréchet distance | read as its class |",
+        "|---|---|---|---|",
+    ]
     for method, found in results.items():
-        for i, (name, row) in enumerate(found["interpolation"].items()):
-            task = "" if i else f"interpolation, {titles[method]}"
-            lines.append(f"| {task} | {name} | | | | {row['accuracy']:.1%} |")
+        for name, row in found["interpolation"].items():
+            lines.append(f"| {titles[method]} | {name} | {row['fid']:.2f} | {row['accuracy']:.1%} |")
     return lines
 
 

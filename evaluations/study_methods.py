@@ -70,6 +70,8 @@ DENOISER = {
     "nfe2": {"sampler": "euler", "steps": 2},
     "nfe4": {"sampler": "euler", "steps": 4},
 }
+JUMPS = {f"nfe{n}": {"sampler": "jumps", "steps": n} for n in (1, 2, 4)}
+GAMMA = {f"nfe{n}": {"sampler": "gamma", "steps": n} for n in (1, 2, 4)}
 METHODS = {
     "edm": Method("EDM teacher", "", "edm_train", DENOISER),
     "cd": Method("CD", sets=CONSISTENCY, edits=True),
@@ -88,6 +90,9 @@ METHODS = {
         sets={n: CONSISTENCY[n] for n in ("nfe1", "nfe2")},
         middles=(1.2, 1.6, 2.4, 3.2),
     ),
+    "meanflow": Method("MeanFlow", sets=JUMPS),
+    "lmd": Method("Lagrangian map distillation", sets=JUMPS),
+    "ctm": Method("CTM", sets=GAMMA),
 }
 ONE = {"nfe1": CONSISTENCY["nfe1"]}
 

@@ -11,7 +11,8 @@ from cm.data.images import save_json
 from cm.runtime.inputs import read_json
 from cm.storage.filesystem import write_atomic
 from evaluations.reports.plots import Block, Series, image_page, line_plot
-from evaluations.study_edits import edits_table
+from evaluations.study_edits import edits_table, interpolation_table
+from evaluations.study_levels import levels_table
 from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_of
 
 Results = dict[str, dict[str, Any]]
@@ -143,7 +144,7 @@ def details_table(study: Study, results: Results) -> list[str]:
     return lines
 
 
-def levels_table(study: Study, results: Results) -> list[str]:
+def middles_table(study: Study, results: Results) -> list[str]:
     """Markdown: the second noise level of two steps, and what the other candidates gave."""
     lines = ["| method | chosen | distance to the training images with each level |", "|---|---|---|"]
     for name, method in study.methods.items():
@@ -218,10 +219,10 @@ def edit_pages(name: str, study: Study, run: Path, folder: Path) -> list[str]:
     return lines
 
 
-def edits(study: Study, results: Results) -> tuple[Results, dict[str, str]]:
-    """(method -> its edits, method -> its title)."""
-    titles = {name: method.title for name, method in study.methods.items() if f"{name}_edits" in results}
-    return {name: results[f"{name}_edits"] for name in titles}, titles
+def found_of(kind: str, study: Study, results: Results) -> tuple[Results, dict[str, str]]:
+    """(method -> its result of a kind, method -> its title), of those that have one."""
+    titles = {name: method.title for name, method in study.methods.items() if f"{name}_{kind}" in results}
+    return {name: results[f"{name}_{kind}"] for name in titles}, titles
 
 
 def tables(study: Study, results: Results) -> list[str]:
@@ -241,9 +242,14 @@ def tables(study: Study, results: Results) -> list[str]:
         ("Bars", bars_table(study, results)),
         ("Variations", variations_table(study, results)),
         ("Other measures", details_table(study, results)),
-        ("Noise levels of two steps", levels_table(study, results)),
-        ("Edits of test images", edits_table(*edits(study, results))),
+        ("Noise levels of two steps", middles_table(study, results)),
+        (
+            "Distance from the end of the teacher's trajectory",
+            levels_table(*found_of("levels", study, results)),
+        ),
     )
+    if any(edited := found_of("edits", study, results)):
+        parts += (("Edits of test images", [*edits_table(*edited), "", *interpolation_table(*edited)]),)
     return [said, *(line for title, table in parts for line in ("", f"### {title}", "", *table))]
 
 

@@ -12,7 +12,7 @@ from cm.storage.filesystem import write_atomic
 
 Figure = Any  # matplotlib's
 DPI = 100
-TILE = 48  # pixels: smaller images are enlarged to about this size on a page
+TILE = 48  # pixels: smaller images are enlarged to at least this size on a page
 TITLE = 0.32  # inches above the images of a block
 
 
@@ -92,7 +92,7 @@ def line_plot(
 def image_page(path: str | os.PathLike, blocks: Sequence[Block]) -> Figure:
     """Write a page with the blocks below one another."""
     size = blocks[0].groups[0].shape[2]
-    tile = size * max(1, TILE // size) / DPI
+    tile = size * -(-TILE // size) / DPI
     heights = [TITLE + tile * block.groups[0].shape[0] for block in blocks]
     columns = max(sum(group.shape[1] for group in block.groups) for block in blocks)
     figure = new_figure(tile * (columns + 0.6), sum(heights))
