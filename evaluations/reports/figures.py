@@ -1,7 +1,8 @@
 """Figures 3, 4 and 5 of the paper: which runs they need, the commands of these runs, and the plots of their results.
 
 Every run is a preset. Each figure exists in three sizes: on CIFAR-10 as in the paper, and on handwritten digits and
-Fashion-MNIST in minutes, where it shows the same comparison and not the same numbers.
+Fashion-MNIST in minutes, where it shows the same comparison and not the same numbers. `ict` is the ablation of improved
+consistency training (Song & Dhariwal 2023, Figure 5), in miniature only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cm.config.presets import PRESETS
-from cm.config.presets.figures import CIFAR_N, CIFAR_SOLVER_N, SMALL_FIXED_N, SMALL_N, SMALL_SOLVER_N
+from cm.config.presets.figures import (
+    CIFAR_N,
+    CIFAR_SOLVER_N,
+    SAME_RUN,
+    SMALL_FIXED_N,
+    SMALL_N,
+    SMALL_SOLVER_N,
+)
 from cm.errors import UserError
 from evaluations.npz_io import open_images
 from evaluations.reports.paper_tables import needs_teacher, sampling_flags
@@ -43,9 +51,14 @@ class Figure:
     curves: dict[str, tuple[Curve, ...]]  # size -> curves
 
 
+def _run(preset: str) -> str:
+    """The preset itself, or the same run of another figure."""
+    return SAME_RUN.get(preset, preset)
+
+
 def _solvers(prefix: str, sizes: Iterable[int]) -> tuple[Curve, ...]:
     return tuple(
-        Curve(f"{solver.title()}, N = {n}", (f"{prefix}_fig3b_{solver}_n{n}",))
+        Curve(f"{solver.title()}, N = {n}", (_run(f"{prefix}_fig3b_{solver}_n{n}"),))
         for n in sizes
         for solver in ("euler", "heun")
     )
@@ -54,6 +67,14 @@ def _solvers(prefix: str, sizes: Iterable[int]) -> tuple[Curve, ...]:
 _STEPS = (1, 2, 3, 4)
 _PD_STEPS = (1, 2, 4)
 MINIATURES = ("digits", "fashion")
+ICT_LABELS = {
+    "nothing": "iCT",
+    "no_ema": "target network, mu = 0.9",
+    "huber": "l2",
+    "weight": "weight 1",
+    "lognormal": "pairs evenly in ln(t)",
+    "doubling": "CT's N(k), 2 to 17",
+}
 
 
 def _miniatures(make: Callable[[str], tuple[Curve, ...]]) -> dict[str, tuple[Curve, ...]]:
@@ -83,7 +104,9 @@ FIGURES: dict[str, Figure] = {
         "N",
         {
             "cifar10": (Curve("CD, Heun", tuple(f"cifar10_fig3c_n{n}" for n in CIFAR_N)),),
-            **_miniatures(lambda size: (Curve("CD, Heun", tuple(f"{size}_fig3c_n{n}" for n in SMALL_N)),)),
+            **_miniatures(
+                lambda size: (Curve("CD, Heun", tuple(_run(f"{size}_fig3c_n{n}") for n in SMALL_N)),)
+            ),
         },
     ),
     "3d": Figure(
@@ -112,13 +135,22 @@ FIGURES: dict[str, Figure] = {
                 Curve("CD, l2", ("cifar10_cd_l2",), _STEPS),
                 Curve("CD, LPIPS", ("cifar10_cd_lpips",), _STEPS),
             ),
-            **_miniatures(
-                lambda size: (
-                    Curve("PD, l2", (f"{size}_fig4_pd",), _PD_STEPS),
-                    Curve("CD, l2", (f"{size}_cd",), _STEPS),
-                )
+            "digits": (
+                Curve("PD, l2", ("digits_fig4_pd",), _PD_STEPS),
+                Curve("CD, l2", ("digits_cd",), _STEPS),
+            ),
+            "fashion": (
+                Curve("PD, l2", ("fashion_pd",), _PD_STEPS),
+                Curve("CD, l2", ("fashion_cd",), _PD_STEPS),
             ),
         },
+    ),
+    "ict": Figure(
+        "Improved consistency training without each of its parts",
+        "step",
+        _miniatures(
+            lambda size: tuple(Curve(label, (f"{size}_figict_{what}",)) for what, label in ICT_LABELS.items())
+        ),
     ),
     "5": Figure(
         "Figure 5: samples from the same noise",

@@ -1,6 +1,7 @@
 """Runs of the paper's Figures 3 and 4 as presets: `<data>_fig3<letter>_<what varies>`, on CIFAR-10 and in miniature.
 
-Miniatures, on digits and on Fashion-MNIST, take minutes.
+Miniatures, on digits and on Fashion-MNIST, take minutes. `<data>_figict_<what is taken away>` is the ablation of
+improved consistency training (Song & Dhariwal 2023, Figure 5), in miniature only.
 
 The figures are put together in evaluations/reports/figures.py; a run that another preset already describes is not
 repeated.
@@ -10,7 +11,7 @@ The text of the paper does not list the N of Figure 3b and the fixed schedules o
 from dataclasses import replace
 from typing import Any
 
-from cm.config.presets import cifar10, small
+from cm.config.presets import cifar10, later, small
 from cm.config.presets.base import Preset
 
 CIFAR_N = (9, 12, 18, 36, 50, 60, 80, 120)
@@ -20,7 +21,23 @@ SMALL_N = (5, 9, 18, 36)
 SMALL_SOLVER_N = (9, 18)
 SMALL_FIXED_N = (4, 18)
 # Figures 3a and 3d show FID while training goes on: this often a miniature is saved.
-SAVE = 100
+SAVE, FASHION_SAVE = 100, 50
+FASHION_LENGTHS = {"total_training_steps": small.FASHION_STEPS // 4}
+# Runs that another one already is. On digits, which take a minute each, every figure has its own.
+SAME_RUN = {
+    "fashion_fig3b_heun_n18": "fashion_fig3a_l2",
+    "fashion_fig3c_n18": "fashion_fig3a_l2",
+    "fashion_fig3c_n9": "fashion_fig3b_heun_n9",
+}
+# The ablation of iCT: what is taken away -> flags that do it
+ICT_WITHOUT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "no_ema": {"start_ema": 0.9},
+    "huber": {"loss_norm": "l2"},
+    "weight": {"weight_schedule": "uniform"},
+    "lognormal": {"p_std": 100.0},
+    "doubling": {"scale_mode": "progressive", "start_scales": 2, "end_scales": 17},
+}
 
 
 def _vary(base: Preset, **train: Any) -> Preset:
@@ -46,14 +63,13 @@ def _fixed(base: Preset, n: int, mu: float) -> Preset:
         scale_mode="fixed",
         start_scales=n,
         end_scales=n,
-        save_interval=SAVE,
     )
 
 
-def _miniatures(prefix: str, **lengths: Any) -> dict[str, Preset]:
-    """The runs of Figures 3 and 4 on a small data set, from its CD, CT and PD. lengths: flags of all but PD."""
-    cd, ct, pd = (small.PRESETS[f"{prefix}_{method}"] for method in ("cd", "ct", "pd"))
-    often = {**lengths, "save_interval": SAVE}
+def _miniatures(prefix: str, save: int = SAVE, **lengths: Any) -> dict[str, Preset]:
+    """The runs of Figure 3 on a small data set, from its CD and CT. lengths: flags of all."""
+    cd, ct = (small.PRESETS[f"{prefix}_{method}"] for method in ("cd", "ct"))
+    often = {**lengths, "save_interval": save}
     return {
         **{f"{prefix}_fig3a_{norm}": _vary(cd, loss_norm=norm, **often) for norm in ("l1", "l2")},
         **{
@@ -63,11 +79,27 @@ def _miniatures(prefix: str, **lengths: Any) -> dict[str, Preset]:
         },
         **{f"{prefix}_fig3c_n{n}": _vary(cd, start_scales=n, **lengths) for n in SMALL_N},
         f"{prefix}_fig3d_adaptive": _vary(ct, **often),
-        **{f"{prefix}_fig3d_n{n}": _fixed(_vary(ct, **lengths), n, 0.9) for n in SMALL_FIXED_N},
-        f"{prefix}_fig4_pd": replace(
-            pd, scripts={**pd.scripts, "cm_train": {**pd.scripts["cm_train"], "save_interval": SAVE}}
-        ),
+        **{f"{prefix}_fig3d_n{n}": _fixed(_vary(ct, **often), n, 0.9) for n in SMALL_FIXED_N},
     }
+
+
+def _progressive_often(pd: Preset) -> Preset:
+    """Progressive distillation whose stages can be sampled: it is saved at the end of each."""
+    return replace(pd, scripts={**pd.scripts, "cm_train": {**pd.scripts["cm_train"], "save_interval": SAVE}})
+
+
+def _ablation(prefix: str, save: int, **lengths: Any) -> dict[str, Preset]:
+    """Improved consistency training without each of its parts."""
+    base = later.PRESETS[f"{prefix}_ict"]
+    found = {}
+    for what, flags in ICT_WITHOUT.items():
+        model = {n: v for n, v in flags.items() if n in base.model}
+        train = {**base.scripts["cm_train"], **lengths, "save_interval": save, **flags}
+        train = {n: v for n, v in train.items() if n not in model}
+        found[f"{prefix}_figict_{what}"] = replace(
+            base, model={**base.model, **model}, scripts={**base.scripts, "cm_train": train}, results=()
+        )
+    return found
 
 
 _CIFAR = cifar10.PRESETS["cifar10_cd_lpips"]
@@ -80,5 +112,8 @@ PRESETS: dict[str, Preset] = {
     },
     **{f"cifar10_fig3c_n{n}": _vary(_CIFAR, start_scales=n) for n in CIFAR_N},
     **_miniatures("digits"),
-    **_miniatures("fashion", total_training_steps=small.FASHION_STEPS // 2),
+    "digits_fig4_pd": _progressive_often(small.PRESETS["digits_pd"]),
+    **_ablation("digits", SAVE),
+    **{n: p for n, p in _miniatures("fashion", FASHION_SAVE, **FASHION_LENGTHS).items() if n not in SAME_RUN},
+    **_ablation("fashion", FASHION_SAVE, **FASHION_LENGTHS),
 }
