@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,9 @@ class Runner:
     def measure(self, name: str) -> None:
         """Every sample set of a trained method, and its distance over training."""
         method, middle = self.study.methods[name], None
+        if method.figure:
+            self.points(name, self.checkpoints(name))
+            return
         if method.searches:
             middle = self.once(f"{name}_middle", partial(self.middle, name))["middle"]
         for kind, flags in method.sets.items():
@@ -124,8 +127,12 @@ class Runner:
         if method.edits:
             self.once(f"{name}_edits", partial(self.edits, name))
         if method.teacher and not method.models and not method.like:
-            for checkpoint in self.checkpoints(name)[:-1]:
-                self.once(f"{name}_{checkpoint.name}", partial(self.point, name, checkpoint))
+            self.points(name, self.checkpoints(name)[:-1])
+
+    def points(self, name: str, checkpoints: Iterable[Path]) -> None:
+        """The distance at each of these checkpoints."""
+        for checkpoint in checkpoints:
+            self.once(f"{name}_{checkpoint.name}", partial(self.point, name, checkpoint))
 
     def middle(self, name: str) -> dict[str, Any]:
         """The second noise level of two-step samples."""

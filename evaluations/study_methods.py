@@ -22,7 +22,8 @@ class Method:
 
     sets: name of a sample set -> flags that draw it; {middle} is a noise level m of `middles` that is searched, {high}
     and {low} are 4 m and m / 4. models: sets that are drawn with the model of a stage: how many stages were over.
-    edits: whether it edits test images, too.
+    edits: whether it edits test images, too. figure: a run of the paper's figures in miniature: one-step distances
+    while it learns, and nothing else.
     like, flags: a variation of that method, and what it changes; for what it shows, one evaluation is enough.
     """
 
@@ -33,6 +34,7 @@ class Method:
     middles: tuple[float, ...] = (0.2, 0.4, 0.8, 1.6, 3.2)
     models: Mapping[str, int] = field(default_factory=dict)
     edits: bool = False
+    figure: bool = False
     like: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,13 +131,19 @@ UNPATCHED = {
         flags={"patch_size": 1, "attention_resolutions": "14", "total_training_steps": 1000},
     )
 }
+# Runs of the paper's figures that are no method of the study
+FIGURE_RUNS = {
+    name.removeprefix("fashion_"): Method(name.removeprefix("fashion_"), sets=ONE, figure=True)
+    for name in presets.PRESETS
+    if name.startswith("fashion_fig")
+}
 STUDIES = {
     "fashion": Study(
         data="/usr/share/datasets/fashion-mnist",
         train="train-images-idx3-ubyte.gz",
         test="t10k-images-idx3-ubyte.gz",
         preset="fashion",
-        methods={**METHODS, **VARIATIONS, **UNPATCHED},
+        methods={**METHODS, **VARIATIONS, **UNPATCHED, **FIGURE_RUNS},
         epochs=14,
     )
 }

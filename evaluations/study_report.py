@@ -10,7 +10,9 @@ import numpy as np
 from cm.data.images import save_json
 from cm.runtime.inputs import read_json
 from cm.storage.filesystem import write_atomic
+from evaluations.reports.figures import FIGURES, draw_figure
 from evaluations.reports.plots import Block, Series, image_page, line_plot
+from evaluations.reports.results import of_study
 from evaluations.study_edits import edits_table, interpolation_table
 from evaluations.study_levels import levels_table
 from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_of
@@ -86,8 +88,8 @@ def bars_table(study: Study, results: Results) -> list[str]:
 
 
 def plain(study: Study) -> dict[str, Method]:
-    """The methods themselves, without their variations."""
-    return {name: method for name, method in study.methods.items() if not method.like}
+    """The methods themselves, without their variations and the runs of figures."""
+    return {name: m for name, m in study.methods.items() if not (m.like or m.figure)}
 
 
 def variations_table(study: Study, results: Results) -> list[str]:
@@ -204,7 +206,21 @@ def pictures(name: str, study: Study, run: Path, results: Results, folder: Path)
         path = folder / f"{name}_grid.png"
         image_page(path, blocks)
         lines.append(f"![The same noise and classes with every method](pictures/{path.name})")
-    return [*lines, *edit_pages(name, study, run, folder)]
+    return [*lines, *edit_pages(name, study, run, folder), *figures_of(name, results, folder)]
+
+
+def figures_of(name: str, results: Results, folder: Path) -> list[str]:
+    """Draw the paper's figures in miniature whose every run was measured; Markdown that shows them, and what lacks."""
+    measured, lines, lacking = of_study(name, results), [], []
+    for figure, about in FIGURES.items():
+        if not about.x or name not in about.curves:
+            continue
+        path = folder / f"{name}_figure{figure}.png"
+        if missing := draw_figure(path, figure, name, measured):
+            lacking += [line for line in missing if line not in lacking]
+        if path.exists():
+            lines.append(f"![{about.title}](pictures/{path.name})")
+    return [*lines, *lacking]
 
 
 def edit_pages(name: str, study: Study, run: Path, folder: Path) -> list[str]:

@@ -25,12 +25,8 @@ from evaluations.reports.plots import Block, Series, image_page, line_plot
 from evaluations.reports.results import Measurement, best_of
 
 COLUMNS = 12  # pictures in a row of Figure 5
-# What the samples of a size are compared with; data/fashion holds the four IDX files of the data set
-REFERENCES = {
-    "cifar10": "references/cifar10.npz",
-    "digits": "data/digits",
-    "fashion": "data/fashion/t10k-images-idx3-ubyte.gz",
-}
+# What the samples of a size are compared with
+REFERENCES = {"cifar10": "references/cifar10.npz", "digits": "data/digits"}
 
 
 @dataclass(frozen=True)
@@ -228,9 +224,15 @@ def first_samples(label: str, path: str) -> Block:
 
 
 def commands(name: str, size: str) -> list[str]:
-    """What to type for a figure: data, teacher, then training, samples and evaluation of each run."""
+    """What to type for a figure: data, teacher, then training, samples and evaluation of each run.
+
+    Fashion-MNIST's runs belong to its study, which goes on where it stopped.
+    """
     fig, curves = figure(name, size)
     presets = list(dict.fromkeys(p for c in curves for p in c.presets))
+    if size == "fashion":
+        only = ",".join(preset.removeprefix("fashion_") for preset in presets)
+        return [f"python -m evaluations.study fashion --only {only}"]
     small = size in MINIATURES
     mpi = f"mpiexec -n {2 if small else 8} python"
     reference = REFERENCES[size]

@@ -1,7 +1,7 @@
 """Measurements read back from the JSON files that the evaluator writes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,11 @@ from typing import Any
 from cm.errors import UserError
 from cm.runtime.inputs import json_or_none, misfit
 from cm.tools.findings import MEASURED
+
+# What a study's file has beside its results, and a result of a sample set and of a checkpoint
+STUDY = {"provenance", "floor"}
+STUDY_SET = {"method": str, "set": str, "metrics": {"fid": float}, "runs": [{"count": int}]}
+STUDY_POINT = {"method": str, "set": str, "fid": float}
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,40 @@ def load_results(folder: str | Path) -> list[Measurement]:
     found = []
     for path in sorted(Path(folder).rglob("*.json"), key=lambda p: (p.lstat().st_mtime, str(p))):
         content = json_or_none(path)
-        if content and {"metrics", "protocol", "features"} <= content.keys():
+        if content and content.keys() >= STUDY:
+            found += of_study(path.stem, content)
+        elif content and {"metrics", "protocol", "features"} <= content.keys():
             if problem := misfit(content, MEASURED):
                 raise UserError(f"{path}: {problem}")
             found += [m for m in [_measurement(str(path), content)] if m]
+    return found
+
+
+def of_study(name: str, results: Mapping[str, Any]) -> list[Measurement]:
+    """What evaluations.study measured, from the JSON that it writes: its methods are presets `<name>_<method>`."""
+    found = []
+    for key, result in results.items():
+        if not isinstance(result, Mapping) or not str(result.get("set", "")):
+            continue
+        one_step = str(result["set"]).startswith("step_")
+        schema = STUDY_POINT if one_step else STUDY_SET
+        if problem := misfit(result, schema) or ", ".join(schema.keys() - result.keys()):
+            raise UserError(f"{name}.json: {key}: {problem}")
+        kind, runs = result["set"], result.get("runs") or [{}]
+        step, nfe = (re.fullmatch(p, kind) for p in (r"step_(\d{1,12})", r"nfe(\d{1,6})"))
+        found.append(
+            Measurement(
+                path=f"{name}.json: {key}",
+                preset=f"{name}_{result['method']}",
+                nfe=int(nfe[1]) if nfe else 1 if step else 0,
+                step=int(step[1]) if step else 0,
+                count=runs[0].get("count", 0),
+                comparable=False,
+                metrics={"fid": result["fid"]} if one_step else result["metrics"],
+                samples="",
+                flags={},
+            )
+        )
     return found
 
 

@@ -24,6 +24,7 @@ from evaluations.reports.paper_tables import (
     table_markdown,
 )
 from evaluations.reports.results import best_of, load_results
+from evaluations.study_methods import STUDIES
 
 ROOT = Path(__file__).parents[2]
 TABLES = {data: 1 if data == "cifar10" else 2 for data in DATASETS}
@@ -162,7 +163,12 @@ def test_commands_of_a_figure(name, size):
     text = "\n".join(lines)
     for curve in curves:
         for preset in curve.presets:
-            assert preset in PRESETS and f"runs/{preset}" in text
+            assert preset in PRESETS
+            if size == "fashion":  # runs of the study, which knows them by name
+                assert preset.removeprefix("fashion_") in STUDIES["fashion"].methods
+                assert preset.removeprefix("fashion_") in lines[0].split()[-1].split(",")
+            else:
+                assert f"runs/{preset}" in text
     for line in lines[1:]:
         if line.startswith("for "):
             for part in line.removesuffix("; done").split("do ", 1)[1].split("; "):

@@ -8,13 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cm.commands.cli import parse_config
 from cm.config.scripts import SCRIPTS
 from cm.errors import UserError
 from cm.runtime.liveness import write_status
 from evaluations import study as command
-from evaluations import study_measure
+from evaluations import study_edits, study_levels, study_measure
+from evaluations.reports.figures import FIGURES, points
+from evaluations.reports.results import load_results
 from evaluations.study_measure import Ruler, as_rows, classifier, draw, nearest, prepare, search_middle
 from evaluations.study_methods import (
     CONSISTENCY,
@@ -30,6 +33,7 @@ from evaluations.study_report import (
     bars,
     between,
     distances_table,
+    figures_of,
     load,
     over_training,
     variations_table,
@@ -39,7 +43,7 @@ from tests.helpers.eval_files import stripes
 from tests.helpers.models import save_consistency_model
 
 FASHION = STUDIES["fashion"]
-STUDENTS = [name for name, method in FASHION.methods.items() if method.teacher]
+STUDENTS = [name for name, method in FASHION.methods.items() if method.teacher and not method.figure]
 
 
 def result(method: str, kind: str, fid: float, **more) -> dict:
@@ -47,6 +51,11 @@ def result(method: str, kind: str, fid: float, **more) -> dict:
     metrics = {"fid": fid, "kid": 0.001, "precision": 0.5, "recall": 0.4, "accuracy": 0.9}
     run = {"metrics": metrics, "intervals": {"fid": {"std": 0.25}}, "count": 10}
     return {"method": method, "set": kind, "images_seen": 51200, "metrics": metrics, "runs": [run], **more}
+
+
+def point(method: str, step: int, fid: float) -> dict:
+    """A measured checkpoint."""
+    return {"method": method, "set": f"step_{step:06d}", "images_seen": 64 * step, "fid": fid}
 
 
 RESULTS = {
@@ -130,6 +139,45 @@ def test_the_report_leaves_what_is_written_by_hand(tmp_path):
     assert load(tmp_path / "run") == json.loads((docs / "results" / "fashion.json").read_text()) == RESULTS
 
 
+def test_figures_are_drawn_from_a_study(tmp_path):
+    """Points of its runs, and Figure 4 from its students' sample sets; nothing else is read from a damaged file."""
+    (tmp_path / "run" / "results").mkdir(parents=True)
+    steps = {
+        f"fig3a_{n}_step_{s:06d}": point(f"fig3a_{n}", s, s / 10) for n in ("l1", "l2") for s in (50, 100)
+    }
+    sets = {f"{m}_nfe{n}": result(m, f"nfe{n}", 10.0 / n) for m in ("cd", "pd") for n in (1, 2)}
+    for name, content in {**sets, **steps, "provenance": {}, "floor": {}}.items():
+        (tmp_path / "run" / "results" / f"{name}.json").write_text(json.dumps(content))
+    lines = figures_of("fashion", load(tmp_path / "run"), tmp_path)
+    assert [line for line in lines if line.startswith("![")] == [
+        f"![{FIGURES[f].title}](pictures/fashion_figure{f}.png)" for f in ("3a", "3b", "3c", "4")
+    ]
+    assert "not measured: fashion_fig3c_n5, NFE 1" in lines and "not measured: fashion_cd, NFE 4" in lines
+    (tmp_path / "docs").mkdir()
+    together = tmp_path / "docs" / "fashion.json"
+    together.write_text(json.dumps(load(tmp_path / "run")))
+    curves = FIGURES["3a"].curves["fashion"], FIGURES["4"].curves["fashion"]
+    read = load_results(tmp_path / "docs")
+    assert [(x, m.metrics["fid"]) for x, m in points("step", curves[0][1], read)] == [(50, 5.0), (100, 10.0)]
+    assert [(x, m.metrics["fid"]) for x, m in points("nfe", curves[1][0], read)] == [(1, 10.0), (2, 5.0)]
+    together.write_text(json.dumps({**load(tmp_path / "run"), "x": {"method": "x", "set": "step_000050"}}))
+    with pytest.raises(UserError, match=r"fashion\.json: x: fid"):
+        load_results(tmp_path / "docs")
+
+
+def test_errors_along_a_trajectory():
+    """Where every image is black, trajectories are straight lines to it; speckle is what a mean takes away."""
+    sigmas = torch.tensor([80.0, 3.0, 0.5, 0.0])
+    made = study_levels.trajectory(lambda x, _: torch.full_like(x, -1.0), (1, 4, 4), sigmas)
+    noise = made[0] / 80
+    for sigma, x in zip(sigmas[:-1], made):
+        assert torch.allclose(x, (noise * 80 + 1) * sigma / 80 - 1, atol=1e-3)
+    assert torch.allclose(made[-1], torch.full_like(noise, -1.0), atol=1e-5)
+    checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    assert study_levels.fine(checks[None, None, :, :]) == pytest.approx(8 / 9, rel=0.1)
+    assert study_levels.fine(torch.zeros(1, 1, 8, 8)) == 0
+
+
 def test_nearest_images():
     a, b = np.zeros((1, 2, 2, 1), np.uint8), np.full((3, 2, 2, 1), 255, np.uint8)
     b[1] = 51
@@ -194,6 +242,25 @@ def test_samples_are_drawn_with_their_classes_and_measured(tiny, monkeypatch):
         assert arrays["arr_0"].shape == (40, 8, 8, 1) and arrays["arr_1"][:6].tolist() == [0, 1, 2, 3, 0, 1]
     # The training images themselves are far nearer.
     assert start.ruler.floor(40)["metrics"]["fid"] < 0.2 * found["metrics"]["fid"]
+
+
+def test_edits_are_measured_beside_what_needs_no_model(tiny, monkeypatch):
+    _, run = tiny
+    monkeypatch.setattr(study_edits, "IMAGES", 12)
+    monkeypatch.setattr(study_edits, "PAIRS", 10)
+    tasks = [edit for edit in study_edits.EDITS if edit.flags["task"] in ("superres", "denoise")]
+    monkeypatch.setattr(study_edits, "EDITS", tasks)
+    model = run / "cd" / "checkpoints" / "step_000800" / "model.pt"
+    found = study_edits.measure_edits(model, run / "test.npz", runner(tiny).ruler.few, run)
+    sharper, noisy = (found["tasks"][edit.title] for edit in tasks)
+    assert list(sharper) == ["nearest pixel", "bicubic", study_edits.MODEL]
+    assert list(noisy) == ["the noisy input", study_edits.MODEL]
+    # Half a unit of noise where it is not clipped to [-1, 1]; half of it is.
+    assert noisy["the noisy input"]["psnr"] == pytest.approx(20 * np.log10(2 / 0.5) + 3, abs=1.5)
+    assert found["images"] == 12 and list(found["interpolation"])[1] == "half-way"
+    table = study_edits.edits_table({"cd": found}, {"cd": "CD"})
+    assert len(table) == 2 + 3 + 2 and table[4].startswith("|  | CD | ")
+    assert len(study_edits.interpolation_table({"cd": found}, {"cd": "CD"})) == 2 + 3
 
 
 def test_the_level_of_two_steps_is_the_best_of_those_tried(tiny, monkeypatch):
