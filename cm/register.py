@@ -36,6 +36,7 @@ from cm.config.registry import (
     Row,
     Sampler,
     Weighting,
+    resolve,
 )
 from cm.errors import UserError
 
@@ -128,8 +129,16 @@ def precond(name: str, **facts: Any) -> Callable[[F], F]:
 
 
 def data_source(name: str, *, matches: Callable[[str], bool]) -> Callable[[F], F]:
-    """A source of images: (path) -> cm.data.sources.Source, for the paths that `matches`; asked before ours."""
-    return _adder(rows.DATA_SOURCES, DataSource, name, {"matches": matches})
+    """A source of images, (path) -> source, for the paths that `matches`; asked before ours.
+
+    A source is a `cm.data.sources.Source`, or a map-style torch.utils.data.Dataset of images or (image, label): Pillow
+    images, uint8 arrays, or floats in [0, 1]; its `targets` and `classes` are used where it has them.
+    """
+    return _adder(rows.DATA_SOURCES, DataSource, name, {"matches": matches}, _as_source)
+
+
+def _as_source(make: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda path: resolve("cm.data.libraries:as_source")(make(path), path)
 
 
 def metric(name: str, **facts: Any) -> Callable[[F], F]:

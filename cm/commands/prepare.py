@@ -1,8 +1,9 @@
 """Prepare a training set: any images -> one folder of resized uint8 arrays and a manifest.
 
 Sources: a folder or .zip of images, an .npz, IDX files (MNIST, Fashion-MNIST ...), ILSVRC2012_img_train.tar (or any
-tar of images), an LSUN lmdb folder,
-cifar-10-python.tar.gz, cifar-10-binary.tar.gz, and `digits` or `digits_rgb` (scikit-learn's handwritten digits).
+tar of images), an LSUN lmdb folder, cifar-10-python.tar.gz, cifar-10-binary.tar.gz, `digits` or `digits_rgb`
+(scikit-learn's handwritten digits), and with the extra `datasets` torchvision:NAME, hf:OWNER/NAME, hf:FOLDER and
+FILE.parquet.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import shlex
 from typing import NoReturn
 
+from cm.config import plugins
 from cm.config.parsing import str2bool
 from cm.runtime.cpu import usable_cores
 
@@ -30,6 +32,7 @@ FLAGS = {
     "split": ("all", "of digits and digits_rgb: all, train (the first 1500) or test (the other 297)"),
     "seed": (0, "of the ink colours of digits_rgb"),
     "num_workers": (usable_cores(), "processes"),
+    "plugin": ("", "modules of your own that add data sources: files or importable names, as a list"),
 }
 DEFAULT_SIDE, LARGEST_SIDE = 64, 256
 SHOWN = (
@@ -67,6 +70,7 @@ def main(flags: argparse.Namespace) -> None:
     """Prepare and print what was made."""
     from cm.data.prepare import prepare
 
+    plugins.load(flags.__dict__.pop("plugin"))
     if not flags.image_size:
         flags.image_size = natural_side(flags.source)
         print(f"--image_size {flags.image_size}", flush=True)

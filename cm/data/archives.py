@@ -11,15 +11,13 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cm.config.registry import resolve
-from cm.config.rows import DATA_SOURCES
 from cm.data import cifar
 from cm.data import labels as label_modes
 from cm.data.cifar import open_stream
 from cm.data.dataset import sampled_channels
 from cm.data.decode import EXTENSIONS, readable
 from cm.data.labels import Labels
-from cm.data.sources import Source, check_member, is_hidden, open_source, stored_labels
+from cm.data.sources import Source, check_member, is_hidden, is_name, open_source, stored_labels
 from cm.errors import UserError, extra, masked
 from cm.runtime.inputs import open_regular
 from cm.seeding import derive_seed
@@ -64,7 +62,7 @@ def open_items(
         return _digits(path == "digits_rgb", labels, limit, seed, split)
     if split != "all":
         raise UserError(f"--split {split} is for digits and digits_rgb only, not for {path or 'SOURCE'}")
-    if path and any(row.named and resolve(row.matches)(path) for row in DATA_SOURCES.values()):
+    if path and is_name(path):
         return _source(open_source(path), labels, limit)
     if not path or not filesystem.exists(path):
         raise UserError(f"{path or 'SOURCE'}: no such folder or file, and not digits or digits_rgb")

@@ -1,4 +1,4 @@
-"""Data sets of other libraries by name: `torchvision:FashionMNIST`, `hf:ylecun/mnist` (extra `datasets`).
+"""Data sets in torch's form, and of other libraries by name (extra `datasets`).
 
     torchvision:NAME[/SPLIT]          a class of torchvision.datasets, downloaded into the cache folder
     hf:OWNER/NAME[/CONFIG][@SPLIT]    a data set of the Hugging Face hub, by its package `datasets`
@@ -28,7 +28,7 @@ HUB, PARQUET = "hf:", ".parquet"
 
 
 class LibrarySource:
-    """What both kinds share: items that are (Pillow image, label or None)."""
+    """What all kinds share: items that are (image, label or None)."""
 
     shape, passed_over = None, 0
 
@@ -44,10 +44,7 @@ class LibrarySource:
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, C) uint8."""
-        image = self._image(index)
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        pixels = np.asarray(image)
-        return pixels[..., None] if pixels.ndim == 2 else pixels
+        return as_pixels(self._image(index), self.name(index))
 
     def labels(self, mode: str) -> Labels:
         """The labels of the library; only auto and none make sense."""
@@ -63,11 +60,65 @@ class LibrarySource:
         return Labels(known.indices, names, "the library") if len(names) >= known.num_classes else known
 
 
-class TorchvisionSource(LibrarySource):
+class DatasetSource(LibrarySource):
+    """A map-style data set in torch's form: a length, and items that are images or (image, label, ...).
+
+    Labels are its `targets` or `labels`, else those of the items; the names of the classes its `classes`.
+    """
+
+    def __init__(self, path: str, data: Any):
+        super().__init__(path)
+        self._data, self._count = data, len(data)
+
+    def _image(self, index: int) -> Any:
+        item = self._data[index]
+        return item[0] if isinstance(item, tuple | list) else item
+
+    @cached_property
+    def _stored(self) -> Labels:
+        values = getattr(self._data, "targets", getattr(self._data, "labels", None))
+        if values is None:
+            if not isinstance(self._data[0], tuple | list):
+                return label_modes.UNLABELLED
+            values = [self._label(i) for i in range(len(self))]
+        return self._named(values, getattr(self._data, "classes", None))
+
+    def _label(self, index: int) -> int:
+        try:
+            return int(self._data[index][1])
+        except (IndexError, TypeError, ValueError):
+            raise UserError(f"{self.name(index)}: has no whole number as its label (--labels none)") from None
+
+
+def as_source(made: Any, path: str) -> Any:
+    """What a plug-in's data source returned: a source of ours, or a data set in torch's form as one."""
+    return made if hasattr(made, "read") else DatasetSource(path, made)
+
+
+def as_pixels(image: Any, name: str) -> np.ndarray:
+    """(H, W, C) uint8 of a Pillow image, or of an array: (H, W), (H, W, C) or (C, H, W), uint8 or floats in [0, 1]."""
+    if hasattr(image, "convert"):
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3) and pixels.shape[0] in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise UserError(
+            f"{name}: has shape {pixels.shape}; expected (H, W), (H, W, 1 or 3) or (1 or 3, H, W)"
+        )
+    if pixels.dtype.kind == "f" and 0 <= pixels.min() <= pixels.max() <= 1:
+        pixels = np.rint(255 * pixels).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise UserError(f"{name}: is {pixels.dtype}; expected uint8, or floats in [0, 1]")
+    return pixels
+
+
+class TorchvisionSource(DatasetSource):
     """A data set of torchvision."""
 
     def __init__(self, path: str):
-        super().__init__(path)
         name, _, split = path.partition(":")[2].partition("/")
         declare_missing_operators()
         try:
@@ -85,20 +136,10 @@ class TorchvisionSource(LibrarySource):
         offered["split"] = split or "train"
         takes = inspect.signature(make).parameters
         try:
-            self._data = make(**{key: value for key, value in offered.items() if key in takes})
+            data = make(**{key: value for key, value in offered.items() if key in takes})
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-        self._count = len(self._data)
-
-    def _image(self, index: int) -> Any:
-        return self._data[index][0]
-
-    @cached_property
-    def _stored(self) -> Labels:
-        values = getattr(self._data, "targets", getattr(self._data, "labels", None))
-        if values is None:
-            values = [int(self._data[i][1]) for i in range(len(self))]
-        return self._named(values, getattr(self._data, "classes", None))
+        super().__init__(path, data)
 
 
 class HuggingFaceSource(LibrarySource):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cm.config.registry import resolve
+from cm.config.registry import DataSource, resolve
 from cm.config.rows import DATA_SOURCES
 from cm.data import labels as label_modes
 from cm.data import store
@@ -255,6 +255,16 @@ def is_npz(path: str) -> bool:
     return path.lower().endswith(".npz")
 
 
+def matches(row: DataSource, path: str) -> bool:
+    """Whether a row of DATA_SOURCES reads a path."""
+    return (resolve(row.matches) if isinstance(row.matches, str) else row.matches)(path)
+
+
+def is_name(path: str) -> bool:
+    """Whether a path may be any text for one that reads it: a plug-in, or names of other libraries' data sets."""
+    return any((row.named or row.origin) and matches(row, path) for row in DATA_SOURCES.values())
+
+
 def open_source(path: str) -> Source:
     """The source that reads a path: the first row of DATA_SOURCES that matches it, plug-ins' first.
 
@@ -266,7 +276,7 @@ def open_source(path: str) -> Source:
     for row in rows:
         if not (row.origin or row.named) and not filesystem.exists(path):
             raise UserError(f"{path}: no such folder or file")
-        if (resolve(row.matches) if isinstance(row.matches, str) else row.matches)(path):
+        if matches(row, path):
             return row.load()(path)
     raise UserError(
         f"{path}: not a folder, .zip or .npz; scripts/prepare_data.py reads tars, lmdb and CIFAR-10"

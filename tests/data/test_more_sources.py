@@ -9,10 +9,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cm.commands import prepare as prepare_command
+from cm.config import plugins
 from cm.data.archives import open_items
 from cm.data.facts import describe
+from cm.data.libraries import as_source
 from cm.data.prepare import prepare
 from cm.data.sources import open_source
 from cm.errors import UserError
@@ -94,6 +98,88 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"\[datasets\]"):
         open_source("hf:cifar10")
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images of one form with the labels 0, 1, 0, 1."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, form, label=int):
+        self.form, self.label = form, label
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        pixels = np.full((5, 5, 3), index, np.uint8)
+        return self.form(pixels), self.label(index % 2)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Image.fromarray,
+        lambda a: a,
+        lambda a: torch.from_numpy(a).permute(2, 0, 1),
+        lambda a: torch.from_numpy(a).permute(2, 0, 1) / 255,
+        lambda a: a[..., 0],
+    ],
+)
+def test_data_sets_in_the_form_of_torch(form):
+    source = as_source(Pairs(form), "mine:")
+    assert source.read(3).tolist() == np.full((5, 5, source.read(3).shape[2]), 3).tolist()
+    table = source.labels("auto")
+    assert (table.indices.tolist(), table.classes) == ([0, 1, 0, 1], ("cat", "dog"))
+
+
+def test_what_is_no_image_or_label_is_named():
+    for form, said in (
+        (lambda a: a.astype(int), "mine: image 1: is int64; expected uint8"),
+        (lambda a: a / 100.0 - 1, "is float64"),
+        (lambda a: a[:, :, :2], r"has shape \(5, 5, 2\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            as_source(Pairs(form), "mine").read(1)
+    with pytest.raises(UserError, match="mine: image 0: has no whole number as its label"):
+        as_source(Pairs(Image.fromarray, label=lambda i: "cat"), "mine").labels("auto")
+
+
+PLUGIN = """
+import numpy as np, torch
+from cm import register
+
+@register.data_source("pairs-of-torch", matches=lambda path: path == "pairs:")
+class Images(torch.utils.data.Dataset):
+    def __init__(self, path):
+        self.targets = [0, 1, 0]
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        return np.full((8, 8), 40 * index, np.uint8), index % 2
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_of_torch_by_a_plugin_can_be_prepared(workers, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(PLUGIN)
+    line = [
+        "cm",
+        "pairs:",
+        str(tmp_path / "d"),
+        "--plugin",
+        str(tmp_path / "own.py"),
+        "--num_workers",
+        str(workers),
+    ]
+    monkeypatch.setattr(sys, "argv", line)
+    try:
+        prepare_command.main(prepare_command.parse_flags())
+    finally:
+        plugins.forget(str(tmp_path / "own.py"))
+    assert "--image_size 8" in capsys.readouterr().out
+    made = open_source(str(tmp_path / "d"))
+    assert made.read(2)[0, 0].tolist() == [80] and made.labels("auto").indices.tolist() == [0, 1, 0]
 
 
 class Rows(list):
