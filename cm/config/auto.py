@@ -117,7 +117,7 @@ def distillation(side: int, width: int, gpu: bool) -> Flags:
         "start_ema": 0.9,
         "start_scales": 18,
         "lr": learning_rate(width) / 2,
-        "total_training_steps": teacher_steps(side, gpu) // 2,
+        "total_training_steps": teacher_steps(side, gpu) // (2 if gpu else 5),
     }
 
 
