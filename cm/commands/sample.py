@@ -79,7 +79,9 @@ def write_samples(model: Pretrained[SampleConfig], stem: Path) -> None:
     with SampleWriter(npz, (c.num_samples, *shape), labels is not None) as writer:
         kept = generate(draw, writer=writer, **arguments)
     if len(kept):
-        save_grid(stem.with_suffix(".png"), kept, c.grid_columns)
+        shown = labels(range(len(kept))).tolist() if labels is not None and c.class_names else ()
+        captions = [c.class_names[k] if k < len(c.class_names) else str(k) for k in shown]
+        save_grid(stem.with_suffix(".png"), kept, c.grid_columns, captions=captions)
     metadata = {
         **model.provenance(),
         **provenance(guide),

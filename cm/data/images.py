@@ -57,11 +57,13 @@ def make_grid(
     columns: int = 0,
     *,
     headings: Sequence[str] = (),
+    captions: Sequence[str] = (),
     gap: int = 2,
 ):
     """A Pillow image that shows (N, H, W, C) uint8 images row by row, separated by lines.
 
-    columns 0: about as many as rows. headings: a text above each column. Images are enlarged to 64 pixels at least.
+    columns 0: about as many as rows. headings: a text above each column; captions: one below each image, cut to its
+    width. Images are enlarged to 64 pixels at least.
     """
     from PIL import Image, ImageDraw
 
@@ -72,7 +74,7 @@ def make_grid(
     columns = min(columns or int(np.ceil(np.sqrt(count))), count)
     rows = -(-count // columns)
     scale = max(1, -(-SMALLEST_CELL // min(height, width)))
-    cell = (width * scale + gap, height * scale + gap)
+    cell = (width * scale + gap, height * scale + gap + (TEXT_HEIGHT if captions else 0))
     top = gap + (TEXT_HEIGHT if headings else 0)
     grid = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + top), BACKGROUND)
     draw = ImageDraw.Draw(grid)
@@ -80,9 +82,19 @@ def make_grid(
         left, upper = gap + i % columns * cell[0], top + i // columns * cell[1]
         tile = to_pil(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         grid.paste(tile, (left, upper))
+        if captions:
+            _write(draw, (left + 2, upper + height * scale + 1), captions[i], tile.width - 2)
     for j, heading in enumerate(headings[:columns]):
         draw.text((gap + j * cell[0] + 2, 2), heading, fill=(0, 0, 0))
     return grid
+
+
+def _write(draw: Any, place: tuple[int, int], text: str, width: int) -> None:
+    """A text cut to a width in pixels; letters that the built-in font lacks become question marks."""
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    draw.text(place, text, fill=(0, 0, 0))
 
 
 def save_grid(path: str | os.PathLike, images: np.ndarray | Tensor, columns: int = 0, **options: Any):

@@ -56,6 +56,11 @@ def test_grid_text_and_automatic_shape(tmp_path):
     text = make_grid(_samples(2, side=64), columns=2, headings=["left", "right"])
     assert text.size == (2 * 66 + 2, 66 + 2 + 16)
     assert (np.asarray(text)[:16] < 128).any()
+    named = np.asarray(make_grid(_samples(3, side=64), columns=2, captions=["cat", "x" * 99, "\u4e2d"]))
+    assert named.shape == (2 * 82 + 2, 2 * 66 + 2, 3)
+    for top, left in ((66, 2), (66, 68), (148, 2)):
+        assert (named[top : top + 16, left : left + 64] < 128).any()
+    assert (named[66 : 66 + 16, 66:68] == 255).all()  # cut to the width of its image
     save_grid(tmp_path / "grid.png", torch.from_numpy(_samples(2)))
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
     assert Image.open(tmp_path / "grid.png").size == (2 * 66 + 2, 66 + 2)
