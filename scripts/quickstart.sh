@@ -5,12 +5,12 @@
 #
 #   bash scripts/quickstart.sh [--size 8|16] [--colour] [--smoke] [--out DIR] [--ranks N]
 #
-# --size 16: nicer pictures, about three times the time. --colour: digits in coloured ink, 8 pixels, without CT, and
-# colourisation among the edits. --smoke: a run of about a minute that only shows that all parts work.
-# Everything goes to --out (default runs/quickstart); a second run goes on where the first one stopped.
+# --size: side of the images [pixels], default 16, where the network sees patches of 2 x 2. --colour: digits in coloured
+# ink, 8 pixels, without CT, and colourisation among the edits. --smoke: a run of about a minute that only shows that all
+# parts work. Everything goes to --out (default runs/quickstart-SIZE); a second run goes on where the first one stopped.
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
-size=8 colour="" smoke="" out="" ranks=2 images=1000
+size="" colour="" smoke="" out="" ranks=2 images=1000
 while [ $# -gt 0 ]; do
   case $1 in
     --size) size=$2; shift 2 ;;
@@ -21,13 +21,14 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
   esac
 done
+if [ -z "$size" ]; then size=16; [ -z "$colour" ] || size=8; fi
 case $size in 8) p=digits ;; 16) p=digits16 ;; *) echo "error: --size must be 8 or 16, got $size" >&2; exit 2 ;; esac
 digits=digits methods="cd ct"
 if [ -n "$colour" ]; then
   [ "$size" = 8 ] || { echo "error: --colour goes with --size 8" >&2; exit 2; }
   digits=digits_rgb p=digits_rgb methods=cd
 fi
-out=${out:-runs/quickstart${size#8}${colour:+-colour}${smoke:+-smoke}}
+out=${out:-runs/quickstart-$size${colour:+-colour}${smoke:+-smoke}}
 . scripts/setup_env.sh mpi quickstart plots
 # One thread per process: two ranks fill two cores, and threads that wait for each other cost more than they bring.
 export OMP_NUM_THREADS=1
