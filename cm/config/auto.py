@@ -112,8 +112,8 @@ def edm(side: int, width: int, gpu: bool) -> Flags:
 def distillation(side: int, width: int, gpu: bool) -> Flags:
     """Of CD."""
     return {
-        "loss_norm": "l2",
-        "weight_schedule": "uniform",
+        "loss_norm": "pseudo-huber",
+        "weight_schedule": "inverse-gap",
         "start_ema": 0.9,
         "start_scales": 18,
         "lr": learning_rate(width) / 2,
