@@ -48,6 +48,11 @@ def row_of(config: Config) -> Objective:
     return OBJECTIVES[getattr(config, "training_mode", "") or training_mode(config)]
 
 
+def compares_by_lpips(config: TrainConfig) -> bool:
+    """Whether the loss is LPIPS: --loss_norm asks for it, and the objective compares images at all."""
+    return row_of(config).compares and config.loss_norm.startswith("lpips")
+
+
 def is_consistency(training_mode: str) -> bool:
     """Whether models of this objective are consistency functions, with boundary-condition scalings."""
     return OBJECTIVES[training_mode].consistency

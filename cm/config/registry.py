@@ -39,6 +39,7 @@ class Objective(Row):
     keeps a target network. continuous: no grid
     of noise levels. draws: its models draw images.
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
+    compares: its loss is the distance of --loss_norm.
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
     recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags. passes: of its step, a function
     (config) -> mean number of passes through student, target and teacher, and backward; empty: the usual ones.
@@ -57,6 +58,7 @@ class Objective(Row):
     draws: bool = True
     learns_from: str = "denoiser"
     boundary: str = ""
+    compares: bool = True
     lowest: str = ""
     recipe: str = "cm.config.auto:slow"
     passes: str = ""

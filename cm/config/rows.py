@@ -87,7 +87,12 @@ OBJECTIVES: Registry[Objective] = Registry(
             segments=True,
             options=options.SegmentOptions,
         ),
-        "edm": Objective(make="cm.objectives.edm:denoising", script="edm_train", recipe="cm.config.auto:edm"),
+        "edm": Objective(
+            make="cm.objectives.edm:denoising",
+            compares=False,
+            script="edm_train",
+            recipe="cm.config.auto:edm",
+        ),
         "tcm": Objective(
             make="cm.objectives.truncated:truncated",
             consistency=True,
@@ -101,6 +106,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "sct": Objective(
             make="cm.objectives.trigflow:training",
             consistency=True,
+            compares=False,
             sampler="onestep",
             continuous=True,
             boundary="zero",
@@ -110,6 +116,7 @@ OBJECTIVES: Registry[Objective] = Registry(
             make="cm.objectives.trigflow:distillation",
             consistency=True,
             teacher=True,
+            compares=False,
             sampler="onestep",
             continuous=True,
             boundary="zero",
@@ -117,6 +124,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         ),
         "flow_map": Objective(
             make="cm.objectives.flow_map:flow_map",
+            compares=False,
             sampler="jumps",
             continuous=True,
             two_times=True,
@@ -125,6 +133,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "flow_map_distillation": Objective(
             make="cm.objectives.flow_map:distillation",
             teacher=True,
+            compares=False,
             sampler="jumps",
             continuous=True,
             two_times=True,
@@ -133,6 +142,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "improved_meanflow": Objective(
             make="cm.objectives.improved_meanflow:improved_meanflow",
             passes="cm.objectives.improved_meanflow:passes",
+            compares=False,
             sampler="jumps",
             continuous=True,
             two_times=True,
@@ -142,6 +152,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "meanflow": Objective(
             make="cm.objectives.meanflow:meanflow",
             passes="cm.objectives.meanflow:passes",
+            compares=False,
             sampler="jumps",
             continuous=True,
             two_times=True,
@@ -149,6 +160,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         ),
         "classifier": Objective(
             make="cm.objectives.classifier:classification",
+            compares=False,
             script="classifier_train",
             draws=False,
             recipe="cm.config.auto:classifier",

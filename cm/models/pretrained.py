@@ -66,12 +66,17 @@ class Model(Generic[ConfigType]):
 
 
 def from_level(denoise: DenoiseFn, lowest: float) -> DenoiseFn:
-    """The same function; UserError below the level from which up its model is defined."""
+    """The same function; UserError below the level from which up its model is defined.
+
+    A sampler's levels are known on the host (`cm.sampling.driver.filled`); others are read from the device.
+    """
 
     def checked(x: Tensor, sigma: Tensor) -> Tensor:
-        if (below := sigma[sigma < lowest * (1 - ROUNDING)]).numel():
+        level = getattr(sigma, "on_host", None)
+        level = sigma.min().item() if level is None else level
+        if level < lowest * (1 - ROUNDING):
             raise UserError(
-                f"noise level {below.min().item():.4g}: the model was trained from {lowest:g} up only; give levels "
+                f"noise level {level:.4g}: the model was trained from {lowest:g} up only; give levels "
                 "that are not below it (--sigmas, --ts), and take its first stage for others"
             )
         return denoise(x, sigma)

@@ -48,6 +48,12 @@ class TrajectoryDraw(Draw):
     level_noise: Tensor | None = None
 
 
+def batch_number(random: StepRandom) -> float:
+    """A uniform number in [0, 1) for the whole global batch, which never leaves the host."""
+    generator = torch.Generator().manual_seed(derive_seed(random.seed, "teacher steps", random.step))
+    return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
 @dataclass(frozen=True)
 class TrajectoryGrid:
     """Where jumps begin and end: on Karras's grid of N points, n teacher's steps at most `most` (0: no limit).
@@ -86,8 +92,7 @@ class TrajectoryGrid:
     def draw(self, x0: Tensor, random: StepRandom, dsm: bool) -> TrajectoryDraw:
         """A draw for images x0 (B, C, ...); its order does not depend on the ranks."""
         shape = tuple(x0.shape[1:])
-        generator = torch.Generator().manual_seed(derive_seed(random.seed, "teacher steps", random.step))
-        n = self.steps(torch.rand((), generator=generator, dtype=torch.float64).item())
+        n = self.steps(batch_number(random))
         index = random.randint(0, self.points - n)
         left = self.points - index - n  # of the points from u on
         end = index + n + (random.uniform() * left).long().minimum(left - 1)

@@ -11,6 +11,11 @@ LAWS = ("sorted", "capped", "dyadic")
 LATEST = 1 - 2**-20  # sigma is finite there
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    """At most `LATEST`. torch.sigmoid rounds its last few rows otherwise than the others; exp treats all alike."""
+    return (1 / (1 + torch.exp(-x))).clamp_max(LATEST)
+
+
 @dataclass(frozen=True)
 class TimeLaw:
     """How t and r are drawn; share: the rows with r < t. The others have r = t and learn the velocity itself.
@@ -35,8 +40,10 @@ class TimeLaw:
 
     def logit_normal(self, normal_t: Tensor, normal_r: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """By two standard normal numbers a row, and a uniform one that says whether r = t."""
-        t = torch.sigmoid(normal_t * self.std + self.mean).clamp_max(LATEST)
-        r = torch.sigmoid(normal_r * self.lower_std + self.lower_mean).clamp_max(LATEST)
+        t, r = (
+            _sigmoid(normal_t * self.std + self.mean),
+            _sigmoid(normal_r * self.lower_std + self.lower_mean),
+        )
         if self.kind == "sorted":
             t, r = torch.maximum(t, r), torch.minimum(t, r)
         return t, torch.where(uniform < 1 - self.share, t, torch.minimum(t, r))

@@ -10,6 +10,7 @@ noise - image, so that its target depends on more than (z, t, r). Each row draws
 t_min to t_max at which it acts, and the network is told them: a sample chooses them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,11 @@ class ScaleLaw:
     beta: float = 1.0
 
     def scale(self, uniform: Tensor) -> Tensor:
-        """omega, like the uniform numbers in [0, 1)."""
+        """omega, like the uniform numbers in [0, 1); by exp, which, unlike powers, rounds a row alike in any batch."""
         if self.beta == 1:
-            return self.largest**uniform
+            return torch.exp(uniform * math.log(self.largest))
         power = 1 - self.beta
-        return (1 + uniform * (self.largest**power - 1)) ** (1 / power)
+        return torch.exp(torch.log1p(uniform * (self.largest**power - 1)) / power)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The files are torchvision's VGG16 and piq's linear layers, under their usual nam
 
 import os
 import types
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ class Lpips(Distance):
         if self._device != a.device:
             self.load(a.device)
         precision = PRECISIONS.load(self.options.precision)
-        # Entered in fp32 too, where it switches a caller's autocast off.
-        with torch.autocast(a.device.type, precision, enabled=precision != torch.float32):
+        with _arithmetic(a.device.type, precision):
             return _compare(self._network, self._prepare(a), self._prepare(b))
 
     def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -113,6 +113,13 @@ class Lpips(Distance):
                 f"images of {side} pixels are too small for LPIPS unless --lpips_size enlarges them"
             )
         return ((x + 1) / 2).expand(-1, 3, -1, -1)
+
+
+def _arithmetic(device_type: str, precision: torch.dtype) -> AbstractContextManager:
+    """Autocast to a precision; entered in fp32 too, where it switches a caller's off. The meta device has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
 def average_pooled(**options: Any) -> Lpips:

@@ -48,7 +48,14 @@ def start(x: Tensor) -> Tensor:
 
 def evaluate(denoiser: DenoiseFn, x: Tensor, *levels: Tensor | float) -> Tensor:
     """D(x; sigma), or a flow map's x^(x; sigma, lower), with one noise level for the whole batch."""
-    return denoiser(x, *(x.new_full(x.shape[:1], float(level)) for level in levels))
+    return denoiser(x, *(filled(x, float(level)) for level in levels))
+
+
+def filled(x: Tensor, level: float) -> Tensor:
+    """(B,) on x's device; its attribute `on_host` spares who asks for the number the way back."""
+    sigma = x.new_full(x.shape[:1], level)
+    sigma.on_host = level
+    return sigma
 
 
 def sampler(walk: Callable[..., Walk]) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cm.config.derived import global_batch, precision
+from cm.config.derived import compares_by_lpips, global_batch, precision
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.rules import inside_patches
@@ -56,7 +56,7 @@ def bytes_per_image(config: TrainConfig) -> int:
     width = 4 if precision(config) == "fp32" else 2
     kept = values * width * (CHECKPOINTED if config.use_checkpoint else 1)
     pixels = 40 * config.image_size**2 * (config.in_channels or DEFAULT_CHANNELS)
-    perceptual = LPIPS_BYTES if str(getattr(config, "loss_norm", "")).startswith("lpips") else 0
+    perceptual = LPIPS_BYTES if compares_by_lpips(config) else 0
     return int(kept + pixels + perceptual)
 
 

@@ -241,6 +241,17 @@ def test_draws_belong_to_rows():
     assert whole[2:5].share.shape == (3,)
 
 
+@pytest.mark.parametrize("kind", ["sorted", "capped", "dyadic"])
+def test_times_of_a_row_are_the_same_in_any_batch(kind):
+    """To the last bit, whichever rows a rank has."""
+    law = TimeLaw(kind, mean=-0.4, std=1.3)
+    whole = law.draw(StepRandom(0, 3, 0, 200, 200))
+    for size in (1, 3, 7, 50):
+        for start in range(0, 200 - size, 9):
+            part = law.draw(StepRandom(0, 3, start, start + size, 200))
+            assert all(torch.equal(a[start : start + size], b) for a, b in zip(whole, part))
+
+
 def test_presets_make_the_cells():
     def made(preset, *flags):
         config = parse_config(CmTrainConfig, ["--preset", preset, "--data_dir", "d", *flags])

@@ -1,6 +1,7 @@
 """Improved MeanFlow: golden draws, derivatives, losses, gradients and samples; and what its losses are zero for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,9 +109,14 @@ def test_draws_belong_to_rows_and_follow_their_laws():
     objective = ImprovedMeanFlowObjective(law=TimeLaw(share=0.5), weight=Adaptive(), hidden=0.25)
     x0 = torch.zeros(512, 1, 1, 1)
     whole = objective.draw(x0, 3, StepRandom(0, 3, 0, 512, 512))
-    part = objective.draw(x0[:3], 3, StepRandom(0, 3, 4, 7, 512))
-    for name in ("t", "r", "noise", "omega", "t_min", "t_max", "hidden"):
-        torch.testing.assert_close(getattr(whole, name)[4:7], getattr(part, name), rtol=1e-6, atol=0)
+    for beta in (1.0, 2.0):
+        scales = replace(objective, scales=ScaleLaw(beta=beta))
+        whole = scales.draw(x0, 3, StepRandom(0, 3, 0, 512, 512))
+        for start, size in ((4, 3), (9, 1), (100, 37)):
+            part = scales.draw(x0[:size], 3, StepRandom(0, 3, start, start + size, 512))
+            for name in ("t", "r", "noise", "omega", "t_min", "t_max", "hidden"):
+                assert torch.equal(getattr(whole, name)[start : start + size], getattr(part, name)), name
+    whole = objective.draw(x0, 3, StepRandom(0, 3, 0, 512, 512))
     same = whole.r == whole.t
     assert (whole.t_min[same] == 0).all() and (whole.t_max[same] == 1).all()
     assert (whole.t_min[~same] <= 0.5).all() and (whole.t_max[~same] >= 0.5).all()

@@ -6,15 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cm.config.derived import training_mode
+from cm.config.derived import compares_by_lpips, training_mode
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import changed
 from cm.errors import UserError
 from cm.tools.bench import network, optimizer
 from cm.tools.bench.operators import is_filter, time_shares
 from cm.tools.bench.runs import TINY_CASES, Options, train_cases, train_config, training
 from cm.tools.bench.suites import SUITES
 from cm.tools.bench.train import bench_train, overhead_share
+from cm.tools.profiling.flops import network_cost, step_cost
 from cm.tools.profiling.report import Report, Row, compare, environment, load_report
 from cm.tools.profiling.timing import PhaseClock, interleaved, peak_memory
+from cm.training.factory import create_objective
+from cm.training.memory import bytes_per_image
 from evaluations.bench import bench_eval
 from tests.helpers.mp import run_ranks
 
@@ -26,7 +31,15 @@ def once(*cases, **options):
     return Options(device="cpu", cases=cases, warmup=0, repeats=1, **options)
 
 
-@pytest.mark.parametrize(("case", "phases"), [("cd", {"teacher", "target"}), ("cont_cd", {"teacher"})])
+@pytest.mark.parametrize(
+    ("case", "phases"),
+    [
+        ("cd", {"teacher", "target"}),
+        ("cont_cd", {"teacher"}),
+        ("ctm", {"teacher", "target"}),
+        ("meanflow", set()),
+    ],
+)
 def test_phases_of_a_training_step(case, phases):
     (row,) = bench_train(once(case))
     assert row.name == f"train/{case}"
@@ -51,6 +64,20 @@ def test_every_objective_has_a_case():
     assert modes["cont_cd"] == "continuous_distillation" and modes["cont_ct"] == "continuous_training"
     assert train_config(options, "cd_euler").ode_solver == "euler"
     assert modes.keys() == TINY_CASES.keys()
+    assert set(modes.values()) == {name for name, row in OBJECTIVES.items() if row.draws}
+
+
+def test_rows_say_which_objectives_compare_images():
+    """LPIPS is planned for, and given weights, where it is computed."""
+    options = Options(device="cpu")
+    for case in train_cases(options):
+        config = train_config(options, case)
+        compares = create_objective(config).distance is not None
+        assert compares == OBJECTIVES[training_mode(config)].compares, case
+        assert compares_by_lpips(config) == (case == "cd_lpips")
+    flow = train_config(Options(device="cpu", flags=("--loss_norm", "lpips")), "meanflow")
+    assert not compares_by_lpips(flow) and step_cost(flow, network_cost(flow)).distance == 0
+    assert bytes_per_image(flow) == bytes_per_image(changed(flow, loss_norm="l2"))
 
 
 def test_phase_clock_adds_up_calls():

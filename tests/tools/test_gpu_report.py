@@ -4,9 +4,12 @@ import json
 
 import pytest
 
-from cm.tools.bench.gpu import command
-from cm.tools.bench.gpu.page import page
+from cm.config.derived import precision
+from cm.tools.bench.gpu import command, parts
+from cm.tools.bench.gpu.page import AIMS, page
 from cm.tools.bench.gpu.parts import PARTS, Setup
+from cm.tools.bench.runs import sample_config, train_cases, train_config
+from cm.tools.bench.sample import TINY_CASES
 from cm.tools.profiling.report import load_report
 from tests.helpers import report_parts
 
@@ -71,17 +74,19 @@ def test_aims_and_details_on_the_page(tmp_path):
     assert "Left out: diffusers (ModuleNotFoundError)" in text and "| gemm | 3 | 1.5 | 75.0% |" in text
 
 
-def test_every_part_measures_something_that_is_known():
-    """The presets and cases that parts name exist, on a GPU and in a trial."""
-    from cm.tools.bench.gpu import parts
-    from cm.tools.bench.runs import train_cases, train_config
-
-    for tiny in (True, False):
-        setup = Setup("cpu", tiny)
-        measured = [parts._cd()(setup), parts._cd(preset=parts.LSUN, batch=8)(setup)]
-        measured += [setup.options("edm", parts.EDM, 128), setup.options("cd", "cifar10_cd_l2", 128)]
-        measured += [setup.options("sct", "cifar10_sct", 128)]
-        for options in measured:
-            (case,) = train_cases(options)
-            config = train_config(options, case)
-            assert config.batch_size > 0 and config.image_size == (8 if tiny else config.image_size)
+@pytest.mark.parametrize("tiny", [True, False])
+def test_every_part_measures_something_that_is_known(tiny):
+    """The presets, cases and flags that parts name make configurations, on a GPU and in a trial."""
+    setup = Setup("cpu", tiny)
+    measured = [options(setup) for steps in parts.STEPS.values() for options in steps.values()]
+    assert len(measured) >= 8 and parts.STEPS.keys() <= PARTS.keys()
+    for options in [*measured, parts.original_options(setup)]:
+        (case,) = train_cases(options)
+        config = train_config(options, case)
+        assert config.batch_size > 0 and config.image_size == (8 if tiny else config.image_size)
+    for batch in (64, 256):
+        options = parts.sampling_options(setup, batch)
+        config = sample_config(options, TINY_CASES["onestep"] if tiny else ())
+        assert (config.batch_size, precision(config)) == (2 if tiny else batch, "bf16")
+    aimed = {(part, row.partition("/")[2]) for part, row, _ in AIMS if part in parts.STEPS}
+    assert aimed == {("cd", "bf16"), ("cd_compiled", "bf16, compiled")}

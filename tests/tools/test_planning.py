@@ -106,9 +106,9 @@ CONTINUOUS = ("--loss_norm", "l2", "--training_mode")
         (*CONTINUOUS, "continuous_training"),
         (*CONTINUOUS, "continuous_distillation"),
         (*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"),
-        ("--loss_norm", "l2", "--preset", "digits_meanflow"),
-        ("--loss_norm", "l2", "--preset", "digits_meanflow_guided"),
-        ("--loss_norm", "l2", "--preset", "digits_improved_meanflow"),
+        ("--preset", "digits_meanflow"),
+        ("--preset", "digits_meanflow_guided"),
+        ("--preset", "digits_improved_meanflow"),
     ],
 )
 def test_flops_are_those_of_the_flop_model(flags):

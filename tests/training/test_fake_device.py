@@ -15,7 +15,7 @@ from cm.commands import train
 from cm.models.factory import create_network
 from cm.models.files import ModelFile
 from cm.networks.precision import torso_dtype
-from cm.objectives import base
+from cm.objectives import base, ctm, lpips
 from cm.runtime import logger
 from cm.seeding import NoiseOf, StepRandom
 from cm.tools.bench.runs import Options, train_config
@@ -60,9 +60,23 @@ def fake(monkeypatch):
     monkeypatch.setattr(base, "rng_state", lambda device: (torch.get_rng_state(), None))
     # Page-locked memory needs a GPU, and values have no meaning here.
     monkeypatch.setattr(NoiseOf, "draw", lambda n, pinned=False: torch.empty(n.stop - n.start, *n.shape))
+    monkeypatch.setattr(ctm, "batch_number", lambda random: 0.5)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(lpips, "_weights_folder", lambda path: path)
+    monkeypatch.setattr(lpips, "_build", lambda folder, average_pool: perceptual(average_pool))
     with FakeTensorMode(allow_non_fake_inputs=True), OneFlag() as flag:
         yield flag
+
+
+def perceptual(average_pool):
+    """LPIPS without its files."""
+    lpips.import_piq()  # which knows how to import torchvision
+    from torchvision.models import vgg16
+
+    with DEVICE:
+        features = vgg16(weights=None).features[: int(list(lpips.FEATURES)[-1]) + 1].requires_grad_(False)
+        weights = [torch.empty(1, width, 1, 1) for width in lpips.FEATURES.values()]
+    return lpips.assemble(features, weights, average_pool)
 
 
 def trainer_of(case, folder, *flags):
@@ -70,16 +84,21 @@ def trainer_of(case, folder, *flags):
     with unset_fake_temporarily():  # tables of the host, made once
         create_objective(config).draw(torch.zeros(2, 3, 8, 8), 0, StepRandom(0, 0, 0, 2, 2))
     logger.configure(str(folder), [])
-    teacher = ModelFile("random", "file", create_network(config).state_dict(), None)
+    teacher = ModelFile("random", "file", create_network(config, two_times=False).state_dict(), None)
     objective, roles = create_roles(config, teacher, DEVICE)
     return train.build_trainer(config, objective, roles, train.create_saver(config, str(folder), ""))
 
 
 # Of each way to make a loss one
-@pytest.mark.parametrize("case", ["edm", "cd", "pd", "cont_ct", "ect", "tcm", "scd"])
+CASES = ["edm", "cd", "cd_lpips", "pd", "cont_ct", "ect", "tcm", "scd", "multistep_cd", "ctm"]
+CASES += ["meanflow", "improved_meanflow", "psd", "lmd"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_an_objectives_step(case, fake, tmp_path):
     trainer = trainer_of(case, tmp_path)
-    assert trainer.run_step(torch.empty(2, 3, 8, 8), {})
+    cond = {"y": torch.zeros(2, dtype=torch.int64)} if case == "improved_meanflow" else {}
+    assert trainer.run_step(torch.empty(2, 3, 8, 8), cond)
     assert fake.asked == 1
     kept = [t for tensors in trainer.state.held().values() for t in tensors if t is not None and t.ndim]
     assert {t.device.type for t in kept} == {DEVICE.type}

@@ -15,7 +15,7 @@ from torch import nn
 from cm.commands import train
 from cm.commands.cli import parse_config
 from cm.config import presets
-from cm.config.derived import with_counts
+from cm.config.derived import compares_by_lpips, with_counts
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, result_flags
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network
@@ -35,6 +35,8 @@ CONTINUOUS = ("--loss_norm", "l2", "--stop_grad", "True")
 CT = ("--training_mode", "consistency_training")
 HUBER = ("--loss_norm", "pseudo-huber", "--weight_schedule", "inverse-gap")
 ZERO = ("--boundary", "zero")
+COSINE = ("--diffusion_schedule", "cosine", "--segments", "2", "--weight_schedule", "snr+1")
+FLOW = ("--network", "ddpmpp_meanflow", "--precond", "flow", "--sigma_max", "1e6")
 # Objectives of the preset "tiny": case -> (configuration, its flags)
 TINY_CASES: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {
     "edm": (EdmTrainConfig, ()),
@@ -49,6 +51,25 @@ TINY_CASES: dict[str, tuple[type[TrainConfig], tuple[str, ...]]] = {
     "tcm": (CmTrainConfig, ("--training_mode", "tcm", *HUBER, *ZERO)),
     "sct": (CmTrainConfig, ("--training_mode", "sct", *ZERO)),
     "scd": (CmTrainConfig, ("--training_mode", "scd", *ZERO)),
+    "multistep_cd": (CmTrainConfig, ("--training_mode", "multistep_distillation", *COSINE)),
+    "multistep_ct": (CmTrainConfig, ("--training_mode", "multistep_training", *COSINE)),
+    "ctm": (CmTrainConfig, ("--training_mode", "ctm", "--start_ema", "0.9")),
+    "ctm_self": (CmTrainConfig, ("--training_mode", "ctm_training", "--start_ema", "0.9")),
+    "meanflow": (CmTrainConfig, ("--training_mode", "meanflow", *FLOW)),
+    "improved_meanflow": (
+        CmTrainConfig,
+        ("--training_mode", "improved_meanflow", "--class_cond", "True", "--label_dropout", "0.1", *FLOW),
+    ),
+    "esd": (CmTrainConfig, ("--training_mode", "flow_map", "--flow_velocity", "self", *FLOW)),
+    "lsd": (
+        CmTrainConfig,
+        ("--training_mode", "flow_map", "--flow_velocity", "self", "--identity", "lagrangian", *FLOW),
+    ),
+    "psd": (
+        CmTrainConfig,
+        ("--training_mode", "flow_map", "--flow_velocity", "self", "--identity", "progressive", *FLOW),
+    ),
+    "lmd": (CmTrainConfig, ("--training_mode", "flow_map_distillation", "--identity", "lagrangian")),
     "cd_lpips": (CmTrainConfig, ("--loss_norm", "lpips", "--lpips_size", "32")),
 }
 # A benchmark neither saves nor draws, and logs when it is asked to.
@@ -103,11 +124,7 @@ def training(config: TrainConfig) -> Iterator[Trainer]:
     """
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, data_dir=config.data_dir or write_images(folder, config), out_dir=folder)
-        if (
-            isinstance(config, CmTrainConfig)
-            and config.loss_norm.startswith("lpips")
-            and not config.lpips_path
-        ):
+        if compares_by_lpips(config) and not config.lpips_path:
             config = replace(config, lpips_path=write_lpips(folder))
         device = configure_torch(config.device, deterministic=config.deterministic)
         logger.configure(folder, ["csv"])

@@ -147,7 +147,7 @@ def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, 
         if hasattr(owner, attribute):
             original = getattr(owner, attribute)
             undo.append((owner, attribute, original))
-            setattr(owner, attribute, TimedCall(original, phase, clock))
+            object.__setattr__(owner, attribute, TimedCall(original, phase, clock))  # some are frozen
     rows = []
     try:
         for _ in range(steps):
@@ -159,7 +159,7 @@ def phase_times(trainer: Trainer, config: TrainConfig, steps: int) -> dict[str, 
             rows.append({**times, "other": 2 * times["step"] - sum(times.values())})
     finally:
         for owner, attribute, original in undo:
-            setattr(owner, attribute, original)
+            object.__setattr__(owner, attribute, original)
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     log = interleaved({"log": trainer.log_step}, trainer.device, warmup=0, repeats=1)["log"]
     medians["log"] = log.median / max(config.log_interval, 1)

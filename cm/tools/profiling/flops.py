@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.config.derived import guidance_of, has_two_times, precision, training_mode
+from cm.config.derived import compares_by_lpips, guidance_of, has_two_times, precision, training_mode
 from cm.config.registry import Objective, resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import Config
@@ -123,8 +123,8 @@ def step_cost(config: Config, network: NetworkCost) -> StepCost:
     """FLOPs of one image through a step of the configured objective."""
     row = OBJECTIVES[training_mode(config)]
     distance = 0
-    if (size := getattr(config, "lpips_size", None)) is not None:
-        distance = 3 * lpips_forward(config.image_size, size)
+    if compares_by_lpips(config):
+        distance = 3 * lpips_forward(config.image_size, config.lpips_size)
     if row.passes:
         student, target, teacher, backward = resolve(row.passes)(config)
         return StepCost(

@@ -7,7 +7,7 @@ from cm.tools.profiling.report import Report, Row
 # What is aimed at: (part, row, figure) -> least value
 AIMS = {
     ("cd", "cd/bf16", "share_of_ceiling"): 0.40,
-    ("cd_compiled", "cd/bf16, compiled", "share_of_ceiling"): 0.40,
+    ("cd_compiled", "cd_compiled/bf16, compiled", "share_of_ceiling"): 0.40,
     ("sample", "one step/batch 256", "share_of_ceiling"): 0.55,
 }
 

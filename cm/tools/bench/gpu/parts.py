@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[4]
 OPTIONAL = ("pytest", "PIL", "piq", "blobfile", "mpi4py", "torchvision", "sklearn", "scipy", "diffusers")
 CD, LSUN, EDM = "imagenet64_cd_lpips", "bedroom256_cd_lpips", "imagenet64_edm"
 HAS_LPIPS = all(find_spec(name) for name in ("piq", "torchvision"))
-BF16 = ("--precision", "bf16")
+BF16 = ("--precision", "bf16", "--use_fp16", "False")  # which the released presets ask for
 # The network of a trial of the report
 TINY = ("--batch_size", "2", "--image_size", "8", "--channel_mult", "1", "--attention_resolutions", "8")
 TINY_LPIPS = (*TINY, "--lpips_size", "16")
@@ -91,11 +91,11 @@ def _ceiling(setup: Setup) -> Iterator[Row]:
         yield Row(f"ceiling/{str(dtype).removeprefix('torch.')}", {}, {"ceiling_flops_per_second": rate})
 
 
-def _steps(name: str, *measured: tuple[str, Callable[[Setup], Options]]) -> Callable[[Setup], Iterator[Row]]:
-    """Training steps under names of their own."""
+def _steps(name: str) -> Callable[[Setup], Iterator[Row]]:
+    """The training steps of `STEPS`, under names of their own."""
 
     def run(setup: Setup) -> Iterator[Row]:
-        for label, options in measured:
+        for label, options in STEPS[name].items():
             for row in bench_train(options(setup)):
                 yield replace(row, name=f"{name}/{label}")
 
@@ -113,22 +113,46 @@ def _preset(case: str, preset: str, batch: int, *flags: str) -> Callable[[Setup]
     return lambda setup: setup.options(case, preset, batch, *flags)
 
 
+# Training steps that are measured: part -> name of the row -> how
+STEPS: dict[str, dict[str, Callable[[Setup], Options]]] = {
+    "cd": {
+        "bf16": _cd(*BF16),
+        "bf16, default format": _cd(*BF16, "--channels_last", "False"),
+        "fp16": _cd("--precision", "fp16"),
+        **({"bf16, LPIPS in bf16": _cd(*BF16, "--lpips_precision", "bf16")} if HAS_LPIPS else {}),
+    },
+    "cd_compiled": {"bf16, compiled": _cd(*BF16, "--compile", "True")},
+    "edm": {"bf16": _preset("edm", EDM, 128, *BF16)},
+    "networks": {
+        "CD, NCSN++": _preset("cd", "cifar10_cd_l2", 128),
+        "sCT, DDPM++": _preset("sct", "cifar10_sct", 128),
+    },
+    "lsun": {"bf16": _cd(*BF16, "--use_checkpoint", "True", preset=LSUN, batch=8)},
+}
+
+
+def sampling_options(setup: Setup, batch: int) -> Options:
+    """One-step sampling of ImageNet-64."""
+    options = setup.options("onestep", CD, batch, *BF16)
+    return replace(options, cases=("onestep" if setup.tiny else CD,))
+
+
+def original_options(setup: Setup) -> Options:
+    """The step that is compared with the original's."""
+    precision = "fp32" if setup.tiny else "fp16"  # which a CPU emulates
+    options = setup.options("cd", CD.replace("lpips", "l2"), 64, "--precision", precision)
+    return replace(options, repeats=min(options.repeats, 3))
+
+
 def _sampling(setup: Setup) -> Iterator[Row]:
     for batch in (64, 256):
-        yield from (
-            replace(row, name=f"one step/batch {batch}")
-            for row in bench_sample(
-                replace(setup.options("onestep", CD, batch, *BF16), cases=("onestep" if setup.tiny else CD,))
-            )
-        )
+        for row in bench_sample(sampling_options(setup, batch)):
+            yield replace(row, name=f"one step/batch {batch}")
 
 
 def _original(setup: Setup) -> Iterator[Row]:
     """The original's step: as its checkout has it where a path is given, and its arithmetic written anew."""
-    precision = "fp32" if setup.tiny else "fp16"  # which a CPU emulates
-    options = setup.options("cd", CD.replace("lpips", "l2"), 64, "--precision", precision)
-    options = replace(options, repeats=min(options.repeats, 3))
-    yield from compare_with_original(options, setup.original)
+    yield from compare_with_original(original_options(setup), setup.original)
 
 
 def _inception(setup: Setup) -> Iterator[Row]:
@@ -169,36 +193,18 @@ PARTS: dict[str, Part] = {
     "cd": Part(
         "CD step, ImageNet-64, batch 64, LPIPS",
         100,
-        _steps(
-            "cd",
-            ("bf16", _cd(*BF16)),
-            ("bf16, default format", _cd(*BF16, "--channels_last", "False")),
-            ("fp16", _cd("--precision", "fp16")),
-            *([("bf16, LPIPS in bf16", _cd(*BF16, "--lpips_precision", "bf16"))] if HAS_LPIPS else []),
-        ),
+        _steps("cd"),
     ),
     "sample": Part("One-step sampling", 40, _sampling),
     "cd_compiled": Part(
         "CD step, compiled",
         150,
-        _steps("cd", ("bf16, compiled", _cd(*BF16, "--compile", "True"))),
+        _steps("cd_compiled"),
         gpu_only="compiling takes minutes on a CPU",
     ),
-    "edm": Part("EDM step, ImageNet-64", 40, _steps("edm", ("bf16", _preset("edm", EDM, 128, *BF16)))),
-    "networks": Part(
-        "CIFAR-10: NCSN++ and the step with a forward-mode derivative",
-        60,
-        _steps(
-            "cifar10",
-            ("CD, NCSN++", _preset("cd", "cifar10_cd_l2", 128)),
-            ("sCT, DDPM++", _preset("sct", "cifar10_sct", 128)),
-        ),
-    ),
-    "lsun": Part(
-        "LSUN-256, batch 8",
-        60,
-        _steps("lsun", ("bf16", _cd(*BF16, "--use_checkpoint", "True", preset=LSUN, batch=8))),
-    ),
+    "edm": Part("EDM step, ImageNet-64", 40, _steps("edm")),
+    "networks": Part("CIFAR-10: NCSN++ and the step with a forward-mode derivative", 60, _steps("networks")),
+    "lsun": Part("LSUN-256, batch 8", 60, _steps("lsun")),
     "original": Part("The original's step", 60, _original),
     "inception": Part("Inception", 30, _inception),
     "profile": Part("Profile", 60, _profile),
