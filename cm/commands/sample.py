@@ -124,6 +124,8 @@ def solver_options(model: Model[SampleConfig]) -> dict[str, Any]:
 def with_guide(model: Pretrained[SampleConfig]) -> tuple[Pretrained[SampleConfig], Guide | None]:
     """(the model, which follows --guidance unless a classifier does that step by step; what --guide names)."""
     c = model.config
+    if c.told_scales:
+        return model, None
     guidance = parse_guidance(c.guidance)
     guide = load_guide(c.guide, c, model.device) if c.guide else None
     if isinstance(guide, TrainedClassifier) or (guide is None and guidance.plain):

@@ -87,6 +87,22 @@ def told_guidance(config: Config) -> bool:
     return row_of(config).told_guidance
 
 
+def told_scales(config: Config) -> tuple[float, ...]:
+    """(least, largest) scale of the teacher's guidance that the student is told; () where it is told none."""
+    if not isinstance(config, CmTrainConfig):
+        return config.told_scales
+    guidance = parse_guidance(config.guidance)
+    return (guidance.low, guidance.high) if guidance.drawn else ()
+
+
+def scale_of(config: Config) -> float | None:
+    """The scale at which a model that is told one draws: --guidance, or of those that it knows the nearest to 1."""
+    if not (known := told_scales(config)):
+        return None
+    given = not isinstance(config, CmTrainConfig) and "guidance" in config.explicit
+    return parse_guidance(config.guidance).low if given else min(max(1.0, known[0]), known[1])
+
+
 def learns_from(config: TrainConfig) -> str:
     """What a teacher of this run is: `denoiser` or `consistency`."""
     return OBJECTIVES[training_mode(config)].learns_from

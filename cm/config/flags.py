@@ -194,6 +194,8 @@ class ModelFlags:
         choices=("code", "printed"),
     )
     class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    # Least and largest scale of guidance that the network is told, where training drew it; from the model's file
+    told_scales: tuple[float, ...] = field(default=(), repr=False, compare=False)
     """What the classes are called, by the data or the model file; empty: not known. Not a flag."""
 
 

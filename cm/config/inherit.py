@@ -7,6 +7,7 @@ from cm.config import plugins
 from cm.config.derived import ModelUser, has_two_times, last_known, told_guidance, with_two_steps
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
+from cm.config.parsing import parse_guidance
 from cm.config.rows import NETWORKS, OBJECTIVES, SAMPLERS
 from cm.config.scripts import CmTrainConfig, SampleConfig, SearchConfig, changed
 from cm.config.validation import validate
@@ -111,9 +112,11 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
         taken["image_size"] = stored["image_size"]
     if "class_names" in stored:
         taken["class_names"] = tuple(stored["class_names"])
+    if stored.get("script") == "cm_train" and (drawn := parse_guidance(stored.get("guidance", "1"))).drawn:
+        taken["told_scales"] = (drawn.low, drawn.high)
     if "training_mode" in flags_of(type(config)):
         taken.update(_objective(config, stored, source))
-    merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps"})
+    merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps", "told_scales"})
     if isinstance(merged, SampleConfig) and merged.sampler == "multistep":
         merged = with_two_steps(merged, stored)
     if isinstance(merged, SearchConfig) and lowest and "end" not in config.explicit:
@@ -125,12 +128,29 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
             f"{merged.training_mode}"
         )
     guided = getattr(merged, "guide", "")
-    steering = {"guide"} if told_guidance(merged) else {"guidance", "guide"}
+    _check_told_scale(merged, source)
+    steering = {"guide"} if told_guidance(merged) or merged.told_scales else {"guidance", "guide"}
     if steering & config.explicit and has_two_times(merged):
         raise UserError(f"--guidance and --guide are for models of one time; {source} is a flow map")
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
     return merged
+
+
+def _check_told_scale(config: ModelUser, source: str) -> None:
+    """A model that is told the scale of its guidance follows one that it knows, at the levels of its training."""
+    if not config.told_scales:
+        return
+    if "guide" in config.explicit:
+        raise UserError(f"--guide: {source} is told the scale of its guidance: give --guidance alone")
+    if "guidance" in config.explicit:
+        (low, high), asked = config.told_scales, parse_guidance(config.guidance)
+        if not low <= asked.low <= high:
+            raise UserError(f"--guidance {asked.low:g}: {source} knows scales from {low:g} to {high:g}")
+        if "," in config.guidance:
+            raise UserError(
+                f"--guidance {config.guidance}: {source} has learned at which levels it acts; give a scale"
+            )
 
 
 def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], source: str) -> dict[str, Any]:

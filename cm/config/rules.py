@@ -39,10 +39,14 @@ def check_architecture(architecture: Any) -> None:
         parse_attention(a.attention_resolutions, a.image_size, len(mult))
     if a.augment_dim and not row.augment:
         raise UserError(f"--augment_dim {a.augment_dim}: --network {a.network} takes no augmentation labels")
+    if getattr(a, "told_scale", False) and not row.two_times:
+        known = ", ".join(name for name, other in NETWORKS.items() if other.two_times)
+        raise UserError(f"--network {a.network} cannot be told a scale of guidance: choose {known}")
     if getattr(a, "two_times", False) and not row.two_times:
         known = ", ".join(name for name, other in NETWORKS.items() if other.two_times)
         raise UserError(f"--network {a.network} has one time; a flow map needs two: choose {known}")
-    if getattr(a, "told_guidance", False) and not row.told_guidance:
+    told = getattr(a, "told_guidance", False) or (getattr(a, "told_scale", False) and a.two_times)
+    if told and not row.told_guidance:
         known = ", ".join(name for name, other in NETWORKS.items() if other.told_guidance)
         raise UserError(f"--network {a.network} cannot be told a guidance: choose {known}")
     if row.check:

@@ -183,8 +183,6 @@ def _check_teacher_guidance(config: CmTrainConfig) -> None:
     guidance = parsing.parse_guidance(config.guidance)
     if guidance.plain and config.guide:
         raise UserError(f"--guide {config.guide} does nothing at --guidance 1: give a larger scale")
-    if guidance.drawn:
-        raise UserError(f"--guidance {config.guidance}: no network here is told the scale; give one number")
     known = [n for n, r in OBJECTIVES.items() if r.teacher and not r.stages and r.learns_from == "denoiser"]
     if not guidance.plain and config.training_mode not in known:
         raise UserError(
@@ -244,9 +242,12 @@ def _check_solver(config: SampleConfig) -> None:
 
 def _may_be_told(config: SampleConfig) -> bool:
     """Whether the model is told its guidance, as far as one knows before its file is read."""
+    if "told_scales" in config.explicit:  # it has been
+        return bool(config.told_scales) or OBJECTIVES[config.training_mode].told_guidance
     if "training_mode" in config.explicit:
-        return OBJECTIVES[config.training_mode].told_guidance
-    return SAMPLERS[config.sampler].reads == "jumps"
+        row = OBJECTIVES[config.training_mode]
+        return row.told_guidance or row.teacher
+    return SAMPLERS[config.sampler].reads != "denoiser"
 
 
 def _refuse_for_sampler(config: SampleConfig, flag: str, reads: Callable[[Sampler], bool]) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cm.config.derived import augmentation_labels, has_two_times, told_guidance
+from cm.config.derived import augmentation_labels, has_two_times, told_guidance, told_scales
 from cm.config.fields import arguments_of
 from cm.config.rows import NETWORKS
 from cm.config.scripts import ClassifierConfig, Config
@@ -26,11 +26,13 @@ def create_network(
     """The configured network with seeded initial weights left to the caller.
 
     Classes and channels that the configuration leaves to the data count as 1000 and 3. `dropout` replaces --dropout;
-    two_times: whether it has a second clock; None: as models of the configured objective do.
+    two_times: whether it has a second clock; None: as models of the configured objective do; a teacher has none, and
+    is told no guidance.
     """
-    own = ("use_fp16", "in_channels", "num_classes", "two_times", "told_guidance")
+    own = ("use_fp16", "in_channels", "num_classes", "two_times", "told_guidance", "told_scale")
     flags = {f.name: getattr(config, f.name) for f in fields(Architecture) if f.name not in own}
     flags["augment_dim"] = augmentation_labels(config)
+    told = two_times is None and bool(told_scales(config))
     if two_times is None:
         two_times = has_two_times(config)
     if dropout is not None:
@@ -44,6 +46,7 @@ def create_network(
             num_classes=(config.num_classes or DEFAULT_CLASSES) if config.class_cond else None,
             two_times=two_times,
             told_guidance=two_times and told_guidance(config),
+            told_scale=told,
         ),
         classifier=isinstance(config, ClassifierConfig),
         options=network_options(config),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config import plugins
-from cm.config.derived import is_consistency, lowest_level, precision
+from cm.config.derived import is_consistency, lowest_level, precision, scale_of
 from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
 from cm.diffusion.denoiser import DenoiseFn, Denoiser, clamped
@@ -52,12 +52,14 @@ class Model(Generic[ConfigType]):
                 raise ValueError("a class-conditional model needs the labels of the batch")
             cond["y"] = labels.to(self.device)
 
+        scale = scale_of(self.config)
         model = self.denoiser
         if isinstance(model, FlowMap) and reads == "denoiser":
             model = model.denoiser()
 
         def denoise(x: Tensor, *levels: Tensor) -> Tensor:
-            return model(x, *levels, **cond)
+            told = {} if scale is None else {"guidance": x.new_full(x.shape[:1], scale)}
+            return model(x, *levels, **cond, **told)
 
         lowest = lowest_level(self.config)
         known = denoise if lowest == self.config.sigma_min else from_level(denoise, lowest)

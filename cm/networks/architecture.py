@@ -24,7 +24,7 @@ class Architecture:
     """A network as flags describe it (`cm.config.scripts.ModelFlags`); num_classes None is a network without labels.
 
     two_times: it has a second clock, as a flow map's network does. told_guidance: it takes a guidance, too, and has a
-    second prediction behind the first.
+    second prediction behind the first. told_scale: it takes a scale of guidance, without that.
     """
 
     network: str = "adm"
@@ -49,6 +49,7 @@ class Architecture:
     augment_dim: int = 0
     two_times: bool = False
     told_guidance: bool = False
+    told_scale: bool = False
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -72,8 +73,11 @@ class Architecture:
 
     @property
     def added_clock(self) -> str:
-        """The form of the second clock that networks have unless they say otherwise; empty without one."""
-        return ADDED if self.two_times else ""
+        """The form of the second clock that networks have unless they say otherwise; empty without one.
+
+        Where a network of one time is told a scale, the scale is its second clock.
+        """
+        return ADDED if self.two_times or self.told_scale else ""
 
 
 def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
@@ -150,8 +154,8 @@ def ddpmpp_meanflow(a: Architecture) -> SongUNet:
         taps=(1, 3, 3, 1),
         input_pyramid=False,
         qkv_first=True,
-        second_clock=JOINED if a.two_times else "",
-        told_guidance=a.told_guidance,
+        second_clock=JOINED if a.two_times or a.told_scale else "",
+        told_guidance=a.told_guidance or (a.told_scale and a.two_times),
     )
 
 

@@ -27,7 +27,7 @@ from cm.networks.magnitude import (
     normalize_weights,
     resample,
 )
-from cm.networks.second_clock import ADDED, check_form, check_second
+from cm.networks.second_clock import ADDED, check_form, check_second, scale_clock
 from cm.nn import Dropout, append_dims, checkpoint
 
 LOGVAR_CHANNELS = 128
@@ -222,14 +222,16 @@ class EDM2UNet(nn.Module):
         y: Tensor | None = None,
         return_logvar: bool = False,
         second: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4; with double_norm t = arctan(sigma / sigma_data). y (B,) int64: class
         labels; -1 stands for none. return_logvar: (prediction, u (B,)). second (B,): the second clock, of a network
-        that has one.
+        that has one; guidance (B,): a scale in its place.
         """
         check_inputs(x, timesteps, y, self.in_channels, self.divisor, self.num_classes)
+        second = scale_clock(guidance, second)
         check_second(second, timesteps, self.second_clock)
         emb = self._embed(self.emb_noise, timesteps, y)
         if second is not None:

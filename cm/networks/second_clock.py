@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cm.nn import SiLU, linear
+
 ADDED, JOINED = "added", "joined"
 
 
@@ -33,6 +35,28 @@ def check_second(second: Tensor | None, timesteps: Tensor, form: str) -> None:
         )
 
 
+def at_all_times(scale: Tensor) -> Tensor:
+    """guidance_inputs (B, 3) of scales w (B,) above 0 that act at all times: 1 / w, 0 and 1."""
+    return torch.stack([1 / scale, torch.zeros_like(scale), torch.ones_like(scale)], dim=1)
+
+
+def clock_mlp(features: int, emb_channels: int) -> nn.Sequential:
+    """From the waves of a time (B, features) to its embedding (B, emb_channels), as in ADM."""
+    return nn.Sequential(linear(features, emb_channels), SiLU(), linear(emb_channels, emb_channels))
+
+
+def scale_clock(scale: Tensor | None, second: Tensor | None, speed: float = 0.25) -> Tensor | None:
+    """The second clock of a network that is told a scale of guidance w >= 0 (B,): speed ln(1 + w), like that of sigma.
+
+    Without a scale `second` as it is; ValueError for both, which one slot cannot take.
+    """
+    if scale is None:
+        return second
+    if second is not None:
+        raise ValueError("the network has one slot, for a second time or for a scale of guidance")
+    return speed * torch.log1p(scale)
+
+
 def widened(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a one-time network, completed for the same network with a second clock.
 
@@ -47,6 +71,8 @@ def widened(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
         if name not in state:
             if _is_second(name):
                 complete[name] = tensor
+            elif name == "map_guidance.weight":
+                complete[name] = torch.zeros_like(tensor)
         elif network.second_clock == JOINED and name.startswith("map_"):
             complete[name] = _padded(state[name], tensor)
     return {

@@ -30,7 +30,7 @@ from cm.networks.layers import (
     pixel_norm,
     xavier_,
 )
-from cm.networks.second_clock import ADDED, JOINED, check_form, check_second
+from cm.networks.second_clock import ADDED, JOINED, at_all_times, check_form, check_second, scale_clock
 from cm.nn import UNGUIDED, Dropout, checkpoint, zero_module
 
 # Sums of two branches are divided by sqrt(2), so that depth does not change the variance.
@@ -336,15 +336,20 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None = None,
         second: Tensor | None = None,
         guidance_inputs: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Prediction for images `x` (B, in_channels, R, R), in the dtype of the output layer.
 
         timesteps (B,): c_noise = ln(sigma) / 4. y (B,) int64: class labels; -1 stands for none. augment_labels
         (B, augment_dim): what was done to the images; None means nothing, and so do zeros. second (B,): the second
         clock, of a network that has one. guidance_inputs (B, 3): of one that is told them, 1 / scale and the first and
-        last time at which it acts; None: scale 1.
+        last time at which it acts; None: scale 1. guidance (B,): the scale alone, of any network with a slot for it.
         """
         self._check_inputs(x, timesteps, y, augment_labels)
+        if guidance is not None and self.told_guidance:
+            guidance_inputs = at_all_times(guidance)
+        else:
+            second = scale_clock(guidance, second)
         check_second(second, timesteps, self.second_clock)
         guides = self._guides(guidance_inputs, timesteps)
         emb = self._embed(timesteps, second, guides, y, augment_labels)

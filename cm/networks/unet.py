@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.networks.attention import AttentionBlock
-from cm.networks.second_clock import ADDED, check_form, check_second
+from cm.networks.second_clock import ADDED, check_form, check_second, clock_mlp, scale_clock
 from cm.nn import (
     Dropout,
     SiLU,
@@ -289,10 +289,6 @@ def _dropouts(
     return tuple(dropout if sides is None or image_size >> level in sides else 0.0 for level in range(levels))
 
 
-def _clock_mlp(features: int, emb_channels: int) -> nn.Sequential:
-    return nn.Sequential(linear(features, emb_channels), SiLU(), linear(emb_channels, emb_channels))
-
-
 class UNetModel(nn.Module):
     """U-Net with residual blocks, attention, a time embedding and optional class labels.
 
@@ -306,14 +302,12 @@ class UNetModel(nn.Module):
     dims: 1, 2 or 3 spatial dimensions; volumes keep the size of their first one.
     num_classes: number of labels; None for an unconditional network.
     use_checkpoint: recompute activations in the backward pass instead of keeping them.
-    use_fp16: says that the caller will call convert_to_fp16(). Until then weights and arithmetic are fp32,
-        because released weights and the trainer's master copy must arrive unrounded.
-    num_heads, num_head_channels: heads per attention, or, unless -1, the fixed width of a head instead.
-    num_heads_upsample: heads on the way up; -1 for the same number.
+    use_fp16: says that the caller will call convert_to_fp16(); until then all is fp32, as weights must arrive.
+    num_heads, num_head_channels: heads per attention, or, unless -1, the fixed width of a head instead;
+        num_heads_upsample: heads on the way up; -1 for the same number.
     use_scale_shift_norm: the embedding scales and shifts a norm's output instead of being added before it.
     resblock_updown: resample inside residual blocks.
-    use_new_attention_order: without effect. The order is always (three, head, channel), as in the released
-        weights; `cm.networks.attention.qkv_legacy_to_new` converts others.
+    use_new_attention_order: without effect: always (three, head, channel); `qkv_legacy_to_new` converts others.
     second_clock: "" for a network of one time, or "added", see `cm.networks.second_clock`.
     """
 
@@ -366,8 +360,8 @@ class UNetModel(nn.Module):
             second_clock=bool(second_clock),
         )
         # The order of these lines is the order of the parameters in a checkpoint.
-        self.time_embed = _clock_mlp(model_channels, torso.emb_channels)
-        self.time_embed_s = _clock_mlp(model_channels, torso.emb_channels) if second_clock else None
+        self.time_embed = clock_mlp(model_channels, torso.emb_channels)
+        self.time_embed_s = clock_mlp(model_channels, torso.emb_channels) if second_clock else None
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, torso.emb_channels)
         self.input_blocks, skip_widths = torso.encoder(in_channels, num_heads)
@@ -400,14 +394,20 @@ class UNetModel(nn.Module):
         self.convert_torso(torch.float32)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, second: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        second: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Prediction for images `x` (B, in_channels, *spatial) at times (B,), given labels y (B,) int64; -1: none.
 
-        second (B,): the second clock, of a network that has one. The result is (B, out_channels, *spatial) in the
-        dtype of the output layer: fp32 whatever the torso's.
+        second (B,): the second clock, of a network that has one; guidance (B,): a scale in its place. The result is
+        (B, out_channels, *spatial) in the dtype of the output layer: fp32 whatever the torso's.
         """
         self._check_inputs(x, timesteps, y)
+        second = scale_clock(guidance, second, speed=250.0)
         check_second(second, timesteps, self.second_clock)
         emb = self._embed(self.time_embed, timesteps, y)
         if second is not None:

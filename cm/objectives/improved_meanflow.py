@@ -20,6 +20,7 @@ from torch import Tensor
 from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.paths import LINEAR
 from cm.errors import UserError
+from cm.networks.second_clock import at_all_times
 from cm.nn import NO_CLASS, append_dims
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.flow_map import Adaptive, differentiated, law_of, point
@@ -64,11 +65,6 @@ class GuidedDraw(Draw):
     def acting(self) -> Tensor:
         """omega where it acts at t, 1 elsewhere."""
         return torch.where((self.t >= self.t_min) & (self.t <= self.t_max), self.omega, 1.0)
-
-
-def always(omega: Tensor) -> Tensor:
-    """(B, 3): scales omega (B,) at all times."""
-    return torch.stack([1 / omega, torch.zeros_like(omega), torch.ones_like(omega)], dim=1)
 
 
 def both(
@@ -129,10 +125,10 @@ class ImprovedMeanFlowObjective(Objective):
         """(v^ along which u is differentiated, v_g), each like z; cond has the true classes y (B,)."""
         held, t, omega = bare(roles.student), draw.t, draw.acting
         with replayed_rng(z.device, masks):
-            direction = both(held, z, t, t, always(omega), **cond)[1]
+            direction = both(held, z, t, t, at_all_times(omega), **cond)[1]
         none = {**cond, "y": torch.full_like(cond["y"], NO_CLASS)}
         with replayed_rng(z.device, masks):
-            no_class = both(held, z, t, t, always(torch.ones_like(omega)), **none)[1]
+            no_class = both(held, z, t, t, at_all_times(torch.ones_like(omega)), **none)[1]
         guided = v + append_dims(1 - 1 / omega, z.ndim) * (direction - no_class)
         return direction, torch.where(append_dims(draw.hidden, z.ndim), v, guided)
 

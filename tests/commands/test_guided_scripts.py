@@ -85,6 +85,59 @@ def test_guided_teachers(mode, told_some, teachers, data_dir, tmp_path):
     refuses("--guidance is for --sampler heun", lambda: sample(run, tmp_path / "x", "--guidance", "2"))
 
 
+@pytest.fixture(scope="module")
+def flow_teacher(data_dir, tmp_path_factory):
+    """A denoiser on MeanFlow's network, of one time."""
+    flags = [*FLOW, "--class_cond", "True", "--label_dropout", "0.5", "--preview_count", "0"]
+    return train(EdmTrainConfig, data_dir, tmp_path_factory.mktemp("flow"), *flags)
+
+
+FLOW = ["--network", "ddpmpp_meanflow", "--precond", "flow", "--sigma_max", "1e4"]
+
+
+@pytest.mark.parametrize("mode", ["consistency_distillation", "scd", "flow_map_distillation"])
+def test_a_student_is_told_the_scale(mode, told_some, flow_teacher, data_dir, tmp_path):
+    """It begins as the teacher whatever the scale; some steps later the scale of a sample changes it."""
+    teacher = flow_teacher if mode == "flow_map_distillation" else told_some
+    flags = ["--training_mode", mode, "--teacher_model_path", teacher, "--class_cond", "True", "--lr", "0.1"]
+    flags += ["--loss_norm", "l2", "--start_scales", "4", "--preview_count", "2", "--guidance", "1:4"]
+    flags += ["--total_training_steps", "5"]
+    flags += ["--boundary", "zero"] if mode == "scd" else FLOW if mode == "flow_map_distillation" else []
+    run = train(CmTrainConfig, data_dir, tmp_path / "run", *flags)
+    more = ["--num_classes", "2", "--in_channels", "1"]
+    config = parse_config(CmTrainConfig, [*MODEL, *TRAIN, *flags, *more])
+    _, roles = create_roles(config, load_teacher(teacher), torch.device("cpu"))
+    net = roles.student.net.eval()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9]), torch.tensor([0, 1])
+    second = {"second": t} if mode == "flow_map_distillation" else {}
+    one, four = (net(x, t, y=y, guidance=torch.full((2,), w), **second) for w in (1.0, 4.0))
+    assert torch.equal(one, four)
+
+    def drawn(*argv):
+        model = load_pretrained(parse_config(SampleConfig, ["--model_path", run, *argv]))
+        return model.denoise(y, clip=False)(x, torch.tensor([5.0, 5.0]))
+
+    plain, three = drawn(), drawn("--guidance", "3")
+    assert torch.equal(plain, drawn("--guidance", "1")) and not torch.equal(plain, three)
+    _, _, meta = sample(run, tmp_path / "s", "--guidance", "3", steps=1)
+    assert meta["nfe"] == 1
+    refuses("knows scales from 1 to 4", lambda: sample(run, tmp_path / "x", "--guidance", "5"))
+    refuses("at which levels it acts", lambda: sample(run, tmp_path / "x", "--guidance", "3,0.1,9"))
+    refuses(
+        "give --guidance alone",
+        lambda: sample(run, tmp_path / "x", "--guidance", "3", "--guide", told_some, "--sampler", "heun"),
+    )
+
+
+def test_a_flow_map_without_a_slot_is_refused(told_some, data_dir, tmp_path):
+    flags = ["--training_mode", "flow_map_distillation", "--teacher_model_path", told_some]
+    flags += ["--class_cond", "True", "--guidance", "1:4", "--loss_norm", "l2"]
+    refuses(
+        "--network adm cannot be told a guidance: choose ddpmpp_meanflow",
+        lambda: train(CmTrainConfig, data_dir, tmp_path / "run", *flags),
+    )
+
+
 def test_segments_train_and_are_sampled_one_step_each(told_some, data_dir, tmp_path):
     flags = [
         "--training_mode",

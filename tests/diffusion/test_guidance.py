@@ -9,15 +9,19 @@ from torch import nn
 
 from cm.config.parsing import Guidance, parse_guidance
 from cm.diffusion.denoiser import Denoiser
+from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.guidance import GuidedDenoiser, acts, guided, limited, unconditional, without_labels
-from cm.diffusion.precond import EDMPrecond
+from cm.diffusion.precond import EDMPrecond, FlowPrecond
 from cm.diffusion.trigflow import velocity
 from cm.errors import UserError
 from cm.nn import NO_CLASS
 from cm.objectives.base import Draw, Roles
 from cm.objectives.consistency import consistency_losses, heun_step
 from cm.objectives.distances import make_distance
+from cm.objectives.flow_map import Adaptive, FlowMapObjective
+from cm.objectives.flow_times import TimeLaw
+from cm.objectives.trigflow import Tangent, trigflow_losses
 from cm.sampling.ode import sample_heun
 from tests.helpers.analytic import free, ones
 
@@ -142,6 +146,54 @@ def test_a_student_learns_the_flow_of_the_guided_teacher():
     torch.testing.assert_close(losses, (0.25 * (x_t - x_r) ** 2).mean(1))
     plain = heun_step(lambda x, s: MODEL(x, s, y=Y), x_t, t, r)
     assert (x_r - plain).abs().max() > 0.01
+
+
+SCALES = torch.linspace(1, 4, 24)
+
+
+def exact_student(x, times, y, guidance):
+    """A network that is told its scale and has learned the guided denoiser; `free` scalings leave it as it is."""
+    return by_class(Guidance(1, 4)).raw(x, times, guidance=guidance, y=y)[1]
+
+
+def of_consistency(teacher, student, draw, cond):
+    arguments = {"distance": make_distance("l2"), "weight": ones, "ode_solver": "euler"}
+    return consistency_losses(Roles(student, teacher=teacher), X, draw, **arguments, **cond)
+
+
+def of_sct(teacher, student, draw, cond):
+    tangent = Tangent(warmup=0, step=0.05)
+    return trigflow_losses(Roles(student, teacher=teacher), X, draw, tangent=tangent, share=1.0, **cond)
+
+
+def of_flow_map(teacher, student, draw, cond):
+    """On the linear path the map's last step is the guided velocity of the row."""
+    objective = FlowMapObjective(
+        law=TimeLaw(), identity="progressive", source="teacher", weight=Adaptive(0.0)
+    )
+    share = torch.full_like(draw.t, 0.5)
+    linear = replace(draw, t=draw.t / (1 + draw.t), r=draw.r / (1 + draw.r), share=share)
+    net = lambda z, t, second, **cond: student.net(z, t, **cond)  # noqa: E731
+    roles = Roles(FlowMap(net, FlowPrecond()), teacher=teacher)
+    return objective.forward(roles, X, linear, 0, **cond)
+
+
+@pytest.mark.parametrize("losses", [of_consistency, of_sct, of_flow_map])
+def test_a_student_is_told_the_scale_that_its_teacher_follows(losses):
+    """The losses of rows with scales of their own are those of runs with one scale, row by row."""
+    student, teacher = Denoiser(exact_student, free), by_class(Guidance(1, 4))
+    draw = Draw(t=SIGMA + 0.5, r=SIGMA + 0.2, noise=points(24), weight=torch.ones(24))
+    drawn = losses(teacher, student, draw, {"y": Y, "guidance": SCALES})["loss"]
+    for i in (0, 5, 11, 20):
+        w = SCALES[i].item()
+        one = by_class(Guidance(w, w))
+        fixed = losses(
+            one, Denoiser(lambda *a, w=w, **k: exact_student(*a, guidance=SCALES.new_full((24,), w), **k), free),
+            draw, {"y": Y},
+        )["loss"]  # fmt: skip
+        torch.testing.assert_close(drawn[i], fixed[i], rtol=1e-6, atol=1e-8)
+    swapped = losses(teacher, student, draw, {"y": Y, "guidance": SCALES.flip(0)})["loss"]
+    assert (swapped - drawn).abs().max() > 1e-3
 
 
 def test_the_flag_is_read():

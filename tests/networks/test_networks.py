@@ -66,7 +66,7 @@ def test_every_network_takes_images_times_and_labels(network):
 
 def test_every_flag_of_an_architecture_is_a_flag_of_the_model():
     fields = {f.name for f in dataclasses.fields(Architecture)}
-    own = {"two_times", "told_guidance"}  # the objective says so
+    own = {"two_times", "told_guidance", "told_scale"}  # the objective says so
     assert fields - own <= set(flags_of(ModelFlags))
 
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from cm.config.derived import guidance_of, is_consistency, learns_from, precision
+from cm.config.derived import guidance_of, is_consistency, learns_from, precision, told_scales
 from cm.config.fields import is_fixed
 from cm.config.flags import ConsistencyFlags, GuidanceFlags
 from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
@@ -131,6 +131,7 @@ def _traced_step(config: TrainConfig, images: int, keep_gradients: bool) -> Step
         channels, side = config.in_channels or DEFAULT_CHANNELS, config.image_size
         x0, noise = (torch.empty(images, channels, side, side, device=META) for _ in range(2))
         cond = {"y": torch.zeros(images, dtype=torch.int64, device=META)} if config.class_cond else {}
+        cond |= {"guidance": torch.ones(images, device=META)} if told_scales(config) else {}
         terms = objective.forward(roles, x0, replace(draw, noise=noise), 0, **cond)
         tracer.backward_begins()
         terms["loss"].sum().backward()

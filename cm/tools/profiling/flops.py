@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.config.derived import compares_by_lpips, guidance_of, has_two_times, precision, training_mode
+from cm.config.derived import (
+    compares_by_lpips,
+    guidance_of,
+    has_two_times,
+    precision,
+    told_scales,
+    training_mode,
+)
 from cm.config.registry import Objective, resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import Config
@@ -47,6 +54,7 @@ def network_cost(config: Config) -> NetworkCost:
         times = torch.empty(1)
         labels = {"y": torch.zeros(1, dtype=torch.int64)} if config.class_cond else {}
         labels |= {"second": times} if has_two_times(config) else {}
+        labels |= {"guidance": times} if told_scales(config) else {}
     forward = count(lambda: net(images, times, **labels))
     both = count(lambda: net(images, times, **labels).sum().backward(), grad=True)
     kept = kept_bytes(net, lambda: net(images, times, **labels))
