@@ -104,7 +104,10 @@ def test_levels_of_the_samplers():
         ("--sampler general --solver_alpha 0", "--solver_alpha must be positive"),
         ("--sampler rk45 --tolerance 0", "--tolerance must be positive"),
         ("--classifier_scale 2", "--classifier_scale is called --guidance now"),
-        ("--training_mode consistency_training --sampler onestep --guidance 2", "--guidance is for --sampler heun"),
+        (
+            "--training_mode consistency_training --sampler onestep --guidance 2",
+            "--guidance is for --sampler heun",
+        ),
         ("--guidance 1:4", "samples have one scale"),
         ("--guidance 2,5,1", "noise levels must increase"),
         ("--sampler onestep --guide x", "--guide is for --sampler heun"),
