@@ -7,6 +7,7 @@ samples/<name>/samples_*.npz with their metadata.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,14 @@ class Row:
     model_path: str = ""
 
 
-def measure(run: Path) -> list[Row]:
-    """Metrics of every sample set of a digits run."""
+def measure(run: Path, titles: Mapping[str, str] = TITLES) -> list[Row]:
+    """Metrics of the sample sets of a digits run; titles: what they are called."""
     protocol = PROTOCOLS["classifier"]
     features = load_features(f"classifier={run / 'classifier.pt'}", protocol.features, torch.device("cpu"))
     reference = open_reference(str(run / "data"))
     evaluator = Evaluator(reference, features, Options(protocol=protocol, metrics=METRICS))
     rows = []
-    for name, title in TITLES.items():
+    for name, title in titles.items():
         found = sorted((run / "samples" / name).glob("samples_*.npz"))
         if found:
             metadata = read_json(found[-1].with_suffix(".json"))
@@ -77,7 +78,7 @@ def measure(run: Path) -> list[Row]:
             model_path = metadata.get("model_path", "")
             rows.append(Row(title, metadata["nfe"], images.shape[0], metrics, str(found[-1]), model_path))
     if not rows:
-        raise UserError(f"{run}/samples holds none of {', '.join(TITLES)}")
+        raise UserError(f"{run}/samples holds none of {', '.join(titles)}")
     return rows
 
 

@@ -44,10 +44,11 @@ def test_a_failing_command_is_named():
     assert minutes(125.4) == "2:05" and minutes(119.7) == "2:00"
 
 
-def training(images=19712):
+def training(compared="family"):
     """name -> configuration of every student of the comparison."""
-    found = {}
-    for line in equal_images.commands("runs/equal", images):
+    found, images = {}, equal_images.COMPARISONS[compared].images
+    titles = {f"{m.name}_{way}" for m in equal_images.models(images, compared) for way in m.sets}
+    for line in equal_images.commands("runs/equal", images, compared=compared):
         words = shlex.split(line)
         script = Path(words[0]).stem
         if script in SCRIPTS:
@@ -57,7 +58,7 @@ def training(images=19712):
                 found[Path(config.out_dir).name] = config
             elif script == "image_sample":
                 assert Path(config.model_path).name in {*found, equal_images.TEACHER}
-                assert Path(config.out_dir).name in TITLES
+                assert Path(config.out_dir).name in titles
     return found
 
 
@@ -77,6 +78,21 @@ def test_students_are_compared_at_equal_images_on_one_network():
     assert students["pd"].distill_steps_per_iter * 7 == students["pd"].total_training_steps
 
 
+def test_flow_maps_are_compared_at_equal_images():
+    students, images = training("flow_maps"), equal_images.LONGER
+    expected = {"ctm", "multistep_distillation", "flow_map_distillation", "flow_map", "meanflow"}
+    assert {"consistency_distillation", "improved_meanflow", *expected} <= {
+        c.training_mode for c in students.values()
+    }
+    for name, c in students.items():
+        halves = 2 if name.startswith("tcm") else 1
+        assert halves * c.total_training_steps * c.global_batch_size == images, name
+        assert (c.time_scale, c.ema_rate, c.num_channels, c.channel_mult) == (4, "0.99", 32, "1,1"), name
+    rows = {m.name: m.sets for m in equal_images.models(images, "flow_maps")}
+    assert rows["lsd"].keys() == {"nfe1", "nfe2", "nfe4", "nfe8"} and rows["mcd4"].keys() == {"nfe4"}
+    assert all(levels.count(",") + 1 == n for n, levels in equal_images.LEVELS.items())
+
+
 def test_a_part_of_the_students_and_the_table_of_what_is_there():
     def models(only):
         lines = [line.split() for line in equal_images.commands("runs/equal", 19712, only)]
@@ -90,11 +106,13 @@ def test_a_part_of_the_students_and_the_table_of_what_is_there():
     assert equal_images.table(result).splitlines()[2] == "| sCT | teacher | 19,712 | 1: 50.0%, 1.250 |  |"
 
 
-def test_the_table_of_the_systems_is_that_of_the_stored_numbers():
-    root = Path(__file__).parents[2]
-    stored = json.loads((root / "docs/results/digits_equal_images.json").read_text())
-    assert equal_images.table(stored) in (root / "docs/systems.md").read_text()
+@pytest.mark.parametrize("compared", ["family", "flow_maps"])
+def test_the_table_of_the_systems_is_that_of_the_stored_numbers(compared):
+    root, name = Path(__file__).parents[2], {"family": "equal_images", "flow_maps": "flow_maps"}[compared]
+    stored = json.loads((root / f"docs/results/digits_{name}.json").read_text())
+    assert equal_images.table(stored, compared) in (root / "docs/systems.md").read_text()
     rows = {row["model"]: row for row in stored["rows"]}
-    assert rows.keys() <= {equal_images.TEACHER, *training()}
+    assert rows.keys() <= {equal_images.TEACHER, *training(compared)}
     assert all(0 <= s["accuracy"] <= 1 <= s["nfe"] for row in rows.values() for s in row["scores"].values())
-    assert {row["images"] for name, row in rows.items() if name != equal_images.TEACHER} == {19712}
+    images = {row["images"] for name, row in rows.items() if name != equal_images.TEACHER}
+    assert images == {equal_images.COMPARISONS[compared].images}
