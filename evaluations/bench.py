@@ -9,6 +9,7 @@ from cm.models.factory import choose_device
 from cm.tools.bench.runs import Options
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import Timing, beside_peers, interleaved
+from evaluations.features import inception_channels_last
 from evaluations.fid import frechet_distance
 from evaluations.inception_v3 import InceptionV3
 from evaluations.precision_recall import precision_recall
@@ -56,7 +57,7 @@ def bench_inception(options: Options, device: torch.device, batch: int = 0) -> l
     batch = batch or (64 if device.type == "cuda" else 8)
     images = torch.randint(0, 256, (batch, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     images = images.float().to(device)
-    used = True  # as evaluations.features loads it
+    used = inception_channels_last(device)
     nets = {"cm": InceptionV3(used).to(device), f"channels_last={not used}": InceptionV3(not used).to(device)}
     runs = {name: torch.no_grad()(lambda net=net: net(images)) for name, net in nets.items()}
     return [_row("inception", {"batch": batch, "channels_last": used}, runs, options, device, batch)]
