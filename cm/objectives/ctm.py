@@ -8,6 +8,7 @@ student's jump from u. Denoising score matching keeps g(x, t, t) a denoiser, wit
 the last layer equally long. Without a teacher the target network jumps to u by itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from cm.diffusion.ddim import ddim
 from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.grid import Grid, karras_sigma
 from cm.nn import append_dims, mean_flat
-from cm.objectives.base import Draw, Objective, Roles, bare
+from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.consistency import heun_step
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import Distance
@@ -171,34 +172,39 @@ class TrajectoryObjective(Objective):
     def consistency(self, roles: Roles, x0: Tensor, draw: TrajectoryDraw, **cond: Tensor) -> Tensor:
         """w d(G-(student's jump), G-(the other way)) per sample, both at the lowest level.
 
-        The gradient passes through the student's jump, and through the input of the target network's.
+        The gradient passes through the student's jump, and through the input of the target network's. All jumps drop
+        out under the same masks, as student and target do in the other objectives.
         """
         t, s = draw.t, draw.r
         lowest = torch.full_like(t, self.law.grid.sigma_min)
         x_t = x0 + draw.noise * append_dims(t, x0.ndim)
+        masks = rng_state(x0.device)
+
+        def jump(model: FlowMap, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            with replayed_rng(x0.device, masks):
+                return jumped(model, x, t, s, **cond)
+
         estimate = jumped(roles.student, x_t, t, s, **cond)
         with torch.no_grad():
-            u, x_u = self._to_u(roles, x_t, draw, **cond)
-            if self.inner == "none":
-                x_s = x_u
-            else:
-                x_s = jumped(
-                    bare(roles.student) if self.inner == "student" else roles.target, x_u, u, s, **cond
-                )
-            target = jumped(roles.target, x_s, s, lowest, **cond)
-        estimate = jumped(roles.target, estimate, s, lowest, **cond)
+            u, x_s = self._to_u(roles, x_t, draw, jump, **cond)
+            if self.inner != "none":
+                x_s = jump(bare(roles.student) if self.inner == "student" else roles.target, x_s, u, s)
+            target = jump(roles.target, x_s, s, lowest)
+        estimate = jump(roles.target, estimate, s, lowest)
         return self.distance(estimate, target) * self.weight(t, s)
 
-    def _to_u(self, roles: Roles, x: Tensor, draw: TrajectoryDraw, **cond: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_u(
+        self, roles: Roles, x: Tensor, draw: TrajectoryDraw, jump: Callable[..., Tensor], **cond: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(u (B,), the point there) on the trajectory through x at t."""
         index, n = draw.index, draw.heun_steps
         end = self.law.level(index + n)
         if roles.teacher is None and not self.iterate:
-            return end, jumped(roles.target, x, draw.t, end, **cond)
+            return end, jump(roles.target, x, draw.t, end)
         for k in range(n):
             t, r = (self.law.level(index + k + shift) for shift in (0, 1))
             if roles.teacher is None:
-                x = jumped(roles.target, x, t, r, **cond)
+                x = jump(roles.target, x, t, r)
             else:
                 x = heun_step(lambda x, t: roles.teacher(x, t, **cond), x, t, r)
         return end, x

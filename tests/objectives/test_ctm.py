@@ -15,6 +15,7 @@ from cm.diffusion.grid import Grid
 from cm.diffusion.precond import EDMPrecond
 from cm.diffusion.weightings import pair_weight
 from cm.errors import UserError
+from cm.nn import Dropout
 from cm.objectives.base import Roles
 from cm.objectives.ctm import (
     TrajectoryDraw,
@@ -208,6 +209,35 @@ def test_matching_is_edms_loss_with_a_weight_that_balances_gradients():
     close(balance(first, 0 * second, weight), 1e4)
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     assert last_weight(net) is net[1].weight
+
+
+class Masked(nn.Module):
+    """A network whose output is its dropout mask; `seen` collects the masks of all passes."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.drop, self.seen, self.weight = Dropout(0.5), seen, nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x, t, second=None):
+        mask = self.drop(torch.ones_like(x))
+        self.seen.append(mask.detach() != 0)
+        return self.weight * mask
+
+
+@pytest.mark.parametrize("inner", ["student", "target"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_all_jumps_drop_out_under_the_same_masks(inner, alone):
+    seen = []
+    student, target = (FlowMap(Masked(seen), EDMPrecond()) for _ in range(2))
+    teacher = None if alone else Denoiser(Masked([]).eval(), EDMPrecond())
+    for model in (student, target):
+        model.net.drop.rows = torch.arange(6, dtype=torch.int32) * 2**28
+    loss = objective(4, distillation=not alone, inner=inner)
+    x0 = torch.zeros(6, 1, 4, 4)
+    loss.forward(Roles(student, target, teacher), x0, loss.draw(x0, 0, StepRandom(0, 0, 0, 6, 6)), 0)
+    assert len(seen) == (5 if alone else 4)
+    assert all(torch.equal(seen[0], mask) for mask in seen)
+    assert 0.2 < seen[0].float().mean() < 0.8
 
 
 def test_draws_do_not_depend_on_the_ranks():
