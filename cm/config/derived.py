@@ -117,7 +117,7 @@ def guidance_of(config: TrainConfig) -> Guidance | None:
 def channels_last(config: Config, device_type: str) -> bool:
     """--channels_last with `auto` by rule: on a GPU for half precision, on a CPU from 64 channels on.
 
-    Where it says yes on a CPU, `cm.models.memory_format` measures.
+    Where it says yes, `cm.models.memory_format` measures.
     """
     if config.channels_last != "auto":
         return config.channels_last == "True"

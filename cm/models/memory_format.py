@@ -1,7 +1,8 @@
-"""Torch's default memory format or channels-last: --channels_last, with `auto` decided by a measurement on a CPU.
+"""Torch's default memory format or channels-last: --channels_last, with `auto` decided by a measurement.
 
-Which one is faster depends on the processor (its vector width), on the network, and on whether there is a backward
-pass. The answer of a measurement is kept for the machine, so that a second start computes in the same format.
+Which one is faster depends on the device (a CPU's vector width; a GPU's convolutions against the copies around its group
+norm), on the network, and on whether there is a backward pass. The answer of a measurement is kept for the machine, so
+that a second start computes in the same format.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from cm.runtime.platform import processor
 from cm.storage.filesystem import cache_folder, write_atomic
 
 FILE = "memory_formats.json"
-IMAGES = 4  # at most, of a measured pass
+IMAGES = {"cpu": 4, "cuda": 32}  # at most, of a measured pass
 REPEATS = 2
 FORMATS = {"default": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -39,23 +40,29 @@ def memory_format(
 ) -> torch.memory_format:
     """The format of the networks. All ranks must call it.
 
-    On a CPU `auto` is decided by timing the forward pass, in training with the backward pass, of at most IMAGES images;
-    on a GPU, with --deterministic, and for networks so narrow that the default always wins, by a rule.
+    `auto` is decided by timing the forward pass, in training with the backward pass, of at most IMAGES images; with
+    --deterministic, for networks of which the default always wins, and where a GPU compiles, by a rule.
     """
     last = channels_last(config, device.type)
-    if config.channels_last == "auto" and last and device.type == "cpu" and not config.deterministic:
-        last = distributed.on_main(lambda: _measured(config, training, min(images, IMAGES)))
+    if config.channels_last == "auto" and last and not config.deterministic and _measurable(config, device):
+        count = min(images, IMAGES[device.type])
+        last = distributed.on_main(lambda: _measured(config, device, training, count))
     return torch.channels_last if last else torch.preserve_format
 
 
-def _measured(config: Config, training: bool, images: int) -> bool:
+def _measurable(config: Config, device: torch.device) -> bool:
+    """Compiled kernels have other times on a GPU; a device without values has none."""
+    return device.type == "cpu" or (torch.cuda.is_available() and not getattr(config, "compile", False))
+
+
+def _measured(config: Config, device: torch.device, training: bool, images: int) -> bool:
     """Whether channels-last is the faster one here; measured, unless this machine knows the answer."""
-    facts = _facts(config, training, images)
+    facts = _facts(config, device, training, images)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     if key not in _decided:
         known = _read()
         if not isinstance(known.get(key), bool):
-            seconds = measure(config, training=training, images=images)
+            seconds = measure(config, device, training=training, images=images)
             faster = seconds["channels-last"] < seconds["default"]
             what = "forward and backward" if training else "forward"
             logger.log(
@@ -68,17 +75,22 @@ def _measured(config: Config, training: bool, images: int) -> bool:
     return _decided[key]
 
 
-def _facts(config: Config, training: bool, images: int) -> dict[str, Any]:
-    """What the answer depends on: machine, version of torch, threads, and the network."""
+def _facts(config: Config, device: torch.device, training: bool, images: int) -> dict[str, Any]:
+    """What the answer depends on: device, version of torch, threads, and the network."""
     network = {
         name: getattr(config, name) for name in Architecture.__dataclass_fields__ if hasattr(config, name)
     }
     options = network_options(config)
-    return {
+    machine = {
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        machine = {"processor": torch.cuda.get_device_name(device)}
+    return {
+        **machine,
+        "torch": torch.__version__,
         "precision": precision(config),
         "training": training,
         "images": images,
@@ -86,11 +98,14 @@ def _facts(config: Config, training: bool, images: int) -> dict[str, Any]:
     }
 
 
-def measure(config: Config, *, training: bool, images: int) -> dict[str, float]:
-    """Processor seconds per thread of one pass in each format, the fastest of a few in turns; leaves no trace."""
+def measure(config: Config, device: torch.device, *, training: bool, images: int) -> dict[str, float]:
+    """Seconds of one pass in each format, the fastest of a few in turns; leaves no trace.
+
+    On a CPU processor seconds per thread, which other programs disturb less.
+    """
     channels = config.in_channels or 3
     with torch.random.fork_rng(devices=[]):
-        x = torch.randn(images, channels, config.image_size, config.image_size)
+        x = torch.randn(images, channels, config.image_size, config.image_size).to(device)
         runs = {}
         for name, layout in FORMATS.items():
             net = create_network(config, two_times=False).train(
@@ -99,20 +114,29 @@ def measure(config: Config, *, training: bool, images: int) -> dict[str, float]:
             if precision(config) != "fp32":
                 net.convert_torso(torso_dtype(precision(config)))
             labelled = config.class_cond and "y" in inspect.signature(net.forward).parameters
-            y = {"y": torch.zeros(images, dtype=torch.int64)} if labelled else {}
-            runs[name] = _pass(net.to(memory_format=layout), x.contiguous(memory_format=layout), y, training)
+            y = {"y": torch.zeros(images, dtype=torch.int64, device=device)} if labelled else {}
+            net = net.to(device, memory_format=layout)
+            runs[name] = _pass(net, x.contiguous(memory_format=layout), y, training)
         best = dict.fromkeys(runs, float("inf"))
         for k in range(1 + REPEATS):  # the first one warms up
             for name, run in runs.items():
-                begin = time.process_time()
+                begin = _clock(device)
                 run()
                 if k:
-                    best[name] = min(best[name], time.process_time() - begin)
-    return {name: seconds / torch.get_num_threads() for name, seconds in best.items()}
+                    best[name] = min(best[name], _clock(device) - begin)
+    return best
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds; on a GPU when all that was asked of it is done."""
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _pass(net: nn.Module, x: torch.Tensor, cond: dict, training: bool) -> Callable[[], None]:
-    times = torch.linspace(0.1, 1.0, len(x))
+    times = torch.linspace(0.1, 1.0, len(x), device=x.device)
 
     def run() -> None:
         with torch.set_grad_enabled(training):

@@ -1,4 +1,4 @@
-"""--channels_last auto: a measurement decides on a CPU, once for a machine, a network and a kind of pass."""
+"""--channels_last auto: a measurement decides, once for a machine, a network and a kind of pass."""
 
 import json
 
@@ -19,8 +19,8 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(formats, "_decided", {})
 
     class Asked(list):
-        def __call__(self, config, **given):
-            self.append(given)
+        def __call__(self, config, device, **given):
+            self.append({"device": device.type, **given})
             return self.seconds
 
     calls = Asked()
@@ -43,7 +43,7 @@ def forget(monkeypatch):
 def test_the_faster_format_is_taken_and_said(seconds, expected, asked, capsys):
     asked.seconds = {"channels-last": seconds, "default": 2.0}
     assert chosen() == expected
-    assert asked == [{"training": True, "images": 4}]
+    assert asked == [{"device": "cpu", "training": True, "images": 4}]
     text = capsys.readouterr().out
     assert (
         f"channels-last {1e3 * seconds:.0f} ms, default 2000 ms" in text
@@ -93,6 +93,18 @@ def test_nothing_is_measured_where_there_is_no_question(flags, expected, asked):
     assert chosen(**flags) == expected and asked == []
 
 
+def test_a_gpu_is_asked_unless_it_compiles(asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    cuda = {"device": torch.device("cuda"), "images": 64}
+    asked.seconds = {"channels-last": 2.0, "default": 1.0}
+    assert chosen(**cuda, compile=True, precision="bf16") == torch.channels_last and asked == []
+    assert chosen(**cuda, precision="fp32") == torch.preserve_format and asked == []
+    assert chosen(**cuda, precision="bf16") == torch.preserve_format
+    assert asked == [{"device": "cuda", "training": True, "images": 32}]
+    assert chosen() == torch.preserve_format and asked[1]["device"] == "cpu", "an answer for each device"
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "config", [configure(SampleConfig, **SMALL), configure(ClassifierConfig, **SMALL, num_classes=3)]
@@ -100,6 +112,6 @@ def test_nothing_is_measured_where_there_is_no_question(flags, expected, asked):
 def test_the_measurement_leaves_no_trace(config, training):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    seconds = formats.measure(config, training=training, images=2)
+    seconds = formats.measure(config, CPU, training=training, images=2)
     assert seconds.keys() == {"default", "channels-last"} and min(seconds.values()) > 0
     assert torch.equal(torch.get_rng_state(), before)
