@@ -1,8 +1,8 @@
 """Torch's default memory format or channels-last: --channels_last, with `auto` decided by a measurement.
 
-Which one is faster depends on the device (a CPU's vector width; a GPU's convolutions against the copies around its group
-norm), on the network, and on whether there is a backward pass. The answer of a measurement is kept for the machine, so
-that a second start computes in the same format.
+Which one is faster depends on the device (a CPU's vector width; a GPU's convolutions against the copies around its
+group norm), on the network, and on whether there is a backward pass. The answer of a measurement is kept for the
+machine, so that a second start computes in the same format.
 """
 
 import hashlib
