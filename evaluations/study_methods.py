@@ -103,14 +103,26 @@ def _variation(like: str, title: str, **flags: Any) -> Method:
     return Method(title, sets=ONE, like=like, flags=flags)
 
 
+# EDM's weight: the network's own output learns equally from all levels
+EQUAL = {"weight_schedule": "karras"}
+# The loss of improved consistency training, and pairs mostly from where a student's error arises
+IMPROVED = {"weight_schedule": "inverse-gap", "loss_norm": "pseudo-huber"}
+MIDDLE = {"pairs": "lognormal-grid", "p_mean": 0.5, "p_std": 1.5}
 VARIATIONS = {
-    # Why CD might miss its bar: rate, target, grid, distance
+    # Why CD misses its bar: rate, target, grid, weight, distance, pairs
     "cd_rate": _variation("cd", "CD, rate 3e-4", lr=3e-4),
     "cd_mu0": _variation("cd", "CD, mu = 0", start_ema=0.0),
     "cd_n9": _variation("cd", "CD, N = 9", start_scales=9),
-    "cd_huber": _variation("cd", "CD, pseudo-Huber", loss_norm="pseudo-huber"),
-    "cd_weight": _variation("cd", "CD, weight 1 / (t - r)", weight_schedule="inverse-gap"),
-    "cd_karras": _variation("cd", "CD, weight of EDM", weight_schedule="karras"),
+    "cd_karras": _variation("cd", "CD, weight of EDM", **EQUAL),
+    "cd_lognormal": _variation("cd", "CD, weight of EDM, pairs from ln(t) ~ N(0.5, 1.5)", **EQUAL, **MIDDLE),
+    "cd_huber": _variation("cd", "CD, pseudo-Huber, weight 1 / (t - r)", **IMPROVED),
+    "cd_improved": _variation(
+        "cd", "CD, pseudo-Huber, weight 1 / (t - r), pairs from ln(t) ~ N(0.5, 1.5)", **IMPROVED, **MIDDLE
+    ),
+    # Why iCT is behind CT: its last N, its first N, its rate
+    "ict_s20": _variation("ict", "iCT, N from 10 to 20", end_scales=20),
+    "ict_s0": _variation("ict", "iCT, N from 2 to 64", start_scales=2, end_scales=64),
+    "ict_rate": _variation("ict", "iCT, rate 5e-4", lr=5e-4),
     # The ablation of iCT (Song & Dhariwal 2023, Figure 5): each takes one of its parts away
     "ict_mu": _variation("ict", "iCT with a target network, mu = 0.9", start_ema=0.9),
     "ict_l2": _variation("ict", "iCT with l2", loss_norm="l2"),
