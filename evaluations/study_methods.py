@@ -76,7 +76,8 @@ JUMPS = {f"nfe{n}": {"sampler": "jumps", "steps": n} for n in (1, 2, 4)}
 GAMMA = {f"nfe{n}": {"sampler": "gamma", "steps": n} for n in (1, 2, 4)}
 METHODS = {
     "edm": Method("EDM teacher", "", "edm_train", DENOISER),
-    "cd": Method("CD", sets=CONSISTENCY, edits=True),
+    "cd": Method("CD", sets=CONSISTENCY),
+    "cd_huber": Method("CD, iCT's loss", sets=CONSISTENCY, edits=True),
     "ct": Method("CT", sets=CONSISTENCY, edits=True),
     "ect": Method("ECT", sets=CONSISTENCY),
     "ict": Method("iCT", sets=CONSISTENCY),
@@ -105,8 +106,7 @@ def _variation(like: str, title: str, **flags: Any) -> Method:
 
 # EDM's weight: the network's own output learns equally from all levels
 EQUAL = {"weight_schedule": "karras"}
-# The loss of improved consistency training, and pairs mostly from where a student's error arises
-IMPROVED = {"weight_schedule": "inverse-gap", "loss_norm": "pseudo-huber"}
+# Pairs mostly from where a student's error arises
 MIDDLE = {"pairs": "lognormal-grid", "p_mean": 0.5, "p_std": 1.5}
 VARIATIONS = {
     # Why CD misses its bar: rate, target, grid, weight, distance, pairs
@@ -114,11 +114,8 @@ VARIATIONS = {
     "cd_mu0": _variation("cd", "CD, mu = 0", start_ema=0.0),
     "cd_n9": _variation("cd", "CD, N = 9", start_scales=9),
     "cd_karras": _variation("cd", "CD, weight of EDM", **EQUAL),
-    "cd_lognormal": _variation("cd", "CD, weight of EDM, pairs from ln(t) ~ N(0.5, 1.5)", **EQUAL, **MIDDLE),
-    "cd_huber": _variation("cd", "CD, pseudo-Huber, weight 1 / (t - r)", **IMPROVED),
-    "cd_improved": _variation(
-        "cd", "CD, pseudo-Huber, weight 1 / (t - r), pairs from ln(t) ~ N(0.5, 1.5)", **IMPROVED, **MIDDLE
-    ),
+    "cd_lognormal": _variation("cd", "CD, weight of EDM, more pairs of middle levels", **EQUAL, **MIDDLE),
+    "cd_improved": _variation("cd_huber", "CD, iCT's loss, more pairs of middle levels", **MIDDLE),
     # Why iCT is behind CT: its last N, its first N, its rate
     "ict_s20": _variation("ict", "iCT, N from 10 to 20", end_scales=20),
     "ict_s0": _variation("ict", "iCT, N from 2 to 64", start_scales=2, end_scales=64),

@@ -62,6 +62,7 @@ def bars(study: Study, results: Results) -> list[Bar]:
     teacher = of(TEACHER, MANY)
     found = [
         Bar("CD, one evaluation / teacher, 35", _ratio(of("cd"), teacher), 1.3),
+        Bar("CD with iCT's loss, one evaluation / teacher, 35", _ratio(of("cd_huber"), teacher), 1.3),
         Bar("CT, one evaluation / teacher, 35", _ratio(of("ct"), teacher), 2.5),
         Bar("iCT / CT, one evaluation", _ratio(of("ict"), of("ct")), 1.0),
         Bar("ECT / CT, one evaluation", _ratio(of("ect"), of("ct")), 1.0),
