@@ -29,7 +29,7 @@ from cm.runtime.provenance import versions
 from evaluations.npz_io import open_images
 from evaluations.study_edits import draw_edits, measure_edits
 from evaluations.study_levels import errors_by_level
-from evaluations.study_measure import Ruler, classifier, draw, prepare, search_middle
+from evaluations.study_measure import Ruler, arrays_of, checkerboard, classifier, draw, prepare, search_middle
 from evaluations.study_methods import (
     CONSISTENCY,
     MANY,
@@ -154,6 +154,7 @@ class Runner:
         found = {"method": name, "set": kind, "images_seen": images_seen(self.study, name, self.scale)}
         found |= self.ruler.measure(paths) | {"flags": flags}
         if kind in (MANY, "nfe1"):
+            found["checkerboard"] = checkerboard(arrays_of(paths[0])[0])
             found["neighbours"] = self.ruler.neighbours(paths[0])
         return found
 

@@ -130,20 +130,31 @@ def _cell(found: dict[str, Any]) -> str:
 
 def details_table(study: Study, results: Results) -> list[str]:
     """Markdown: what else was measured, of one evaluation and of the teacher's own samples."""
-    lines = [
-        "| samples | read as their class | KID x 1000 | precision | recall | to the nearest training image |",
-        "|---|---|---|---|---|---|",
-    ]
+    names = (
+        "read as their class",
+        "KID x 1000",
+        "precision",
+        "recall",
+        "to the nearest training image",
+        "2 x 2 pattern",
+    )
+    lines = ["| samples | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     rows = [(f"{m.title}, {TITLES[k]}", f"{n}_{k}") for n, m in plain(study).items() for k in (MANY, "nfe1")]
+    rows += [(m.title, f"{n}_nfe1") for n, m in study.methods.items() if m.like]
     for title, key in [*rows, ("training images", "floor")]:
         if key not in results:
             continue
         m, near = results[key]["metrics"], results[key].get("neighbours")
         distance = f"{near['samples']:.3f} (test images: {near['test']:.3f})" if near else "0"
-        lines.append(
-            f"| {title} | {m['accuracy']:.1%} | {1000 * m['kid']:.2f} | {m['precision']:.3f} | {m['recall']:.3f} "
-            f"| {distance} |"
-        )
+        pattern = results[key].get("checkerboard")
+        cells = [
+            f"{m['accuracy']:.1%}",
+            f"{1000 * m['kid']:.2f}",
+            f"{m['precision']:.3f}",
+            f"{m['recall']:.3f}",
+        ]
+        cells += [distance, "" if pattern is None else f"{pattern:+.2f}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -18,7 +18,16 @@ from evaluations import study as command
 from evaluations import study_edits, study_levels, study_measure
 from evaluations.reports.figures import FIGURES, points
 from evaluations.reports.results import load_results
-from evaluations.study_measure import Ruler, as_rows, classifier, draw, nearest, prepare, search_middle
+from evaluations.study_measure import (
+    Ruler,
+    as_rows,
+    checkerboard,
+    classifier,
+    draw,
+    nearest,
+    prepare,
+    search_middle,
+)
 from evaluations.study_methods import (
     CONSISTENCY,
     MANY,
@@ -176,6 +185,14 @@ def test_errors_along_a_trajectory():
     checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
     assert study_levels.fine(checks[None, None, :, :]) == pytest.approx(8 / 9, rel=0.1)
     assert study_levels.fine(torch.zeros(1, 1, 8, 8)) == 0
+
+
+def test_a_pattern_of_patches_is_seen():
+    images = np.full((2, 4, 4, 1), 100, np.uint8)
+    images[:, ::2, ::2] += 6
+    images[:, 1::2, 1::2] += 6
+    assert checkerboard(images) == 6 and checkerboard(255 - images) == -6
+    assert checkerboard(np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)) == 0  # a plane
 
 
 def test_nearest_images():
