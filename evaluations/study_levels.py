@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.commands.cli import parse
+from cm.config.derived import lowest_level
 from cm.config.scripts import SampleConfig
 from cm.diffusion.denoiser import DenoiseFn
 from cm.diffusion.grid import karras_sigmas
@@ -53,6 +54,7 @@ def fine(images: Tensor) -> float:
 def errors_by_level(teacher: Path, student: Path, cache: Path) -> dict[str, Any]:
     """Of f(x_i, sigma_i) along the teacher's trajectory x_i: distance to its end, and fine structure.
 
+    Down to the lowest level that the student knows.
     cache: npz of the trajectory, made where there is none.
     """
     model = load_model(student)
@@ -67,6 +69,8 @@ def errors_by_level(teacher: Path, student: Path, cache: Path) -> dict[str, Any]
         points = torch.from_numpy(arrays["points"])
     end, denoise, rows = points[-1], denoiser_of(model), []
     for sigma, x in zip(sigmas.float(), points):
+        if sigma < lowest_level(c):
+            break
         ended = denoise(x, sigma.expand(COUNT))
         distance = float((ended - end).square().mean().sqrt())
         rows.append({"sigma": float(sigma), "distance": distance, "fine": fine(ended)})
@@ -77,10 +81,11 @@ def levels_table(results: Mapping[str, dict[str, Any]], titles: Mapping[str, str
     """Markdown. results: method -> what errors_by_level found."""
     if not results:
         return []
-    first = next(iter(results.values()))
-    names = [f"from {first['levels'][i]['sigma']:.2g}" for i in SHOWN]
+    every = max((found["levels"] for found in results.values()), key=len)
+    names = [f"from {every[i]['sigma']:.2g}" for i in SHOWN if i < len(every)]
     lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for method, found in results.items():
-        cells = [f"{found['levels'][i]['distance']:.3f} / {found['levels'][i]['fine']:.3f}" for i in SHOWN]
+        rows = [found["levels"][i] if i < len(found["levels"]) else None for i in SHOWN[: len(names)]]
+        cells = [f"{row['distance']:.3f} / {row['fine']:.3f}" if row else "" for row in rows]
         lines.append(f"| {titles[method]} | " + " | ".join(cells) + " |")
     return lines

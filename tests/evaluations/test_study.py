@@ -187,6 +187,20 @@ def test_errors_along_a_trajectory():
     assert study_levels.fine(torch.zeros(1, 1, 8, 8)) == 0
 
 
+def test_errors_are_measured_down_to_the_lowest_level_of_a_student(tiny, tmp_path, monkeypatch):
+    _, run = tiny
+    model = run / "cd" / "checkpoints" / "step_000800" / "model.pt"
+    for name, value in {"COUNT": 2, "STEPS": 5, "SHOWN": (0, 2, 4)}.items():
+        monkeypatch.setattr(study_levels, name, value)
+    every = study_levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
+    assert len(every["levels"]) == 5 and every["levels"][-1]["distance"] < 0.01
+    monkeypatch.setattr(study_levels, "lowest_level", lambda _: 1.0)
+    fewer = study_levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
+    assert fewer["levels"] == every["levels"][:3]
+    table = study_levels.levels_table({"a": fewer, "b": every}, {"a": "A", "b": "B"})
+    assert table[0] == "| model | from 80 | from 2.5 | from 0.002 |" and table[2].endswith(" |  |")
+
+
 def test_a_pattern_of_patches_is_seen():
     images = np.full((2, 4, 4, 1), 100, np.uint8)
     images[:, ::2, ::2] += 6
