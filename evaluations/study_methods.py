@@ -108,6 +108,7 @@ def _variation(like: str, title: str, **flags: Any) -> Method:
 EQUAL = {"weight_schedule": "karras"}
 # Pairs mostly from where a student's error arises
 MIDDLE = {"pairs": "lognormal-grid", "p_mean": 0.5, "p_std": 1.5}
+PAPER = {"p_std": 2.0}
 VARIATIONS = {
     # Why CD misses its bar: rate, target, grid, weight, distance, pairs
     "cd_rate": _variation("cd", "CD, rate 3e-4", lr=3e-4),
@@ -115,16 +116,17 @@ VARIATIONS = {
     "cd_n9": _variation("cd", "CD, N = 9", start_scales=9),
     "cd_karras": _variation("cd", "CD, weight of EDM", **EQUAL),
     "cd_lognormal": _variation("cd", "CD, weight of EDM, more pairs of middle levels", **EQUAL, **MIDDLE),
+    "cd_huber1": _variation("cd", "CD, pseudo-Huber, weight 1", loss_norm="pseudo-huber"),
     "cd_improved": _variation("cd_huber", "CD, iCT's loss, more pairs of middle levels", **MIDDLE),
-    # Why iCT is behind CT: its last N, its first N, its rate
-    "ict_s20": _variation("ict", "iCT, N from 10 to 20", end_scales=20),
-    "ict_s0": _variation("ict", "iCT, N from 2 to 64", start_scales=2, end_scales=64),
-    "ict_rate": _variation("ict", "iCT, rate 5e-4", lr=5e-4),
+    # Why iCT was behind CT with the paper's pairs: their law, its last N, its first N, its rate
+    "ict_paper": _variation("ict", "iCT, pairs from ln(t) ~ N(-1.1, 2) as in the paper", **PAPER),
+    "ict_s20": _variation("ict", "the same, N from 10 to 20", **PAPER, end_scales=20),
+    "ict_s0": _variation("ict", "the same, N from 2 to 64", **PAPER, start_scales=2, end_scales=64),
+    "ict_rate": _variation("ict", "the same, rate 5e-4", **PAPER, lr=5e-4),
     # The ablation of iCT (Song & Dhariwal 2023, Figure 5): each takes one of its parts away
     "ict_mu": _variation("ict", "iCT with a target network, mu = 0.9", start_ema=0.9),
     "ict_l2": _variation("ict", "iCT with l2", loss_norm="l2"),
     "ict_weight": _variation("ict", "iCT with weight 1", weight_schedule="uniform"),
-    "ict_pairs": _variation("ict", "iCT with pairs evenly in ln(t)", p_std=100.0),
     "ict_steps": _variation(
         "ict", "iCT with CT's N(k), 2 to 17", scale_mode="progressive", start_scales=2, end_scales=17
     ),

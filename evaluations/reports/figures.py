@@ -68,7 +68,7 @@ ICT_LABELS = {
     "no_ema": "target network, mu = 0.9",
     "huber": "l2",
     "weight": "weight 1",
-    "lognormal": "pairs evenly in ln(t)",
+    "pairs": "the other law of pairs",
     "doubling": "CT's N(k), 2 to 17",
 }
 
