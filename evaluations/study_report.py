@@ -218,29 +218,29 @@ def pictures(name: str, study: Study, run: Path, results: Results, folder: Path)
         path = folder / f"{name}_grid.png"
         image_page(path, blocks)
         lines.append(f"![The same noise and classes with every method](pictures/{path.name})")
-    return [*lines, *edit_pages(name, study, run, folder), *figures_of(name, results, folder)]
+    return [*lines, *edit_pages(name, study, run, results, folder), *figures_of(name, results, folder)]
 
 
 def figures_of(name: str, results: Results, folder: Path) -> list[str]:
     """Draw the paper's figures in miniature whose every run was measured; Markdown that shows them, and what lacks."""
-    measured, lines, lacking = of_study(name, results), [], []
+    measured, lines, lacking = of_study(name, results), [], {}
     for figure, about in FIGURES.items():
         if not about.x or name not in about.curves:
             continue
         path = folder / f"{name}_figure{figure}.png"
-        if missing := draw_figure(path, figure, name, measured):
-            lacking += [line for line in missing if line not in lacking]
+        lacking |= dict.fromkeys(draw_figure(path, figure, name, measured))
         if path.exists():
             lines.append(f"![{about.title}](pictures/{path.name})")
-    return [*lines, *lacking]
+    runs = ", ".join(line.removeprefix("not measured: ").removeprefix(f"{name}_") for line in lacking)
+    return [*lines, *([textwrap.fill(f"Not measured for the figures: {runs}.", 119)] if lacking else [])]
 
 
-def edit_pages(name: str, study: Study, run: Path, folder: Path) -> list[str]:
+def edit_pages(name: str, study: Study, run: Path, results: Results, folder: Path) -> list[str]:
     """Copy the pages of edits; Markdown that shows them."""
     lines = []
     for method, row in study.methods.items():
         page = run / "samples" / method / "edits.png"
-        if page.exists():
+        if f"{method}_edits" in results and page.exists():
             path = folder / f"{name}_edits_{method}.png"
             write_atomic(path, page.read_bytes())
             lines.append(f"![Edits of test images by {row.title}](pictures/{path.name})")

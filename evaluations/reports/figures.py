@@ -138,6 +138,7 @@ FIGURES: dict[str, Figure] = {
             "fashion": (
                 Curve("PD, l2", ("fashion_pd",), _PD_STEPS),
                 Curve("CD, l2", ("fashion_cd",), _PD_STEPS),
+                Curve("CD, iCT's loss", ("fashion_cd_huber",), _PD_STEPS),
             ),
         },
     ),

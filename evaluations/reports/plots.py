@@ -13,6 +13,7 @@ from cm.storage.filesystem import write_atomic
 Figure = Any  # matplotlib's
 DPI = 100
 TILE = 48  # pixels: smaller images are enlarged to at least this size on a page
+MARKERS = "os^"
 TITLE = 0.32  # inches above the images of a block
 
 
@@ -68,10 +69,11 @@ def line_plot(
         raise ValueError(f"{title}: nothing to plot")
     figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
-    for s in series:
+    for i, s in enumerate(series):
         x, y, error = zip(*sorted(zip(s.x, s.y, s.error or [0] * len(s.x))))
         style = {"linestyle": "--", "markerfacecolor": "white"} if s.dashed else {}
-        axes.errorbar(x, y, error if s.error else None, marker="o", label=s.name, **style)
+        marker = MARKERS[i // 10 % len(MARKERS)]  # there are ten colours
+        axes.errorbar(x, y, error if s.error else None, marker=marker, label=s.name, **style)
     if log_x:
         ticks = sorted({x for s in series for x in s.x})
         axes.set_xscale("log")
@@ -82,6 +84,8 @@ def line_plot(
     values = [y for s in series for y in s.y]
     if 0 < 10 * min(values) < max(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title(title, loc="left")
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
