@@ -1,4 +1,4 @@
-"""What the presets of flow maps learn of points in the plane in a second: rows of the map itself do not drown the data."""
+"""What presets of flow maps learn of points in the plane in a second: rows of the map itself do not drown the data."""
 
 import pytest
 import torch
