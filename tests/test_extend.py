@@ -17,6 +17,7 @@ from cm.config import plugins
 from cm.config.fields import flags_of
 from cm.config.rows import DISTANCES, METRICS, OBJECTIVES, SAMPLERS
 from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, configuration_class
+from cm.data import open_dataset
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
 from cm.runtime import logger
@@ -81,6 +82,12 @@ def test_a_loss_from_help_to_samples(examples):
     assert not any(name.startswith("target") for name in names), "mu = 0 keeps no copy of the student"
     _, meta = load_weights(complete_checkpoints("run")[0] / "model000002.pt")
     assert meta["config"]["plugins"][0]["rows"] == ["training_mode huber_ct"]
+    for plugin in list(plugins._loaded):
+        plugins.forget(plugin)
+    again = parse_config(
+        CmTrainConfig, ["--config", "run", *LOSS[:2]]
+    )  # the plug-in brings rows that the file names
+    assert (again.training_mode, again.start_scales, again.huber_c) == ("huber_ct", 6, 0.03)
     train(*LOSS, "--out_dir", "run", "--resume_with_changes", "True", steps=4)  # goes on
     assert [path.name for path in complete_checkpoints("run")] == ["step_000002", "step_000004"]
     assert (examples / "run" / "previews").is_dir()
@@ -166,6 +173,21 @@ def test_a_network(examples):
     )
     with pytest.raises(UserError, match="--network dit computes in fp32 only"):
         parse_config(EdmTrainConfig, [*flags, "--precision", "bf16"])
+
+
+def test_a_source_may_leave_out_shape_and_gather(examples):
+    """Its images then go through the decoder one by one; what is missing of the rest is said in a line."""
+    text = EXAMPLES["my_data.py"]
+    without = text.replace("    shape = (8, 8, 1)\n", "").replace("np.zeros(self.shape", "np.zeros((8, 8, 1)")
+    assert without != text
+    (examples / "my_plain_data.py").write_text(without)
+    plugins.load("my_plain_data.py")
+    dataset = open_dataset("squares:6", image_size=8, labels="auto", class_cond=True)
+    assert dataset.batch([1, 5], [0, 0]).images.shape == (2, 1, 8, 8) and dataset.num_classes == 4
+    (examples / "my_plain_data.py").write_text(without.replace("def labels", "def classes"))
+    plugins.load("my_plain_data.py")
+    with pytest.raises(UserError, match="squares:6: its data source, Squares, has no labels"):
+        open_dataset("squares:6", image_size=8, labels="auto", class_cond=True)
 
 
 def test_a_metric(examples):

@@ -97,8 +97,10 @@ def parse_config(
     script = script_of(config_class)
     # First what chooses rows, since the rows bring flags of their own.
     first, _ = _given(build_parser(config_class, main=False), [a for a in argv if a not in ("-h", "--help")])
-    file = read_file(first["config"], script) if first.get("config") else {}
+    file = read_file(first["config"]) if first.get("config") else {}
     plugins.load(str(first.get("plugin") or file.get("plugin") or ""))
+    if "script" in file:
+        file = _of_a_run(file, first["config"], script)
     from_preset = _preset_values({**file, **first}, script)
     chosen = {**from_preset, **_texts(file), **first}
     cls = configuration_class(config_class, chosen)
@@ -142,11 +144,8 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
-def read_file(path: str, script: str = "") -> dict[str, Any]:
-    """The flags of a --config file for a script: JSON, YAML by its ending, or what a run wrote (also its directory).
-
-    Without a script: the file's content as it is.
-    """
+def read_file(path: str) -> dict[str, Any]:
+    """The content of a --config file: JSON, YAML by its ending, or what a run wrote (also its directory)."""
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")
     try:
@@ -161,7 +160,7 @@ def read_file(path: str, script: str = "") -> dict[str, Any]:
     for name in ("preset", "variant", "plugin", "script"):  # they choose what all other names mean
         if problem := misfit(content, {name: str}):
             raise UserError(f"--config {path}: {problem}")
-    return _of_a_run(content, path, script) if script and "script" in content else content
+    return content
 
 
 def _yaml(text: str, path: str) -> Any:

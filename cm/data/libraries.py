@@ -91,8 +91,19 @@ class DatasetSource(LibrarySource):
 
 
 def as_source(made: Any, path: str) -> Any:
-    """What a plug-in's data source returned: a source of ours, or a data set in torch's form as one."""
-    return made if hasattr(made, "read") else DatasetSource(path, made)
+    """What a plug-in's data source returned: a source of ours, or a data set in torch's form as one.
+
+    A source may leave out `shape` and `gather`; UserError for what neither form can do without.
+    """
+    ours = hasattr(made, "read")
+    needed = ("path", "__len__", "name", "labels", "identity") if ours else ("__len__", "__getitem__")
+    if missing := [name for name in needed if not hasattr(made, name)]:
+        raise UserError(f"{path}: its data source, {type(made).__name__}, has no {', '.join(missing)}")
+    if not ours:
+        return DatasetSource(path, made)
+    if not (hasattr(made, "shape") and hasattr(made, "gather")):
+        made.shape = None
+    return made
 
 
 def as_pixels(image: Any, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from cm.config.scripts import (
     CmTrainConfig,
     EdmTrainConfig,
     SampleConfig,
+    TrainConfig,
     configuration_class,
     flags_of,
 )
@@ -32,7 +33,6 @@ from cm.tools.planning.devices import Cluster, parse_cluster
 from cm.tools.planning.estimate import Sampling, Step, largest_microbatch, plan_sampling, plan_step
 from cm.tools.profiling.report import Report, Row, load_report
 
-TrainConfig = EdmTrainConfig | CmTrainConfig
 HOUR = 3600
 # A GPU is slow at fewer images at a time than this.
 USEFUL = 8
