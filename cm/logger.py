@@ -7,75 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cm.runtime import launch
-from cm.runtime.log_writers import (
-    CSVOutputFormat,
-    HumanOutputFormat,
-    JSONOutputFormat,
-    KVWriter,
-    SeqWriter,
-    TensorBoardOutputFormat,
-    make_output_format,
-)
-from cm.runtime.logger import (
-    DEBUG,
-    DISABLED,
-    ERROR,
-    INFO,
-    WARN,
-    Logger,
-    configure,
-    dumpkvs,
-    get_current,
-    get_dir,
-    getkvs,
-    log,
-    logkv,
-    logkv_mean,
-    logkvs,
-    mpi_weighted_mean,
-    reset,
-    scoped_configure,
-    warn,
-)
-
-__all__ = [
-    "DEBUG",
-    "DISABLED",
-    "ERROR",
-    "INFO",
-    "WARN",
-    "CSVOutputFormat",
-    "HumanOutputFormat",
-    "JSONOutputFormat",
-    "KVWriter",
-    "Logger",
-    "SeqWriter",
-    "TensorBoardOutputFormat",
-    "configure",
-    "debug",
-    "dump_tabular",
-    "dumpkvs",
-    "error",
-    "get_current",
-    "get_dir",
-    "get_rank_without_mpi_import",
-    "getkvs",
-    "info",
-    "log",
-    "logkv",
-    "logkv_mean",
-    "logkvs",
-    "make_output_format",
-    "mpi_weighted_mean",
-    "profile",
-    "profile_kv",
-    "record_tabular",
-    "reset",
-    "scoped_configure",
-    "set_comm",
-    "set_level",
-    "warn",
-]
+from cm.runtime.log_writers import *  # noqa: F403
+from cm.runtime.logger import *  # noqa: F403
+from cm.runtime.logger import DEBUG, ERROR, INFO, dumpkvs, get_current, log, logkv
 
 record_tabular = logkv
 dump_tabular = dumpkvs

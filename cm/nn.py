@@ -11,27 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import SiLU
+from torch.nn import SiLU as SiLU
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
-
-__all__ = [
-    "Dropout",
-    "GroupNorm32",
-    "SiLU",
-    "append_dims",
-    "append_zero",
-    "avg_pool_nd",
-    "checkpoint",
-    "conv_nd",
-    "linear",
-    "mean_flat",
-    "modulated_norm",
-    "normalization",
-    "scale_module",
-    "timestep_embedding",
-    "update_ema",
-    "zero_module",
-]
 
 NORM_GROUPS = 32
 NO_CLASS = -1  # the label of an image whose class is not told

@@ -1,20 +1,4 @@
-"""The original's name for `cm.sampling.noise`."""
+"""The original's name for `cm.sampling.noise` and `cm.seeding`."""
 
-from cm.sampling.noise import (
-    DeterministicGenerator,
-    DeterministicIndividualGenerator,
-    DummyGenerator,
-    IndexedGenerator,
-    get_generator,
-)
-from cm.seeding import StepRandom, derive_seed
-
-__all__ = [
-    "DeterministicGenerator",
-    "DeterministicIndividualGenerator",
-    "DummyGenerator",
-    "IndexedGenerator",
-    "StepRandom",
-    "derive_seed",
-    "get_generator",
-]
+from cm.sampling.noise import *  # noqa: F403
+from cm.seeding import *  # noqa: F403

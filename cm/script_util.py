@@ -1,6 +1,7 @@
 """The original's helpers under their names: defaults, models from flags, schedules, argparse from dicts."""
 
 import argparse
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,33 +16,9 @@ from cm.objectives.curricula import EmaAndScales
 
 NUM_CLASSES = 1000
 
-MODEL_AND_DIFFUSION = [
-    "sigma_min",
-    "sigma_max",
-    "image_size",
-    "num_channels",
-    "num_res_blocks",
-    "num_heads",
-    "num_heads_upsample",
-    "num_head_channels",
-    "attention_resolutions",
-    "channel_mult",
-    "dropout",
-    "class_cond",
-    "use_checkpoint",
-    "use_scale_shift_norm",
-    "resblock_updown",
-    "use_fp16",
-    "use_new_attention_order",
-    "learn_sigma",
-    "weight_schedule",
-]
-CM_TRAIN = [
-    "teacher_model_path",
-    "teacher_dropout",
-    "training_mode",
-    "target_ema_mode",
-    "scale_mode",
+# Flags that consistency training has beyond those of the model
+CM_TRAIN = ["teacher_model_path", "teacher_dropout", "training_mode", "target_ema_mode", "scale_mode"]
+CM_TRAIN += [
     "total_training_steps",
     "start_ema",
     "start_scales",
@@ -63,7 +40,9 @@ def cm_train_defaults() -> dict[str, Any]:
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Defaults of the arguments of `create_model_and_diffusion`."""
-    return _defaults(EdmTrainConfig, MODEL_AND_DIFFUSION)
+    parameters = inspect.signature(create_model_and_diffusion).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY and p.name != "distillation"]
+    return _defaults(EdmTrainConfig, named)
 
 
 def create_model_and_diffusion(
@@ -97,38 +76,11 @@ def create_model_and_diffusion(
     network: str = "adm",
 ) -> tuple[nn.Module, KarrasDenoiser]:
     """(network, diffusion) from flag values; `distillation` gives the scalings of a consistency function."""
-    model = create_model(
-        image_size,
-        num_channels,
-        num_res_blocks,
-        channel_mult=channel_mult,
-        learn_sigma=learn_sigma,
-        class_cond=class_cond,
-        use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
-        use_new_attention_order=use_new_attention_order,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        network=network,
-    )
-    diffusion = KarrasDenoiser(
-        sigma_data=sigma_data,
-        sigma_max=sigma_max,
-        sigma_min=sigma_min,
-        rho=rho,
-        weight_schedule=weight_schedule,
-        distillation=distillation,
-        loss_norm=loss_norm,
-        ode_solver=ode_solver,
-        time_scale=NETWORKS[network].clock,
-    )
+    given = locals().copy()
+    mine = ("distillation", "loss_norm", "ode_solver", "sigma_data", "rho", "sigma_min", "sigma_max")
+    of_diffusion = {name: given[name] for name in (*mine, "weight_schedule")}
+    model = create_model(**{name: value for name, value in given.items() if name not in of_diffusion})
+    diffusion = KarrasDenoiser(**of_diffusion, time_scale=NETWORKS[network].clock)
     return model, diffusion
 
 
@@ -155,27 +107,10 @@ def create_model(
     network: str = "adm",
 ) -> nn.Module:
     """A network from flag values, lists as text; with class_cond, num_classes None means NUM_CLASSES."""
+    flags = locals().copy()
+    del flags["class_cond"]
     return build_network(
-        Architecture(
-            network=network,
-            image_size=image_size,
-            num_channels=num_channels,
-            num_res_blocks=num_res_blocks,
-            channel_mult=channel_mult,
-            attention_resolutions=attention_resolutions,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads_upsample,
-            dropout=dropout,
-            use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_fp16=use_fp16,
-            use_new_attention_order=use_new_attention_order,
-            learn_sigma=learn_sigma,
-            in_channels=in_channels,
-            num_classes=(num_classes or NUM_CLASSES) if class_cond else None,
-        )
+        Architecture(**flags | {"num_classes": (num_classes or NUM_CLASSES) if class_cond else None})
     )
 
 
@@ -189,15 +124,7 @@ def create_ema_and_scales_fn(
     distill_steps_per_iter: int,
 ) -> Callable[[int], tuple[float, int]]:
     """step -> (decay of the target network, number of grid points or, for progdist, of intervals)."""
-    return EmaAndScales(
-        target_ema_mode=target_ema_mode,
-        start_ema=start_ema,
-        scale_mode=scale_mode,
-        start_scales=start_scales,
-        end_scales=end_scales,
-        total_steps=total_steps,
-        distill_steps_per_iter=distill_steps_per_iter,
-    )
+    return EmaAndScales(**locals())
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:

@@ -81,16 +81,20 @@ class DiffusionConsistencyObjective(Objective):
         return draw_pair(self.diffusion.grid, self.num_scales(step), x0, random)
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
-        return self.diffusion.consistency_losses(
+        target = {"target_model": roles.target.net}
+        return self._losses(self.diffusion.consistency_losses, roles, x0, draw, step, cond, **target)
+
+    def _losses(self, losses: Callable, roles: Roles, x0: Tensor, draw: Draw, step: int, cond: dict, **more):
+        return losses(
             roles.student.net,
             x0,
             self.num_scales(step),
             model_kwargs=cond,
-            target_model=roles.target.net,
             teacher_model=roles.teacher.net if roles.teacher else None,
             teacher_diffusion=self.teacher_diffusion,
             noise=draw.noise,
             indices=draw.index,
+            **more,
         )
 
     def target_decay(self, step: int) -> float:
@@ -100,15 +104,14 @@ class DiffusionConsistencyObjective(Objective):
         return self.ema_scale_fn(step)[1]
 
 
-class DiffusionProgressiveObjective(Objective):
+class DiffusionProgressiveObjective(DiffusionConsistencyObjective):
     """The progdist_losses of a diffusion object, through the stages of its schedule."""
 
-    needs_teacher = True
+    needs_target = False
 
     def __init__(self, diffusion, teacher_diffusion, ema_scale_fn: EmaAndScales):
-        self.diffusion = diffusion
-        self.teacher_diffusion = teacher_diffusion
-        self.ema_scale_fn = ema_scale_fn
+        super().__init__(diffusion, teacher_diffusion, ema_scale_fn)
+        self.needs_teacher = True
 
     def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
         intervals = self.num_scales(step)
@@ -116,16 +119,10 @@ class DiffusionProgressiveObjective(Objective):
         return interval_at(self.diffusion.grid, intervals, index, random.noise(tuple(x0.shape[1:])))
 
     def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
-        return self.diffusion.progdist_losses(
-            roles.student.net,
-            x0,
-            self.num_scales(step),
-            model_kwargs=cond,
-            teacher_model=roles.teacher.net,
-            teacher_diffusion=self.teacher_diffusion,
-            noise=draw.noise,
-            indices=draw.index,
-        )
+        return self._losses(self.diffusion.progdist_losses, roles, x0, draw, step, cond)
+
+    def target_decay(self, step: int) -> float:
+        return 0.0
 
     def stage(self, step: int) -> Stage:
         return progdist_stage(step, self.ema_scale_fn.start_scales, self.ema_scale_fn.distill_steps_per_iter)

@@ -1,5 +1,3 @@
 """The original's name for `cm.networks.unet`."""
 
-from cm.networks.unet import UNetModel
-
-__all__ = ["UNetModel"]
+from cm.networks.unet import *  # noqa: F403

@@ -3,7 +3,7 @@
 The authors' LPIPS has max pooling here, average pooling for the larger images.
 """
 
-from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.base import DRAWS, HALVINGS, Flags, Preset, Result, consistency, progressive, teacher
 
 TABLE_1 = "Song et al. 2023, Table 1"
 
@@ -33,36 +33,15 @@ def _consistency(
     results: tuple[Result, ...] = (),
     dropout: float = 0.0,
 ) -> Preset:
-    return Preset(
-        model={**NCSNPP, "dropout": dropout, "weight_schedule": "uniform"},
-        scripts={
-            "cm_train": {
-                **TRAINING,
-                "optimizer": "radam",
-                "lr": 4e-4,
-                "ema_rate": "0.9999",
-                "total_training_steps": 800000,
-                **train,
-            },
-            "image_sample": {
-                "training_mode": train["training_mode"],
-                "sampler": "onestep",
-                "num_samples": 50000,
-                "batch_size": 500,
-                **grid,
-            },
-            "image_edit": {"training_mode": train["training_mode"], "steps": grid["steps"]},
-            "ternary_search": {
-                "begin": "0",
-                "end": str(grid["steps"] - 1),
-                "steps": grid["steps"],
-                "protocol": "cifar10",
-                "num_samples": 50000,
-                "batch_size": 500,
-            },
-        },
-        paper=paper or {},
-        results=results,
+    common = {"optimizer": "radam", "lr": 4e-4, "ema_rate": "0.9999", "total_training_steps": 800000}
+    return consistency(
+        {**NCSNPP, "dropout": dropout, "weight_schedule": "uniform"},
+        {**TRAINING, **common, **train},
+        grid,
+        DRAWS,
+        results,
+        paper,
+        search={"protocol": "cifar10", **DRAWS},
     )
 
 
@@ -98,61 +77,24 @@ def _continuous(method: str, loss_norm: str, *, stop_grad: bool, steps: int, lr:
 
 
 def _progdist(loss_norm: str, results: tuple[Result, ...] = ()) -> Preset:
-    """4096 intervals down to 1, 50 000 steps each and twice that for the last two; raw weights are sampled."""
-    return Preset(
-        model={**NCSNPP, "dropout": 0.0, "weight_schedule": "truncated-snr"},
-        scripts={
-            "cm_train": {
-                **TRAINING,
-                "training_mode": "progdist",
-                "scale_mode": "progdist",
-                "start_scales": 4096,
-                "distill_steps_per_iter": 50000,
-                "total_training_steps": 750000,
-                "loss_norm": loss_norm,
-                "optimizer": "adam",
-                "lr": 5e-5,
-                "lr_schedule": "linear",
-                "grad_clip": 1.0,
-                "ema_rate": "0",
-            },
-            "image_sample": {
-                "training_mode": "progdist",
-                "sampler": "progdist",
-                "steps": 1,
-                "num_samples": 50000,
-                "batch_size": 500,
-                "weights": "raw",
-            },
-        },
-        results=results,
-    )
+    """Raw weights are sampled."""
+    train = {**TRAINING, **HALVINGS, "loss_norm": loss_norm, "ema_rate": "0"}
+    return progressive({**NCSNPP, "dropout": 0.0}, train, {**DRAWS, "weights": "raw"}, results)
 
 
 def _edm() -> Preset:
     """The teacher: Adam with a warm-up over ten million images."""
-    return Preset(
-        model={**NCSNPP, "dropout": 0.13, "weight_schedule": "karras"},
-        scripts={
-            "edm_train": {
-                **TRAINING,
-                "schedule_sampler": "lognormal",
-                "optimizer": "adam",
-                "lr": 1e-3,
-                "lr_warmup_steps": 19531,
-                "ema_rate": EDM_RATE,
-                "total_training_steps": 400000,
-            },
-            "image_sample": {
-                "training_mode": "edm",
-                "sampler": "heun",
-                "steps": 18,
-                "num_samples": 50000,
-                "batch_size": 500,
-            },
-        },
-        results=_results((35, 2.04, 9.84)),
-    )
+    train = {
+        **TRAINING,
+        "schedule_sampler": "lognormal",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "lr_warmup_steps": 19531,
+        "ema_rate": EDM_RATE,
+        "total_training_steps": 400000,
+    }
+    model = {**NCSNPP, "dropout": 0.13, "weight_schedule": "karras"}
+    return teacher(model, train, 18, results=_results((35, 2.04, 9.84)))
 
 
 PRESETS: dict[str, Preset] = {

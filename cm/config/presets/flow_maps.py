@@ -6,9 +6,8 @@ rotations), which cm_train does not.
 
 from typing import Any
 
-from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.base import DRAWS, Flags, Preset, Result
 from cm.config.presets.cifar10 import NCSNPP
-from cm.config.presets.later import DRAWS
 from cm.config.presets.small import DIGITS8, SAMPLING, SLOW_CLOCK, TRAINING
 
 # Noise alone has an infinite level in x0 + sigma n; this one is as good in float32.

@@ -7,8 +7,8 @@ two-step sampling: `--sampler multistep` takes them.
 
 from typing import Any
 
-from cm.config.presets.base import Flags, Preset, Result
-from cm.config.presets.cifar10 import NCSNPP
+from cm.config.presets.base import DRAWS, Flags, Preset, Result, consistency, teacher
+from cm.config.presets.cifar10 import EDM_RATE, NCSNPP
 from cm.config.presets.released import IMAGENET64 as ADM
 from cm.config.presets.small import (
     DIGITS8,
@@ -22,10 +22,9 @@ from cm.config.presets.small import (
 )
 
 DDPMPP: Flags = {**NCSNPP, "network": "ddpmpp"}
-DRAWS: Flags = {"num_samples": 50000, "batch_size": 500}
 
 
-def consistency(
+def two_steps(
     model: Flags,
     train: Flags,
     middle: float,
@@ -36,23 +35,8 @@ def consistency(
 ) -> Preset:
     """A consistency model. middle: the second noise level of two-step sampling."""
     steps = train.get("end_scales", train.get("start_scales", 39)) + 1
-    mode = train["training_mode"]
-    sample = {
-        "training_mode": mode,
-        "sampler": "onestep",
-        "steps": steps,
-        "sigmas": f"80,{middle:g}",
-        **draws,
-    }
-    return Preset(
-        model=model,
-        scripts={
-            "cm_train": train,
-            "image_sample": sample,
-            "image_edit": {"training_mode": mode, "steps": steps, **(edits or {})},
-        },
-        results=results,
-    )
+    grid = {"steps": steps, "sigmas": f"80,{middle:g}"}
+    return consistency(model, train, grid, draws, results, edits=edits)
 
 
 def published(source: str, one: float, two: float | None = None, **of_one: float) -> tuple[Result, ...]:
@@ -110,14 +94,14 @@ def _cifar_ict(depth: int, results: tuple[Result, ...]) -> Preset:
     train = _cifar(
         ICT, random_flip=True, global_batch_size=1024, ema_rate="0.99993", total_training_steps=400000
     )
-    return consistency(model, train, 0.821, results)
+    return two_steps(model, train, 0.821, results)
 
 
 def _cifar_ect(steps: int, results: tuple[Result, ...], ema: str = "0.9999", **train: Any) -> Preset:
     """From the weights of EDM's unconditional DDPM++."""
     model = {**DDPMPP, "dropout": 0.2, "weight_schedule": "inverse-gap", "boundary": "zero"}
     train = _cifar(ECT, global_batch_size=128, ema_rate=ema, total_training_steps=steps, **train)
-    return consistency(model, train, 0.821, results)
+    return two_steps(model, train, 0.821, results)
 
 
 def _cifar_tcm() -> dict[str, Preset]:
@@ -128,8 +112,8 @@ def _cifar_tcm() -> dict[str, Preset]:
     )
     second = _cifar(TCM, lr=5e-5, teacher_dropout=0.2, global_batch_size=1024, total_training_steps=200000)
     return {
-        "cifar10_tcm1": consistency(model, first, 0.821),
-        "cifar10_tcm2": consistency(model, second, 1.0, published(TCM_PAPER, 2.46, 2.05)),
+        "cifar10_tcm1": two_steps(model, first, 0.821),
+        "cifar10_tcm2": two_steps(model, second, 1.0, published(TCM_PAPER, 2.46, 2.05)),
     }
 
 
@@ -142,10 +126,10 @@ def _cifar_scm(mode: str, dropout: float, results: tuple[Result, ...]) -> Preset
         init="teacher",
         beta2=0.99,
         global_batch_size=512,
-        ema_rate="0.9992904691232699",
+        ema_rate=EDM_RATE,
         total_training_steps=400000,
     )
-    return consistency(model, train, 0.98238, results)
+    return two_steps(model, train, 0.98238, results)
 
 
 CIFAR10: dict[str, Preset] = {
@@ -158,22 +142,20 @@ CIFAR10: dict[str, Preset] = {
         8000, (Result(2, 2.73, ECT_CODE),), "0.9993", ratio_q=256.0, ratio_steps=0
     ),
     **_cifar_tcm(),
-    "cifar10_trigflow": Preset(
-        model={**DDPMPP, "network": "ddpmpp_scm", "precond": "trigflow", "dropout": 0.13},
-        scripts={
-            "edm_train": {
-                "seed": 42,
-                "schedule_sampler": "lognormal",
-                "p_mean": -1.0,
-                "p_std": 1.4,
-                "optimizer": "adam",
-                "lr": 1e-3,
-                "global_batch_size": 512,
-                "ema_rate": "0.9992904691232699",
-                "total_training_steps": 400000,
-            },
-            "image_sample": {"training_mode": "edm", "sampler": "heun", "steps": 18, **DRAWS},
+    "cifar10_trigflow": teacher(
+        {**DDPMPP, "network": "ddpmpp_scm", "precond": "trigflow", "dropout": 0.13},
+        {
+            "seed": 42,
+            "schedule_sampler": "lognormal",
+            "p_mean": -1.0,
+            "p_std": 1.4,
+            "optimizer": "adam",
+            "lr": 1e-3,
+            "global_batch_size": 512,
+            "ema_rate": EDM_RATE,
+            "total_training_steps": 400000,
         },
+        18,
         results=(Result(35, 2.15, SCM_PAPER),),
     ),
     "cifar10_sct": _cifar_scm("sct", 0.2, published(SCM_PAPER, 2.85, 2.06)),
@@ -192,7 +174,7 @@ def _imagenet_ict(depth: int, one: tuple[float, float, float], two: tuple[float,
     results = (
         Result(n, fid, ICT_PAPER, precision=p, recall=r) for n, (fid, p, r) in enumerate((one, two), 1)
     )
-    return consistency(model, {**train, "optimizer": "radam", "lr": 1e-4}, 1.526, tuple(results))
+    return two_steps(model, {**train, "optimizer": "radam", "lr": 1e-4}, 1.526, tuple(results))
 
 
 ECM_CODE = "locuslab/ect, branch imgnet"
@@ -229,7 +211,7 @@ def _ecm(size: str, lr: float, dropout: float, batch: int, results: tuple[Result
         "ema_rate": "0.9999",
         "ema_profiles": "0.01,0.05,0.1",
     }
-    return consistency({**model, "weight_schedule": "karras"}, train, 1.526, results)
+    return two_steps({**model, "weight_schedule": "karras"}, train, 1.526, results)
 
 
 def _imagenet_tcm(size: str, dropout: float, rates: tuple[float, float], two: tuple[Result, ...]) -> dict:
@@ -242,8 +224,8 @@ def _imagenet_tcm(size: str, dropout: float, rates: tuple[float, float], two: tu
     second = {**TCM, **both, "ratio_q": 256.0, "ratio_max": 0.9961, "teacher_dropout": dropout}
     second |= {"lr": rates[1], "lr_anneal_steps": 8000}
     return {
-        f"imagenet64_tcm1_{size}": consistency(model, {**first, "global_batch_size": 2048}, 1.526),
-        f"imagenet64_tcm2_{size}": consistency(model, {**second, "global_batch_size": 1024}, 1.526, two),
+        f"imagenet64_tcm1_{size}": two_steps(model, {**first, "global_batch_size": 2048}, 1.526),
+        f"imagenet64_tcm2_{size}": two_steps(model, {**second, "global_batch_size": 1024}, 1.526, two),
     }
 
 
@@ -269,12 +251,8 @@ def _trigflow_teacher(size: str, steps: int, lr: float, dropout: float, fid: flo
         "total_training_steps": steps,
         "ema_profiles": "0.05,0.1",
     }
-    sample = {"training_mode": "edm", "sampler": "heun", "steps": 32, **DRAWS}
-    return Preset(
-        model={**model, "dropout": dropout, "weight_schedule": "karras"},
-        scripts={"edm_train": train, "image_sample": sample},
-        results=(Result(63, fid, SCM_TABLES),),
-    )
+    model |= {"dropout": dropout, "weight_schedule": "karras"}
+    return teacher(model, train, 32, results=(Result(63, fid, SCM_TABLES),))
 
 
 def _imagenet_scm(mode: str, size: str, lr: float, results: tuple[Result, ...]) -> Preset:
@@ -294,7 +272,7 @@ def _imagenet_scm(mode: str, size: str, lr: float, results: tuple[Result, ...]) 
         "ema_profiles": "0.05",
     }
     dropout = 0.45 if mode == "sct" else 0.0
-    return consistency({**model, "num_channels": WIDTHS[size], "dropout": dropout}, train, 0.98238, results)
+    return two_steps({**model, "num_channels": WIDTHS[size], "dropout": dropout}, train, 0.98238, results)
 
 
 # size: FID of the teacher; sCT with one and two steps; sCD with one and two
@@ -315,9 +293,9 @@ SCM_TRAINING = {
 
 def _imagenet_scms() -> dict[str, Preset]:
     found = {}
-    for size, (teacher, sct, scd) in SCM_FIDS.items():
+    for size, (fid, sct, scd) in SCM_FIDS.items():
         *own, rate = SCM_TRAINING[size]
-        found[f"imagenet64_trigflow_{size}"] = _trigflow_teacher(size, *own, teacher)
+        found[f"imagenet64_trigflow_{size}"] = _trigflow_teacher(size, *own, fid)
         found[f"imagenet64_sct_{size}"] = _imagenet_scm("sct", size, rate, published(SCM_TABLES, *sct))
         found[f"imagenet64_scd_{size}"] = _imagenet_scm("scd", size, rate, published(SCM_TABLES, *scd))
     return found
@@ -340,62 +318,36 @@ IMAGENET64: dict[str, Preset] = {
 
 
 def _digits(model: Flags, train: Flags, middle: float = 0.821) -> Preset:
-    edits = {"batch_size": EDITING["batch_size"]}
-    return consistency({**DIGITS8, **model}, {**TRAINING, **train}, middle, draws=SAMPLING, edits=edits)
+    return two_steps({**DIGITS8, **model}, {**TRAINING, **train}, middle, draws=SAMPLING, edits=EDITING)
 
 
 HUBER: Flags = {"weight_schedule": "inverse-gap"}
 FROM_ZERO: Flags = {**HUBER, "boundary": "zero"}
-TRIG_DIGITS: Flags = {**SLOW_CLOCK, "boundary": "zero"}
+FAST: Flags = {"lr": 5e-4, "ema_rate": "0.99"}
+
+
+def _digits_scm(mode: str) -> Preset:
+    train = {"training_mode": mode, "init": "teacher", "tangent_warmup": 200, "total_training_steps": 1000}
+    return _digits({**SLOW_CLOCK, "boundary": "zero"}, {**TRIGFLOW, **FAST, **train}, 0.98238)
+
 
 DIGITS: dict[str, Preset] = {
     "digits_ict": _digits(
         HUBER,
         {**ICT, "end_scales": 160, "lr": 1e-3, "ema_rate": "0.99", "total_training_steps": 1500},
     ),
-    "digits_ect": _digits(
-        FROM_ZERO, {**ECT, "ratio_steps": 100, "lr": 5e-4, "ema_rate": "0.99", "total_training_steps": 800}
-    ),
-    "digits_tcm": _digits(
-        FROM_ZERO,
-        {**TCM, "ratio_q": 64.0, "lr": 5e-4, "ema_rate": "0.99", "total_training_steps": 400},
-        1.0,
-    ),
-    "digits_sct": _digits(
-        TRIG_DIGITS,
-        {
-            **TRIGFLOW,
-            "training_mode": "sct",
-            "init": "teacher",
-            "tangent_warmup": 200,
-            "lr": 5e-4,
-            "ema_rate": "0.99",
-            "total_training_steps": 1000,
-        },
-        0.98238,
-    ),
-    "digits_scd": _digits(
-        TRIG_DIGITS,
-        {
-            **TRIGFLOW,
-            "training_mode": "scd",
-            "init": "teacher",
-            "tangent_warmup": 200,
-            "lr": 5e-4,
-            "ema_rate": "0.99",
-            "total_training_steps": 1000,
-        },
-        0.98238,
-    ),
+    "digits_ect": _digits(FROM_ZERO, {**ECT, **FAST, "ratio_steps": 100, "total_training_steps": 800}),
+    "digits_tcm": _digits(FROM_ZERO, {**TCM, **FAST, "ratio_q": 64.0, "total_training_steps": 400}, 1.0),
+    "digits_sct": _digits_scm("sct"),
+    "digits_scd": _digits_scm("scd"),
 }
 
 # --- Fashion-MNIST: every student from one teacher, at equal images seen ---
 
 
 def _fashion(model: Flags, train: Flags, middle: float = 0.821) -> Preset:
-    edits = {"batch_size": EDITING["batch_size"]}
     common = {**TRAINING, **FASHION_SAVES, "ema_rate": "0.99", "total_training_steps": FASHION_STEPS}
-    return consistency({**FASHION, **model}, {**common, **train}, middle, draws=SAMPLING, edits=edits)
+    return two_steps({**FASHION, **model}, {**common, **train}, middle, draws=SAMPLING, edits=EDITING)
 
 
 def _fashion_scm(mode: str) -> Preset:

@@ -6,7 +6,7 @@ training on Cat (Bedroom's serve) nor for progressive distillation (see `_progdi
 
 from collections.abc import Sequence
 
-from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.base import DRAWS, HALVINGS, Flags, Preset, Result, consistency, progressive, teacher
 
 TABLE_2 = "Song et al. 2023, Table 2"
 
@@ -31,7 +31,6 @@ LSUN256: Flags = {
 }
 EDM: Flags = {"dropout": 0.1, "weight_schedule": "karras"}
 CONSISTENCY: Flags = {"dropout": 0.0, "weight_schedule": "uniform"}
-PROGDIST: Flags = {"dropout": 0.0, "weight_schedule": "truncated-snr"}
 
 # Half-life of 50 million images at batch 4096
 SLOW = "0.9999432189950708"
@@ -47,57 +46,25 @@ def _edm(
     model: Flags, train: Flags, batch_size: int, results: Sequence[Result], paper: Flags | None = None
 ) -> Preset:
     """An EDM teacher and its 40-step Heun samples."""
-    return Preset(
-        model={**model, **EDM},
-        scripts={
-            "edm_train": {"schedule_sampler": "lognormal", "lr": 1e-4, "weight_decay": 0.0, **train},
-            "image_sample": {
-                "training_mode": "edm",
-                "sampler": "heun",
-                "steps": 40,
-                "s_churn": 0.0,
-                "num_samples": 50000,
-                "batch_size": batch_size,
-            },
-        },
-        paper=paper or {},
-        results=tuple(results),
-    )
+    train = {"schedule_sampler": "lognormal", "lr": 1e-4, "weight_decay": 0.0, **train}
+    draws = {**DRAWS, "s_churn": 0.0, "batch_size": batch_size}
+    return teacher({**model, **EDM}, train, 40, draws, results, paper)
 
 
 def _consistency(
     model: Flags, train: Flags, grid: Flags, batch_size: int, results: Sequence[Result], paper: Flags
 ) -> Preset:
     """A consistency model. grid: steps, and the ts of two-step sampling where they were published."""
-    return Preset(
-        model={**model, **CONSISTENCY},
-        scripts={
-            "cm_train": {
-                "teacher_dropout": 0.1,
-                "schedule_sampler": "uniform",
-                "weight_decay": 0.0,
-                "lr_anneal_steps": 0,
-                **train,
-            },
-            "image_sample": {
-                "training_mode": train["training_mode"],
-                "sampler": "onestep",
-                "num_samples": 500,
-                "batch_size": batch_size,
-                **grid,
-            },
-            "image_edit": {"training_mode": train["training_mode"], "steps": grid["steps"]},
-            "ternary_search": {
-                "begin": "0",
-                "end": str(grid["steps"] - 1),
-                "steps": grid["steps"],
-                "num_samples": 50000,
-                "batch_size": batch_size,
-            },
-        },
-        paper=paper,
-        results=tuple(results),
-    )
+    common = {
+        "teacher_dropout": 0.1,
+        "schedule_sampler": "uniform",
+        "weight_decay": 0.0,
+        "lr_anneal_steps": 0,
+    }
+    draws = {**DRAWS, "batch_size": batch_size}
+    few = {**draws, "num_samples": 500}
+    model = {**model, **CONSISTENCY}
+    return consistency(model, {**common, **train}, grid, few, results, paper, search=draws)
 
 
 def _distillation(loss_norm: str, **train) -> Flags:
@@ -133,32 +100,8 @@ def _progdist(
     Neither a command line nor a column of Table 3 was published for it: stages, optimiser and weighting are those of
     the authors' CIFAR-10 runs, batch and averages those of the data set's distillation.
     """
-    return Preset(
-        model={**model, **PROGDIST},
-        scripts={
-            "cm_train": {
-                "training_mode": "progdist",
-                "scale_mode": "progdist",
-                "start_scales": 4096,
-                "distill_steps_per_iter": 50000,
-                "total_training_steps": 750000,
-                "optimizer": "adam",
-                "lr": 5e-5,
-                "lr_schedule": "linear",
-                "grad_clip": 1.0,
-                "loss_norm": loss_norm,
-                **train,
-            },
-            "image_sample": {
-                "training_mode": "progdist",
-                "sampler": "progdist",
-                "steps": 1,
-                "num_samples": 50000,
-                "batch_size": batch_size,
-            },
-        },
-        results=tuple(results),
-    )
+    train = {**HALVINGS, "loss_norm": loss_norm, **train}
+    return progressive({**model, "dropout": 0.0}, train, {**DRAWS, "batch_size": batch_size}, results)
 
 
 def _imagenet64() -> dict[str, Preset]:

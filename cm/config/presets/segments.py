@@ -7,7 +7,7 @@ without the adversarial part; 50,000 steps are the upper end of what its text as
 
 from typing import Any
 
-from cm.config.presets.base import Flags, Preset, Result
+from cm.config.presets.base import DRAWS, Flags, Preset, Result
 from cm.config.presets.cifar10 import NCSNPP
 from cm.config.presets.released import IMAGENET64 as ADM
 from cm.config.presets.small import DIGITS8, SAMPLING, TRAINING
@@ -35,7 +35,7 @@ def _imagenet(segments: int) -> Preset:
         "ema_rate": "0.9999",
         "total_training_steps": 200000,
     }
-    return _multistep(ADM, segments, train, {"num_samples": 50000, "batch_size": 500})
+    return _multistep(ADM, segments, train, DRAWS)
 
 
 def _digits(mode: str, segments: int, steps: int, **train: Any) -> Preset:
@@ -76,13 +76,13 @@ PRESETS: dict[str, Preset] = {
     "cifar10_ctm": _trajectories(
         {**NCSNPP, "network": "ddpmpp", "dropout": 0.13},
         {**CTM, "loss_norm": "lpips", "start_scales": 18, "global_batch_size": 256, "random_flip": False},
-        {"num_samples": 50000, "batch_size": 500},
+        DRAWS,
         (Result(1, 5.19, CTM_PAPER), Result(18, 3.00, CTM_PAPER)),
     ),
     "imagenet64_ctm": _trajectories(
         ADM,
         {**CTM, "loss_norm": "lpips", "start_scales": 40, "global_batch_size": 1440},
-        {"num_samples": 50000, "batch_size": 500},
+        DRAWS,
     ),
     "digits_ctm": _trajectories(
         DIGITS8,

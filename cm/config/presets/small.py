@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from cm.config.presets.base import Flags, Preset
+from cm.config.presets.base import Flags, Preset, consistency, progressive, teacher
 
 DIGITS8: Flags = {
     "image_size": 8,
@@ -46,62 +46,40 @@ TRAINING: Flags = {
     "save_interval": 500,
 }
 SAMPLING: Flags = {"num_samples": 1000, "batch_size": 250}
-CONSISTENCY_GRID: Flags = {"sampler": "onestep", "steps": 18, "ts": "0,11,17"}
-EDITING: Flags = {"steps": 18, "batch_size": 250}
-SEARCH: Flags = {"begin": "1", "end": "16", "steps": 18, **SAMPLING}
+EDITING: Flags = {"batch_size": 250}
 
 
 def _teacher(model: Flags, steps: int) -> Preset:
     """EDM: a denoiser."""
     train = {"schedule_sampler": "lognormal", "lr": 2e-3, "ema_rate": "0.99", "total_training_steps": steps}
-    return Preset(
-        model={**model, "weight_schedule": "karras"},
-        scripts={
-            "edm_train": {**TRAINING, **train},
-            "image_sample": {**SAMPLING, "training_mode": "edm", "sampler": "heun", "steps": 18},
-        },
-    )
+    return teacher({**model, "weight_schedule": "karras"}, {**TRAINING, **train}, 18, SAMPLING)
 
 
 def _consistency(model: Flags, mode: str, steps: int, train: Flags) -> Preset:
     """A consistency model, by any way to train one."""
-    return Preset(
-        model={**model, "weight_schedule": "uniform"},
-        scripts={
-            "cm_train": {
-                **TRAINING,
-                "training_mode": mode,
-                "loss_norm": "l2",
-                "total_training_steps": steps,
-                **train,
-            },
-            "image_sample": {**SAMPLING, **CONSISTENCY_GRID, "training_mode": mode},
-            "image_edit": {**EDITING, "training_mode": mode},
-            "ternary_search": SEARCH,
-        },
+    common = {**TRAINING, "training_mode": mode, "loss_norm": "l2", "total_training_steps": steps}
+    grid = {"steps": 18, "ts": "0,11,17"}
+    return consistency(
+        {**model, "weight_schedule": "uniform"},
+        {**common, **train},
+        grid,
+        SAMPLING,
+        edits=EDITING,
+        search={"begin": "1", "end": "16", **SAMPLING},
     )
 
 
-def _progressive(model: Flags, stage: int) -> Preset:
+def short_progressive(model: Flags, stage: int) -> Preset:
     """Progressive distillation from 16 steps to one; stage: steps per halving."""
     train = {
-        "training_mode": "progdist",
-        "scale_mode": "progdist",
         "start_scales": 16,
         "distill_steps_per_iter": stage,
         "total_training_steps": 7 * stage,  # 16, 8, 4 once; 2, 1 twice as long
         "loss_norm": "l2",
-        "optimizer": "adam",
         "lr": 1e-3,
         "ema_rate": "0.95",
     }
-    return Preset(
-        model={**model, "weight_schedule": "truncated-snr"},
-        scripts={
-            "cm_train": {**TRAINING, **train},
-            "image_sample": {**SAMPLING, "training_mode": "progdist", "sampler": "progdist", "steps": 1},
-        },
-    )
+    return progressive(model, {**TRAINING, **train}, SAMPLING)
 
 
 CD: Flags = {"start_ema": 0.9, "start_scales": 18, "lr": 1e-3, "ema_rate": "0.98"}
@@ -127,7 +105,7 @@ def _digits(model: Flags, edm_steps: int, cd_steps: int, ct_steps: int) -> dict[
         "edm": _teacher(model, edm_steps),
         "cd": _consistency(model, "consistency_distillation", cd_steps, CD),
         "ct": _consistency(model, "consistency_training", ct_steps, CT),
-        "pd": _progressive(model, cd_steps // 5),
+        "pd": short_progressive(model, cd_steps // 5),
     }
 
 
@@ -198,11 +176,18 @@ def _fashion(model: Flags, steps: int) -> dict[str, Preset]:
         },
         **_fashion_maps(model, steps),
         # A checkpoint at the end of each stage: models of 4 and 2 steps
-        "pd": _but(_progressive(model, steps // 7), "cm_train", save_interval=steps // 7),
+        "pd": _but(short_progressive(model, steps // 7), "cm_train", save_interval=steps // 7),
     }
 
 
 # A run of a few seconds: what is trained is of no use.
+FEW_STEPS: Flags = {
+    "global_batch_size": 8,
+    "num_workers": 0,
+    "log_interval": 1,
+    "save_interval": 4,
+    "total_training_steps": 4,
+}
 TINY = Preset(
     model={
         "image_size": 16,
@@ -214,25 +199,14 @@ TINY = Preset(
         "resblock_updown": True,
     },
     scripts={
-        "edm_train": {
-            "schedule_sampler": "lognormal",
-            "global_batch_size": 8,
-            "num_workers": 0,
-            "log_interval": 1,
-            "save_interval": 4,
-            "total_training_steps": 4,
-        },
+        "edm_train": {"schedule_sampler": "lognormal", **FEW_STEPS},
         "cm_train": {
             "training_mode": "consistency_distillation",
             "start_ema": 0.9,
             "start_scales": 4,
             "loss_norm": "l2",
             "weight_schedule": "uniform",
-            "global_batch_size": 8,
-            "num_workers": 0,
-            "log_interval": 1,
-            "save_interval": 4,
-            "total_training_steps": 4,
+            **FEW_STEPS,
         },
         "image_sample": {"num_samples": 8, "batch_size": 4, "steps": 4},
         "image_edit": {"training_mode": "consistency_distillation", "steps": 4, "batch_size": 4},
