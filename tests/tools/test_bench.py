@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from cm.config.derived import compares_by_lpips, training_mode
+from cm.config.registry import resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import changed
 from cm.errors import UserError
 from cm.tools.bench import network, optimizer
-from cm.tools.bench.operators import is_filter, time_shares
+from cm.tools.bench.command import SUITES
 from cm.tools.bench.runs import TINY_CASES, Options, train_cases, train_config, training
-from cm.tools.bench.suites import SUITES
 from cm.tools.bench.train import bench_train, overhead_share
-from cm.tools.profiling.flops import network_cost, step_cost
+from cm.tools.planning.step import step_flops
+from cm.tools.profiling.kernels import is_filter, time_shares
 from cm.tools.profiling.report import Report, Row, compare, environment, load_report
 from cm.tools.profiling.timing import PhaseClock, interleaved, peak_memory
 from cm.training.factory import create_objective
 from cm.training.memory import bytes_per_image
-from evaluations.bench import bench_eval
 from tests.helpers.mp import run_ranks
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_rows_say_which_objectives_compare_images():
         assert compares == OBJECTIVES[training_mode(config)].compares, case
         assert compares_by_lpips(config) == (case == "cd_lpips")
     flow = train_config(Options(device="cpu", flags=("--loss_norm", "lpips")), "meanflow")
-    assert not compares_by_lpips(flow) and step_cost(flow, network_cost(flow)).distance == 0
+    assert not compares_by_lpips(flow) and "distance" not in step_flops(flow)
     assert bytes_per_image(flow) == bytes_per_image(changed(flow, loss_norm="l2"))
 
 
@@ -156,10 +156,10 @@ def test_contestants_agree():
         torch.testing.assert_close(output, outputs[0], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("suite", [*(name for name in SUITES if name not in ("edit", "data")), "eval"])
+@pytest.mark.parametrize("suite", [name for name in SUITES if name not in ("edit", "data")])
 def test_unknown_cases_are_refused(suite):
     with pytest.raises(UserError, match="--case nosuch: choose from"):
-        {**SUITES, "eval": bench_eval}[suite](once("nosuch"))
+        resolve(SUITES[suite])(once("nosuch"))
 
 
 def two_ranks():

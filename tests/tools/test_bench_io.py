@@ -6,9 +6,8 @@ import torch
 from cm.tools.bench import host
 from cm.tools.bench.checkpoint import bench_checkpoint
 from cm.tools.bench.data import bench_data
-from cm.tools.bench.noise import COUNTS, KINDS
 from cm.tools.bench.runs import Options
-from cm.tools.bench.sample import bench_edit, bench_sample
+from cm.tools.bench.sample import NOISE_COUNTS, NOISE_KINDS, bench_edit, bench_sample
 from cm.tools.bench.startup import bench_startup
 from evaluations.bench import bench_frechet, bench_precision_recall
 
@@ -61,8 +60,10 @@ def test_startup_rows_are_beyond_their_base():
 
 def test_noise_rows_for_few_and_for_many_samples():
     rows = by_name(bench_sample(Options(cases=("noise",), **ONCE)))
-    assert set(rows) == {f"noise/{kind}_{count}" for kind in KINDS for count in COUNTS}
-    assert all(rows[f"noise/{kind}_{COUNTS[0]}"].figures["ratio_to_fewest"] == 1 for kind in KINDS)
+    assert set(rows) == {f"noise/{kind}_{count}" for kind in NOISE_KINDS for count in NOISE_COUNTS}
+    assert all(
+        rows[f"noise/{kind}_{NOISE_COUNTS[0]}"].figures["ratio_to_fewest"] == 1 for kind in NOISE_KINDS
+    )
 
 
 def test_host_rows_are_shares_of_expected_steps(monkeypatch):

@@ -11,7 +11,6 @@ from cm.seeding import StepRandom
 from cm.tools.bench import original_checkout, peers
 from cm.tools.bench.runs import Options, train_config, training
 from cm.tools.bench.train import share_by_phase
-from cm.tools.profiling.flops import StepCost
 
 SMALL = ("--image_size", "8", "--channel_mult", "1", "--attention_resolutions", "8", "--batch_size", "2")
 LAST = ("--channels_last", "True")
@@ -84,9 +83,9 @@ def test_a_checkout_that_fails_is_named(tmp_path):
 
 def test_shares_of_the_ceiling_by_phase():
     """2 images, 10 FLOP of the student in 1 ms under a ceiling of 40 kFLOP/s: half of what is possible."""
-    cost = StepCost(student=10, backward=20, distance=30)
+    work = {"student": 10, "backward": 30, "distance": 20, "unknown": 5}
     phases = {"student": 1.0, "backward": 1.0, "distance": 4.0, "ema": 1.0}
-    found = share_by_phase(cost, phases, images=2, ceiling=40e3)
+    found = share_by_phase(work, phases, images=2, ceiling=40e3)
     assert found == {"student": 0.5, "backward": 1.5, "distance": 0.25}
 
 

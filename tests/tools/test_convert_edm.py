@@ -18,7 +18,7 @@ from cm.tools.convert import edm_layout
 from cm.tools.convert.formats import READERS, Source, convert, detect
 from tests.helpers import edm_reference as reference
 from tests.helpers import golden_data
-from tests.helpers.convert_models import adm, assert_same, network
+from tests.helpers.convert_models import adm, assert_same, network, to_edm
 from tests.helpers.edm_pickles import persistent, snapshot, song
 
 
@@ -45,7 +45,7 @@ def test_imagenet_layout_has_the_published_number_of_entries():
     told = {k: v for k, v in golden["config"].items() if k != "use_fp16"}
     config = adm("imagenet", channel_mult="", **{**told, "num_classes": 1000, "num_head_channels": 64})
     config["num_res_blocks"] = 3
-    converted = edm_layout.to_edm(state, config)
+    converted = to_edm(state, config)
     assert len(converted) == 553
     filters = [name for name in converted if name.endswith("resample_filter")]
     assert sum(t.numel() for n, t in converted.items() if n not in filters) == 295_899_267
@@ -73,7 +73,7 @@ def test_adm_in_both_layouts_gives_the_same_output(attention):
     config = edm_adm(attention_resolutions=attention)
     net = network(config).double()
     state = net.state_dict()
-    converted = edm_layout.to_edm(state, config)
+    converted = to_edm(state, config)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     c_noise, y = torch.tensor([-1.5, 1.0], dtype=torch.float64), torch.tensor([2, 0])
     expected = reference.dhariwal_unet(converted, x, c_noise, y)
@@ -87,13 +87,13 @@ def test_adm_in_both_layouts_gives_the_same_output(attention):
 def test_networks_that_the_layouts_do_not_share_are_refused():
     config = edm_adm()
     state = network(config).state_dict()
-    converted = edm_layout.to_edm(state, config)
+    converted = to_edm(state, config)
     with pytest.raises(UserError, match="heads of 64 channels"):
-        edm_layout.to_edm(state, {**config, "num_head_channels": 32})
+        to_edm(state, {**config, "num_head_channels": 32})
     with pytest.raises(UserError, match="--resblock_updown True only"):
-        edm_layout.to_edm(state, {**config, "resblock_updown": False})
+        to_edm(state, {**config, "resblock_updown": False})
     narrow = adm("imagenet", class_cond=False, num_head_channels=64, num_channels=64)
-    narrow = edm_layout.to_edm(network(narrow).state_dict(), narrow)
+    narrow = to_edm(network(narrow).state_dict(), narrow)
     with pytest.raises(UserError, match="32 groups"):
         edm_layout.from_edm(narrow)
     fir = {**converted, "enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 4, 4) / 16}
@@ -210,7 +210,7 @@ def test_constants_that_are_no_numbers_are_refused(value, tmp_path, edm_modules)
 
 def test_adm_pickle_becomes_a_model_on_its_own_clock(tmp_path, edm_modules):
     config = edm_adm()
-    in_edm = edm_layout.to_edm(network(config).state_dict(), config)
+    in_edm = to_edm(network(config).state_dict(), config)
     path = tmp_path / "adm.pkl"
     path.write_bytes(pickle.dumps(snapshot(InEdmLayout(in_edm))))
     convert(Source(str(path)), str(tmp_path / "adm.pt"), "cm", {})

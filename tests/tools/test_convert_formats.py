@@ -11,14 +11,13 @@ import torch
 from cm.config.scripts import SampleConfig
 from cm.errors import UserError
 from cm.models.pretrained import load_pretrained
-from cm.networks.attention import qkv_new_to_legacy
 from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import command as program
 from cm.tools.convert.export import WRITERS
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
-from tests.helpers.convert_models import adm, assert_same, network
+from tests.helpers.convert_models import adm, assert_same, network, qkv_new_to_legacy
 
 CD = {"training_mode": "consistency_distillation", "steps": 40}
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from cm.commands.cli import parse_config
 from cm.config import presets
-from cm.config.derived import stored_config, training_mode, with_counts
+from cm.config.derived import has_two_times, stored_config, told_scales, training_mode, with_counts
 from cm.config.scripts import SCRIPTS, CmTrainConfig, changed, configure
 from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
@@ -20,8 +22,7 @@ from cm.tools.planning import devices, report
 from cm.tools.planning.devices import DEVICES, GIB, Cluster, cpu, parse_cluster
 from cm.tools.planning.estimate import communication, largest_microbatch, plan_step, update_traffic
 from cm.tools.planning.run import evaluations, first_way, plan_images, plan_training, read_measured
-from cm.tools.planning.step import make_network, step_trace
-from cm.tools.profiling.flops import network_cost, step_cost
+from cm.tools.planning.step import make_network, step_flops, step_trace
 from cm.tools.profiling.report import Report, Row
 from cm.tools.profiling.timing import interleaved, peak_memory, product_ceiling
 from cm.tools.profiling.trace import between, traced
@@ -97,24 +98,52 @@ def test_traces_of_two_batches_give_those_of_all():
 CONTINUOUS = ("--loss_norm", "l2", "--training_mode")
 
 
+def counted(config) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward pass of one image through the network, by torch's own counter."""
+    net, found = make_network(config), []
+    side, meta = config.image_size, torch.device("meta")
+    x, t = torch.empty(1, config.in_channels or 3, side, side, device=meta), torch.empty(1, device=meta)
+    cond = {"y": torch.zeros(1, dtype=torch.int64, device=meta)} if config.class_cond else {}
+    cond |= {"second": t} if has_two_times(config) else {}
+    cond |= {"guidance": t} if told_scales(config) else {}
+    for backward in (False, True):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            out = net(x, t, **cond)
+            if backward:
+                out.sum().backward()
+        found.append(counter.get_total_flops())
+    return found[0], found[1] - found[0]
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("forward", "backward", "flags"),
     [
-        (),
-        ("--training_mode", "consistency_training"),
-        ("--ode_solver", "euler"),
-        (*CONTINUOUS, "continuous_training"),
-        (*CONTINUOUS, "continuous_distillation"),
-        (*CONTINUOUS, "continuous_distillation", "--stop_grad", "False"),
-        ("--preset", "digits_meanflow"),
-        ("--preset", "digits_meanflow_guided"),
-        ("--preset", "digits_improved_meanflow"),
+        ((1, 1, 2), 1, ()),
+        ((1, 1, 0), 1, ("--training_mode", "consistency_training")),
+        ((1, 1, 1), 1, ("--ode_solver", "euler")),
+        ((3, 0, 0), 1, (*CONTINUOUS, "continuous_training")),
+        ((3, 0, 1), 1, (*CONTINUOUS, "continuous_distillation")),
+        ((2, 0, 1), 2, (*CONTINUOUS, "continuous_distillation", "--stop_grad", "False")),
+        # A pass with a graph, and two of forward mode; guidance asks for two velocities
+        ((3, 0, 0), 1, ("--preset", "digits_meanflow")),
+        ((5, 0, 0), 1, ("--preset", "digits_meanflow_guided")),
+        ((5, 0, 0), 1, ("--preset", "digits_improved_meanflow")),
     ],
 )
-def test_flops_are_those_of_the_flop_model(flags):
+def test_flops_are_those_of_the_passes(forward, backward, flags):
+    """forward: passes through student, target and teacher; backward ones through the student."""
     config = parse_config(CmTrainConfig, ["--preset", "tiny", *flags])
-    known = step_cost(config, network_cost(config)).total
-    assert step_trace(config, 8, keep_gradients=False).trace.flops / 8 == pytest.approx(known, rel=0.015)
+    one, back = counted(config)
+    student, *others = forward
+    assert step_trace(config, 8, keep_gradients=False).trace.flops / 8 == pytest.approx(
+        sum(forward) * one + backward * back, rel=0.015
+    )
+    phases = step_flops(config)
+    # Where the target is the student, its pass counts as the student's.
+    assert phases["student"] == pytest.approx((student + others[0] * (not config.start_ema)) * one, rel=0.015)
+    assert phases.get("target", 0) == pytest.approx(others[0] * bool(config.start_ema) * one, rel=0.015)
+    assert phases.get("teacher", 0) == pytest.approx(others[1] * one, rel=0.015)
+    assert phases["backward"] == pytest.approx(backward * back, rel=0.015)
 
 
 def test_published_networks_have_their_flops():

@@ -13,8 +13,14 @@ import os
 
 from cm.config.registry import resolve
 
-WHATS = ["train", "sample", "edit", "eval", "data", "checkpoint", "startup", "network", "optimizer"]
-WHATS += ["precision", "host"]
+# What to measure -> its rows; the evaluations stand above this package
+SUITES = {
+    **{name: f"cm.tools.bench.{name}:bench_{name}" for name in ("train", "sample")},
+    "edit": "cm.tools.bench.sample:bench_edit",
+    "eval": "evaluations.bench:bench_eval",
+    **{name: f"cm.tools.bench.{name}:bench_{name}" for name in ("data", "checkpoint", "startup", "network")},
+    **{name: f"cm.tools.bench.{name}:bench_{name}" for name in ("optimizer", "precision", "host")},
+}
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
@@ -22,7 +28,6 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     from cm.models.factory import choose_device
     from cm.runtime import distributed
     from cm.tools.bench.runs import Options
-    from cm.tools.bench.suites import SUITES
     from cm.tools.profiling import report
 
     if args.compare:
@@ -30,9 +35,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         return
     distributed.setup_dist()
     options = Options(args.preset, args.device, tuple(args.case), args.warmup, args.repeats, tuple(flags))
-    # The evaluations stand above this package.
-    suite = resolve("evaluations.bench:bench_eval") if args.what == "eval" else SUITES[args.what]
-    rows = suite(options)
+    rows = resolve(SUITES[args.what])(options)
     found = report.Report(rows, report.environment(choose_device(args.device)))
     if distributed.is_main():
         print(found.table())
@@ -45,7 +48,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=WHATS)
+    parser.add_argument("what", nargs="?", choices=SUITES)
     parser.add_argument("--compare", nargs=2, metavar="FILE", help="two files that --out wrote")
     parser.add_argument("--preset", default="tiny", help="what to measure; tiny: a network of seconds")
     parser.add_argument("--case", nargs="+", default=[], help="objectives, samplers or sizes; default: all")

@@ -9,7 +9,6 @@ Of the score-SDE networks for CIFAR-10, which have no peer, the part of the time
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,49 +22,32 @@ from cm.networks.attention import AttentionBlock
 from cm.networks.unet import ResBlock
 from cm.nn import append_dims, mean_flat
 from cm.runtime.cpu import keep_freed_memory
-from cm.tools.bench.operators import COUNTED, time_shares
 from cm.tools.bench.runs import Options, randomized
 from cm.tools.convert.diffusers import to_diffusers, unet_config
-from cm.tools.profiling.flops import count
+from cm.tools.profiling.kernels import COUNTED, time_shares
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import Timing, beside_peers, interleaved, peak_memory, product_ceiling
+from cm.tools.profiling.trace import traced
 from cm.training.optimizers import make_optimizer
 
 # case -> (batch, flags of the network)
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {
-    "16px": (
-        64,
+    f"{side}px": (
+        batch,
         {
-            "image_size": 16,
-            "num_channels": 32,
-            "channel_mult": "1,2",
+            "image_size": side,
+            "num_channels": width,
+            "channel_mult": levels,
             "num_res_blocks": 2,
-            "attention_resolutions": "8",
-            "num_head_channels": 32,
+            "attention_resolutions": attention,
+            "num_head_channels": head,
         },
-    ),
-    "32px": (
-        16,
-        {
-            "image_size": 32,
-            "num_channels": 64,
-            "channel_mult": "1,2,2",
-            "num_res_blocks": 2,
-            "attention_resolutions": "16,8",
-            "num_head_channels": 32,
-        },
-    ),
-    "64px": (
-        4,
-        {
-            "image_size": 64,
-            "num_channels": 64,
-            "channel_mult": "1,2,3,4",
-            "num_res_blocks": 2,
-            "attention_resolutions": "32,16,8",
-            "num_head_channels": 64,
-        },
-    ),
+    )
+    for batch, side, width, levels, attention, head in (
+        (64, 16, 32, "1,2", "8", 32),
+        (16, 32, 64, "1,2,2", "16,8", 32),
+        (4, 64, 64, "1,2,3,4", "32,16,8", 64),
+    )
 }
 # Score-SDE networks: case and --network
 SCORE_SDE = ("ncsnpp", "ddpmpp")
@@ -184,11 +166,13 @@ def make_inputs(config: SampleConfig, batch: int, device: torch.device) -> tuple
     return x, 100 * torch.randn(batch, device=device)
 
 
-def forward_flops(config: SampleConfig, x: Tensor, times: Tensor) -> int:
+def forward_flops(config: SampleConfig, x: Tensor, times: Tensor) -> float:
     """Operations of a forward pass of the whole batch."""
     with torch.device("meta"):
         net = create_network(config)
-    return count(partial(net, x.to("meta"), times.to("meta")))
+    with torch.no_grad(), traced() as tracer:
+        net(x.to("meta"), times.to("meta"))
+    return tracer.trace().flops
 
 
 def in_our_format(

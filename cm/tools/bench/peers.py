@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm.config.choices import PRECISIONS
 from cm.config.derived import precision
 from cm.diffusion.denoiser import Denoiser
 from cm.models.factory import create_network
-from cm.networks.precision import torso_dtype
 from cm.objectives.base import Roles
 from cm.seeding import StepRandom
 from cm.tools.bench.network import diffusers_network, make_plain
@@ -159,7 +159,7 @@ def _plain_network(net: nn.Module, config: TrainConfig) -> nn.Module:
     device = next(net.parameters()).device
     plain = make_plain(create_network(config)).to(device)
     plain.load_state_dict(net.state_dict())
-    if (dtype := torso_dtype(precision(config))) != torch.float32:
+    if (dtype := PRECISIONS.load(precision(config))) != torch.float32:
         plain.convert_torso(dtype)
     return plain
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm.networks.precision import PRECISIONS
+from cm.config.choices import PRECISIONS
 from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
 from cm.tools.profiling.report import Row
 from cm.training.trainer import Trainer

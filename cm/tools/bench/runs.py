@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,17 @@ from cm.commands import train
 from cm.commands.cli import parse_config
 from cm.config import presets
 from cm.config.derived import compares_by_lpips, with_counts
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, result_flags
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig, TrainConfig, result_flags
 from cm.errors import UserError
 from cm.models.factory import choose_device, create_network
 from cm.models.files import ModelFile
 from cm.models.pretrained import Pretrained, prepare_for_sampling
-from cm.objectives.lpips import FEATURES, LINEAR_FILE, VGG_FILE
+from cm.objectives.lpips import FEATURES, LINEAR_FILE, VGG_FILE, meta_vgg
 from cm.runtime import logger
 from cm.runtime.distributed import get_world_size
-from cm.tools.profiling.flops import VGG16
 from cm.training.compilation import configure_torch
 from cm.training.roles import create_roles
 from cm.training.trainer import Trainer
-
-TrainConfig = EdmTrainConfig | CmTrainConfig
 
 CONTINUOUS = ("--loss_norm", "l2", "--stop_grad", "True")
 CT = ("--training_mode", "consistency_training")
@@ -156,13 +152,10 @@ def write_images(folder: str, config: TrainConfig) -> str:
 
 def write_lpips(folder: str) -> str:
     """Weights files of LPIPS with random values, in the layout of the real ones."""
-    state, number = {}, 0
-    for widths in VGG16:
-        for inputs, outputs in pairwise(widths):
-            state[f"features.{number}.weight"] = torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5
-            state[f"features.{number}.bias"] = torch.zeros(outputs)
-            number += 2  # a ReLU follows
-        number += 1  # a pooling follows
+    state = {}
+    for name, p in meta_vgg().named_parameters():
+        scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.0
+        state[f"features.{name}"] = scale * torch.randn(p.shape)
     torch.save(state, Path(folder, VGG_FILE))
     torch.save([torch.rand(1, width, 1, 1) for width in FEATURES.values()], Path(folder, LINEAR_FILE))
     return folder

@@ -2,20 +2,20 @@
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cm.config.choices import PRECISIONS
 from cm.config.derived import precision
-from cm.networks.precision import torso_dtype
 from cm.objectives.base import Roles
 from cm.runtime.distributed import get_world_size
 from cm.tools.bench.peers import PlainLoop, checkout_step, peer_loops
 from cm.tools.bench.runs import Options, TrainConfig, description, train_cases, train_config, training
-from cm.tools.profiling.flops import StepCost, network_cost, step_cost
+from cm.tools.planning.step import step_flops
 from cm.tools.profiling.report import Row
 from cm.tools.profiling.timing import (
     PhaseClock,
@@ -78,16 +78,16 @@ def train_figures(
     loops.clear()
     peak = peak_memory(step, device)
     images = trainer.batch.total
-    cost = step_cost(config, network_cost(config))
-    rate = cost.total * images / world / timing.undisturbed(device)
-    ceiling = product_ceiling(device, torso_dtype(precision(config)))
+    work = step_flops(config)
+    rate = sum(work.values()) * images / world / timing.undisturbed(device)
+    ceiling = product_ceiling(device, PRECISIONS.load(precision(config)))
     phases = phase_times(trainer, config, options.repeats)
     figures = {
         **(beside_peers(timings) if len(timings) > 1 else timing.summary()),
         **({"left_out": left_out} if left_out else {}),
         "images_per_second": images / timing.median,
         "phases_ms": phases,
-        "ceiling_by_phase": share_by_phase(cost, phases, images / world, ceiling),
+        "ceiling_by_phase": share_by_phase(work, phases, images / world, ceiling),
         "overhead_share": overhead_share(phases),
         "peak_memory_mib": peak / 2**20,
         **state_memory(trainer),
@@ -103,17 +103,13 @@ def _peer_step(loop: PlainLoop, trainer: Trainer) -> None:
 
 
 def share_by_phase(
-    cost: StepCost, phases_ms: dict[str, float], images: float, ceiling: float
+    work: dict[str, float], phases_ms: dict[str, float], images: float, ceiling: float
 ) -> dict[str, float]:
-    """Arithmetic of each phase over what the ceiling allows in its time; LPIPS's own backward counts in `backward`."""
-    work = asdict(cost)
-    # A third of a distance's arithmetic is the way back through it.
-    work["backward"] += work["distance"] // 3
-    work["distance"] -= work["distance"] // 3
+    """Arithmetic of each phase [FLOP per image] over what the ceiling allows in its time."""
     return {
         name: round(flops * images / (phases_ms[name] / 1e3) / ceiling, 4)
         for name, flops in work.items()
-        if flops and phases_ms.get(name)
+        if phases_ms.get(name)
     }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from cm.models.files import ModelFile
 from cm.storage.weights import file_sha256
 from cm.tools.convert.layout import Config, State
 from cm.tools.findings import Finding, find_results
+from cm.tools.profiling.report import markdown
 from cm.tools.runs import CONFIG, Run, read_run
 
 README = "README.md"
@@ -71,13 +71,15 @@ def card(target: str, to: str, state: State, config: Config, origin: ModelFile, 
         _mark(path.name),
         f"# {title}\n",
         f"{_sentence(config)}\n",
-        _table(("fact", "value"), _facts(state, config, origin, run)),
+        *markdown(("fact", "value"), _facts(state, config, origin, run)),
+        "",
         "## Use\n",
         f"```python\n{_code(path, to, config, name)}\n```\n",
         "## Numbers\n",
         _numbers(run, origin),
         "## Files\n",
-        _table(("file", "bytes", "SHA-256"), _files(path)),
+        *markdown(("file", "bytes", "SHA-256"), _files(path)),
+        "",
         f"## Licence\n\n{LICENCE}\n",
         f"Written by consistency-models {__version__}; the method: {PAPERS}.",
     ]
@@ -161,7 +163,8 @@ def _numbers(run: Run | None, origin: ModelFile) -> str:
         )
         for f in found
     ]
-    return _table(("drawn by", "network evaluations", "samples", "protocol", "measured"), rows)
+    head = ("drawn by", "network evaluations", "samples", "protocol", "measured")
+    return "\n".join([*markdown(head, rows), ""])
 
 
 def _same(finding: Finding, origin: ModelFile) -> bool:
@@ -205,10 +208,3 @@ def _code(path: Path, to: str, config: Config, name: str) -> str:
 def _plain(value: Any) -> str:
     """Text of a name in a file that others wrote, as one cell of a table."""
     return re.sub(r"[\s|`<>]+", " ", str(value)).strip()[:200]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |"]
-    lines.append("|" + "---|" * lines[0].count(" | ") + "---|")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -5,7 +5,6 @@ are those of ours, ({q, k, v}, head, channel), cut in three.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from cm.config.derived import is_consistency
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.stored import checked
 from cm.errors import UserError
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import misfit, read_json
 from cm.storage.filesystem import write_atomic
 from cm.tools.convert.layout import (
     AdmShape,
@@ -82,23 +81,19 @@ FIXED = {
 DEFAULTS = {"attn_norm_num_groups": None, "downsample_type": "conv", "upsample_type": "conv"}
 
 
-# Fields that are read, and the types that they may have; a list holds items of the other types
+# Fields that are read, and their types (see `misfit`); those that may be null may be left out, too
 UNET_FIELDS: dict[str, Any] = {
-    "block_out_channels": (list, int),
-    "down_block_types": (list, str),
-    "up_block_types": (list, str),
-    "sample_size": (int,),
-    "in_channels": (int,),
-    "out_channels": (int,),
-    "layers_per_block": (int,),
-    "attention_head_dim": (int, type(None)),
-    "num_class_embeds": (int, type(None)),
-    "resnet_time_scale_shift": (str, type(None)),
+    "block_out_channels": [int],
+    "down_block_types": [str],
+    "up_block_types": [str],
+    **dict.fromkeys(("sample_size", "in_channels", "out_channels", "layers_per_block"), int),
+    **dict.fromkeys(("attention_head_dim", "num_class_embeds"), (int, None)),
+    "resnet_time_scale_shift": (str, None),
 }
 SCHEDULER_FIELDS: dict[str, Any] = {
-    "_class_name": (str,),
-    "num_train_timesteps": (int,),
-    **dict.fromkeys(LEVELS, (float, int)),
+    "_class_name": str,
+    "num_train_timesteps": int,
+    **dict.fromkeys(LEVELS, float),
 }
 
 
@@ -252,7 +247,7 @@ def read_folder(path: str) -> tuple[State, Config]:
     folder = Path(path)
     unet = _read_json(folder / "unet" / "config.json", UNET_FIELDS)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_FIELDS)
-    index = _read_json(folder / "model_index.json", {"time_scale": (float, int, type(None))})
+    index = _read_json(folder / "model_index.json", {"time_scale": (float, None)})
     config = model_flags(unet, f"{path}/unet/config.json") | _scheduler_flags(scheduler, index, path)
     checked(config, path)
     return from_diffusers(_read_weights(folder / "unet"), config, path), config
@@ -285,13 +280,11 @@ def _read_json(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     for name, kind in kinds.items():
-        value = content.get(name, None if type(None) in kind else kind)
-        if value is kind:
+        if name not in content and not isinstance(kind, tuple):
             raise UserError(f"{path} has no field {name}")
-        items = value if isinstance(value, list) else [value]
-        fits = (items is value) == (list in kind) and items and all(type(item) in kind for item in items)
-        if not fits or any(isinstance(item, float) and not math.isfinite(item) for item in items):
-            raise UserError(f"{path}: {name} is {str(value)[:40]!r}, which no such network has")
+    empty = next((name for name in kinds if content.get(name) == []), "")
+    if problem := misfit(content, kinds) or (empty and f"{empty} is empty"):
+        raise UserError(f"{path}: {problem}, which no such network has")
     return content
 
 

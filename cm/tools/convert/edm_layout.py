@@ -8,7 +8,6 @@ enters as ln(sigma) / 4, without the factor 1000.
 import re
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from cm.errors import UserError
@@ -19,7 +18,6 @@ from cm.tools.convert.layout import (
     State,
     check_fits,
     rename,
-    require_resblock_updown,
     with_leaves,
 )
 
@@ -101,34 +99,9 @@ def from_edm(state: State, source: str = "the checkpoint") -> tuple[State, Confi
             )
     edm_to_ours = {edm: ours for ours, edm in adm_prefixes(AdmShape.of(config)).items()}
     converted = rename(bare, with_leaves(edm_to_ours, bare), source)
-    converted = {name: _adapt(name, tensor, _from_interleaved) for name, tensor in converted.items()}
+    converted = {name: adapt(name, tensor, _from_interleaved) for name, tensor in converted.items()}
     check_fits(converted, config, source)
     return converted, config
-
-
-def to_edm(state: State, config: Config, source: str = "the model") -> State:
-    """An ADM U-Net of ours in EDM's layout (SongUNet networks are in it already).
-
-    What the network expects as noise level stays what it was: --time_scale of EDM's own code is 1.
-    """
-    if config["network"] != "adm":
-        return dict(state)
-    require_resblock_updown(config, "EDM's layout")
-    if config["num_head_channels"] != HEAD_CHANNELS:
-        raise UserError(f"EDM's ADM network has heads of {HEAD_CHANNELS} channels, {source} does not")
-    shape = AdmShape.of(config)
-    prefixes = adm_prefixes(shape)
-    converted = rename(state, with_leaves(prefixes, state), source)
-    resampling = {_edm_name(layer, shape) for layer in shape.layers() if layer.resample}
-    complete: State = {}
-    for name, tensor in converted.items():
-        complete[name] = _adapt(name, tensor, _to_interleaved)
-        # Filters are tensors of EDM's networks, behind those of the convolution that they belong to.
-        for last, branch in ((".conv0.bias", "conv0"), (".conv1.bias", "skip")):
-            block = name.removesuffix(last)
-            if block in resampling:
-                complete[f"{block}.{branch}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
-    return complete
 
 
 def adm_prefixes(shape: AdmShape) -> dict[str, str]:
@@ -142,13 +115,12 @@ def adm_prefixes(shape: AdmShape) -> dict[str, str]:
     }
     for layer in shape.layers():
         parts = ATTENTION if layer.attention else RESIDUAL
-        prefixes |= {
-            f"{layer.name}.{ours}": f"{_edm_name(layer, shape)}.{edm}" for edm, ours in parts.items()
-        }
+        prefixes |= {f"{layer.name}.{ours}": f"{edm_name(layer, shape)}.{edm}" for edm, ours in parts.items()}
     return {**prefixes, "out.0": "out_norm", "out.2": "out_conv"}
 
 
-def _edm_name(layer: Layer, shape: AdmShape) -> str:
+def edm_name(layer: Layer, shape: AdmShape) -> str:
+    """Prefix of a layer's tensors in EDM's code."""
     side = shape.side(layer.level)
     if layer.place == "mid":
         return f"dec.{side}x{side}_in{layer.index}"
@@ -157,7 +129,8 @@ def _edm_name(layer: Layer, shape: AdmShape) -> str:
     return f"{layer.place}.{side}x{side}_block{layer.index}"
 
 
-def _adapt(name: str, tensor: Tensor, reorder: Callable[[Tensor], Tensor]) -> Tensor:
+def adapt(name: str, tensor: Tensor, reorder: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor that both layouts name alike, as the other one has it; reorder: of the rows of qkv."""
     if name in ("map_label.weight", "label_emb.weight"):
         return tensor.T.contiguous()  # a matrix for one-hot vectors, or a table
     return reorder(tensor) if ".qkv." in name else tensor
@@ -167,12 +140,6 @@ def _from_interleaved(rows: Tensor) -> Tensor:
     """(head, channel, {q, k, v}) -> ({q, k, v}, head, channel)."""
     split = rows.unflatten(0, (-1, HEAD_CHANNELS, 3))
     return split.movedim(2, 0).reshape(rows.shape)
-
-
-def _to_interleaved(rows: Tensor) -> Tensor:
-    """({q, k, v}, head, channel) -> (head, channel, {q, k, v})."""
-    split = rows.unflatten(0, (3, -1, HEAD_CHANNELS))
-    return split.movedim(0, 2).reshape(rows.shape)
 
 
 def _check_filters(state: State, source: str) -> None:

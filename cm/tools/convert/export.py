@@ -16,22 +16,10 @@ from cm.tools.convert.tensor_files import write_safetensors
 HUB = "hf://"
 
 
-def _write_cm(target: str, state: State, config: Config) -> None:
-    save_weights(target, state, {"config": config})
-
-
-def _write_legacy(target: str, state: State, config: Config) -> None:
-    save_weights(target, state)
-
-
-def _write_safetensors(target: str, state: State, config: Config) -> None:
-    write_safetensors(target, state, {"config": config})
-
-
 WRITERS: dict[str, Callable[[str, State, Config], None]] = {
-    "cm": _write_cm,
-    "legacy": _write_legacy,
-    "safetensors": _write_safetensors,
+    "cm": lambda target, state, config: save_weights(target, state, {"config": config}),
+    "legacy": lambda target, state, config: save_weights(target, state),
+    "safetensors": lambda target, state, config: write_safetensors(target, state, {"config": config}),
     "diffusers": diffusers.write_folder,
     "onnx": onnx.write_onnx,
 }

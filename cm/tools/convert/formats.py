@@ -129,20 +129,12 @@ def _read_edm(source: Source) -> tuple[State, Config]:
     return state, {**config, **facts, "training_mode": "edm"}
 
 
-def _read_jax(source: Source) -> tuple[State, Config]:
-    return jax_cifar.from_flax(source.path, source.weights or "ema")
-
-
-def _read_diffusers(source: Source) -> tuple[State, Config]:
-    return diffusers.read_folder(source.path)
-
-
 READERS: dict[str, Callable[[Source], tuple[State, Config]]] = {
     "torch": _read_torch,
     "safetensors": _read_safetensors,
     "edm": _read_edm,
-    "jax": _read_jax,
-    "diffusers": _read_diffusers,
+    "jax": lambda source: jax_cifar.from_flax(source.path, source.weights or "ema"),
+    "diffusers": lambda source: diffusers.read_folder(source.path),
 }
 
 

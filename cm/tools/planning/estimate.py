@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, replace
 
 from cm.config.derived import global_batch, precision
 from cm.config.parsing import parse_ema_profiles, parse_ema_rates
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig, SampleConfig
+from cm.config.scripts import SampleConfig, TrainConfig
 from cm.tools.planning.devices import BACKWARD, CONTEXT, FRAGMENTS, OVERLAP, WORKSPACE, Cluster, Device
 from cm.tools.planning.step import StepTrace, Weights, call_trace, step_trace
 from cm.tools.profiling.trace import Trace
 
-TrainConfig = EdmTrainConfig | CmTrainConfig
 FP32 = 4  # bytes
 DDP_BUCKET = 128 * 2**20  # bytes; the last one has nothing left to hide behind
 

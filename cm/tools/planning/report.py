@@ -5,6 +5,7 @@ from typing import Any
 
 from cm.tools.planning.devices import GIB, MEMORY_SHARE, OVERLAP, PRODUCT_SHARE
 from cm.tools.planning.run import USEFUL, Measured, Plan, first_way
+from cm.tools.profiling.report import markdown
 
 ASSUMED = (
     f"Speed is ASSUMED, not measured: {PRODUCT_SHARE:.0%} of the data sheet's arithmetic, {MEMORY_SHARE:.0%} of its "
@@ -58,7 +59,9 @@ def text(plans: list[Plan], measured: Measured | None, price: float) -> str:
 def _summary(plans: list[Plan], price: float) -> str:
     heads = ["preset", "GPUs", "precision", "images per GPU", "at a time"]
     heads += ["GiB per GPU", "s per step", "hours", "GPU-hours"]
-    return table([*heads, *(["cost"] if price else [])], [_summary_row(plan, price) for plan in plans])
+    return "\n".join(
+        markdown([*heads, *(["cost"] if price else [])], [_summary_row(plan, price) for plan in plans])
+    )
 
 
 def _summary_row(plan: Plan, price: float) -> list[str]:
@@ -98,7 +101,7 @@ def _details(plan: Plan) -> str:
             for w in plan.ways
         ]
         heads = ["levers", "largest microbatch", "GiB at its power of two", "s per step"]
-        lines.append(table(heads, rows))
+        lines += markdown(heads, rows)
     return "\n".join(lines)
 
 
@@ -111,14 +114,10 @@ def _check(measured: Measured) -> str:
         [name, *_against(seconds, planned, ".3f"), *_against(peak / MIB, planned_peak / MIB, ".1f")]
         for name, seconds, planned, peak, planned_peak in measured.comparison()
     ]
-    return table(["row", "s measured", "s planned", "error", "MiB measured", "MiB planned", "error"], rows)
+    return "\n".join(
+        markdown(["row", "s measured", "s planned", "error", "MiB measured", "MiB planned", "error"], rows)
+    )
 
 
 def _against(measured: float, planned: float, form: str) -> list[str]:
     return [f"{measured:{form}}", f"{planned:{form}}", f"{planned / measured - 1:+.1%}"]
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

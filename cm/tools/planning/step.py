@@ -1,27 +1,27 @@
 """A training step and a sampler's network call, traced on the meta device."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from cm.config.choices import PRECISIONS
 from cm.config.derived import guidance_of, is_consistency, learns_from, precision, told_scales
 from cm.config.fields import is_fixed
 from cm.config.flags import ConsistencyFlags, GuidanceFlags
-from cm.config.scripts import CmTrainConfig, Config, EdmTrainConfig, ModelFlags, flags_of, plain_class
+from cm.config.scripts import Config, ModelFlags, TrainConfig, flags_of, plain_class
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.guidance import GuidedDenoiser, unconditional
 from cm.models.factory import DEFAULT_CHANNELS, create_denoiser, create_network, create_precond
-from cm.networks.precision import torso_dtype
 from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.lpips import FEATURES, PRECISIONS, Lpips, _compare, assemble, meta_vgg
+from cm.objectives.lpips import FEATURES, Lpips, _compare, assemble, meta_vgg
 from cm.seeding import StepRandom
-from cm.tools.profiling.trace import Trace, between, traced
+from cm.tools.profiling.trace import Trace, Tracer, between, traced
 from cm.training.factory import create_objective, trains_consistency
 
-TrainConfig = EdmTrainConfig | CmTrainConfig
 META = torch.device("meta")
 # Batches that are traced; what others need is linear in their size.
 SIZES = (4, 16)
@@ -64,12 +64,14 @@ class StepTrace:
 
 
 class MetaLpips(Lpips):
-    """LPIPS without weights and without autocast, which the meta device does not know."""
+    """LPIPS without weights and without autocast, which the meta device does not know. phase: around each call."""
+
+    phase: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         dtype = PRECISIONS.load(self.options.precision)
-        prepared = (self._prepare(x).to(dtype) for x in (a, b))
-        return _compare(self._network, *prepared)
+        with self.phase():
+            return _compare(self._network, *(self._prepare(x).to(dtype) for x in (a, b)))
 
     def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         with META:
@@ -85,7 +87,7 @@ def make_network(config: Config, *, train: bool = True, two_times: bool | None =
     with META:
         network = create_network(config, two_times=two_times).train(train)
     if precision(config) != "fp32":
-        network.convert_torso(torso_dtype(precision(config)))
+        network.convert_torso(PRECISIONS.load(precision(config)))
     return network.requires_grad_(train)
 
 
@@ -108,6 +110,15 @@ def step_trace(config: TrainConfig, images: int, *, keep_gradients: bool) -> Ste
     return replace(a, trace=between(a.trace, b.trace, (images - SIZES[0]) / (SIZES[1] - SIZES[0])))
 
 
+def step_flops(config: TrainConfig) -> dict[str, float]:
+    """FLOPs of one image through a step by phase: student, target, teacher, distance, backward.
+
+    A multiplication and an addition are two; matrix products, convolutions and attention only.
+    """
+    traced_step = _traced_step(_relevant(config), SIZES[0], False)
+    return {phase: flops / SIZES[0] for phase, flops in traced_step.trace.flops_by_phase().items()}
+
+
 def _relevant(config: Config) -> Config:
     """The configuration with nothing set that a trace does not depend on, so that traces are made once."""
     of_rows = flags_of(type(config)).keys() - flags_of(plain_class(type(config))).keys()
@@ -128,11 +139,13 @@ def _traced_step(config: TrainConfig, images: int, keep_gradients: bool) -> Step
         roles = _roles(config, objective, student)
         draw = _draw(config, objective, images)
         tracer = stack.enter_context(traced())
+        _name_phases(tracer, roles, objective)
         channels, side = config.in_channels or DEFAULT_CHANNELS, config.image_size
         x0, noise = (torch.empty(images, channels, side, side, device=META) for _ in range(2))
         cond = {"y": torch.zeros(images, dtype=torch.int64, device=META)} if config.class_cond else {}
         cond |= {"guidance": torch.ones(images, device=META)} if told_scales(config) else {}
-        terms = objective.forward(roles, x0, replace(draw, noise=noise), 0, **cond)
+        with tracer.phase("student"):
+            terms = objective.forward(roles, x0, replace(draw, noise=noise), 0, **cond)
         tracer.backward_begins()
         terms["loss"].sum().backward()
         trace = tracer.trace()
@@ -163,6 +176,18 @@ def call_trace(config: Config, images: int) -> tuple[Trace, Weights]:
     kept = _relevant(config)
     (a, weights), (b, _) = (_traced_call(kept, n) for n in SIZES)
     return between(a, b, (images - SIZES[0]) / (SIZES[1] - SIZES[0])), weights
+
+
+def _name_phases(tracer: Tracer, roles: Roles, objective: Objective) -> None:
+    """What a step does beside the student's passes, for `step_flops`."""
+    if roles.target is not None:
+        tracer.follow(roles.target.net, "target")
+    if roles.teacher is not None:
+        networks = {roles.teacher.net, getattr(roles.teacher, "baseline", roles.teacher).net}
+        for network in filter(lambda net: isinstance(net, nn.Module), networks):
+            tracer.follow(network, "teacher")
+    if isinstance(objective.distance, MetaLpips):
+        objective.distance.phase = lambda: tracer.phase("distance")
 
 
 def _forget(parameter: nn.Parameter) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,10 +71,9 @@ class Report:
 
     def table(self) -> str:
         """Markdown table, a row each."""
-        lines = [["what", *(heading for heading, _ in COLUMNS.values())]]
-        lines += [["---"] * len(lines[0]), *(row.cells() for row in self.rows)]
+        head = ["what", *(heading for heading, _ in COLUMNS.values())]
         notes = [note for row in self.rows for note in row.notes()]
-        return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + notes)
+        return "\n".join([*markdown(head, [row.cells() for row in self.rows]), *notes])
 
     def save(self, path: str) -> None:
         """Write the JSON file."""
@@ -81,6 +81,12 @@ class Report:
         target.parent.mkdir(parents=True, exist_ok=True)
         with writing(target), whole_file(target) as file:
             file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell).replace("\n", " ") for cell in cells) + " |" for cells in lines]
 
 
 def load_report(path: str) -> Report:
@@ -156,13 +162,11 @@ def compare(first: str, second: str) -> str:
     shared = [row for row in b.rows if row.name in before]
     if not shared:
         raise UserError(f"{first} and {second} have no row in common")
-    lines = [["what", f"{Path(first).stem} ms", f"{Path(second).stem} ms", "time ratio", "memory ratio"]]
-    lines.append(["---"] * len(lines[0]))
-    lines += [_compared(row.name, before[row.name], row.figures) for row in shared]
-    notes = []
+    head = ["what", f"{Path(first).stem} ms", f"{Path(second).stem} ms", "time ratio", "memory ratio"]
+    lines = markdown(head, [_compared(row.name, before[row.name], row.figures) for row in shared])
     if a.environment.get("device") != b.environment.get("device"):
-        notes = [f"devices differ: {a.environment.get('device')}; {b.environment.get('device')}"]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + notes)
+        lines.append(f"devices differ: {a.environment.get('device')}; {b.environment.get('device')}")
+    return "\n".join(lines)
 
 
 def _compared(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

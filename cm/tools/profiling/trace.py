@@ -5,13 +5,13 @@ The operations are those that torch dispatches, the backward pass included; the 
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -22,11 +22,15 @@ CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 @dataclass(frozen=True)
 class Op:
-    """An operation. kind: of its arithmetic, half, conv32 or fp32. moved: bytes that it reads and writes."""
+    """An operation. kind: of its arithmetic, half, conv32 or fp32. moved: bytes that it reads and writes.
+
+    phase: what it was done for, as the tracer was told.
+    """
 
     kind: str
     flops: float
     moved: float
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,14 @@ class Trace:
         """Of all operations; a multiplication and an addition are two."""
         return sum(op.flops for op in self.ops)
 
+    def flops_by_phase(self) -> dict[str, float]:
+        """The same, for each phase that has any."""
+        found: dict[str, float] = {}
+        for op in self.ops:
+            if op.flops:
+                found[op.phase] = found.get(op.phase, 0.0) + op.flops
+        return found
+
     @property
     def moved(self) -> float:
         """Bytes that all operations read and write."""
@@ -61,7 +73,8 @@ def between(a: Trace, b: Trace, share: float) -> Trace:
         return x + share * (y - x)
 
     ops = tuple(
-        Op(x.kind, mix(x.flops, y.flops), mix(x.moved, y.moved)) for x, y in zip(a.ops, b.ops, strict=True)
+        Op(x.kind, mix(x.flops, y.flops), mix(x.moved, y.moved), x.phase)
+        for x, y in zip(a.ops, b.ops, strict=True)
     )
     return Trace(ops, mix(a.peak, b.peak), mix(a.largest, b.largest), a.backward)
 
@@ -75,6 +88,7 @@ class Tracer(TorchDispatchMode):
         self.live = self.peak = self.largest = 0
         self._known: dict[int, weakref.ref] = {}
         self._backward: int | None = None
+        self._phase = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,7 +102,7 @@ class Tracer(TorchDispatchMode):
         in_place = func._schema.is_mutable
         if in_place or made:
             moved = sum(_nbytes(t) for t in (*inputs, *(outputs if in_place else made)))
-            self.ops.append(Op(_kind(func, inputs), _flops(func, args, kwargs, out), moved))
+            self.ops.append(Op(_kind(func, inputs), _flops(func, args, kwargs, out), moved, self._phase))
         return out
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
@@ -110,8 +124,23 @@ class Tracer(TorchDispatchMode):
         return Trace(tuple(self.ops), self.peak, self.largest, backward)
 
     def backward_begins(self) -> None:
-        """What follows is the backward pass."""
-        self._backward = len(self.ops)
+        """What follows is the backward pass, which is a phase."""
+        self._backward, self._phase = len(self.ops), "backward"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the body does belongs to a phase."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def follow(self, network: nn.Module, name: str) -> None:
+        """Calls of a network are a phase."""
+        calls = ExitStack()
+        network.register_forward_pre_hook(lambda *_: calls.enter_context(self.phase(name)))
+        network.register_forward_hook(lambda *_: calls.close())
 
 
 def _nbytes(t: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from cm.tools.profiling.report import Report, Row
+from cm.tools.profiling.report import Report, Row, markdown
 
 # What is aimed at: (part, row, figure) -> least value
 AIMS = {
@@ -34,7 +34,7 @@ def page(content: Content, *, tiny: bool = False) -> str:
         [content.parts[n].title, s["state"], s.get("seconds", ""), s.get("why", "").strip().split("\n")[-1]]
         for n, s in content.states.items()
     ]
-    lines += _table(["part", "state", "seconds", "why"], states)
+    lines += markdown(["part", "state", "seconds", "why"], states)
     lines += [] if tiny else _aims(content.rows)
     for name, found in content.rows.items():
         lines += ["", f"## {content.parts[name].title}", ""]
@@ -51,7 +51,7 @@ def _aims(rows: dict[str, list[dict]]) -> list[str]:
                 found.append([name, f"{least:.0%}", f"{value:.1%}", "met" if value >= least else "missed"])
     if not found:
         return []
-    return ["", "## Aims", "", *_table(["share of the ceiling", "aim", "measured", ""], found)]
+    return ["", "## Aims", "", *markdown(["share of the ceiling", "aim", "measured", ""], found)]
 
 
 def _part(rows: list[Row]) -> list[str]:
@@ -65,7 +65,7 @@ def _part(rows: list[Row]) -> list[str]:
             lines += ["", f"**{row.name}**", "", *details]
         elif row not in timed:
             facts += [[row.name, name, _text(value)] for name, value in row.figures.items()]
-    return lines + (_table(["of", "what", "value"], facts) if facts else [])
+    return lines + (markdown(["of", "what", "value"], facts) if facts else [])
 
 
 def _details(row: Row) -> list[str]:
@@ -76,9 +76,12 @@ def _details(row: Row) -> list[str]:
             [name, f"{ms:.4g}", f"{shares[name]:.0%}" if name in shares else ""]
             for name, ms in f["phases_ms"].items()
         ]
-        lines += _table(["phase", "ms", "of ceiling"], cells)
+        lines += markdown(["phase", "ms", "of ceiling"], cells)
     if "peers" in f:
-        lines += ["", *_table(["peer", "ms"], [[n, f"{p['median_ms']:.4g}"] for n, p in f["peers"].items()])]
+        lines += [
+            "",
+            *markdown(["peer", "ms"], [[n, f"{p['median_ms']:.4g}"] for n, p in f["peers"].items()]),
+        ]
     for name, why in f.get("left_out", {}).items():
         lines += ["", f"Left out: {name} ({why})"]
     if "kernels" in f:
@@ -86,7 +89,7 @@ def _details(row: Row) -> list[str]:
             [k["name"][:90].replace("|", "/"), f"{k['calls']:g}", f"{k['ms']:.4g}", f"{k['share']:.1%}"]
             for k in f["kernels"]
         ]
-        lines += _table(["kernel", "calls per step", "ms per step", "share"], cells)
+        lines += markdown(["kernel", "calls per step", "ms per step", "share"], cells)
     if "losses" in f:
         lines += [
             f"{f['steps']} steps; loss, in equal windows: " + ", ".join(f"{v:.4g}" for v in f["losses"])
@@ -98,8 +101,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(head: list[str], cells: list[list[Any]]) -> list[str]:
-    rows = [head, ["---"] * len(head), *cells]
-    return ["| " + " | ".join(str(c).replace("\n", " ") for c in row) + " |" for row in rows]

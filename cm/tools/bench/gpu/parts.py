@@ -5,7 +5,7 @@ A part is sized for a GPU of minutes; `tiny` shrinks everything to seconds on a 
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,8 @@ from cm.config.registry import resolve
 from cm.models.factory import choose_device
 from cm.tools.bench.data import bench_data
 from cm.tools.bench.gpu.learning import learn
-from cm.tools.bench.noise import noise_rows
 from cm.tools.bench.runs import Options, description, train_cases, train_config, training
-from cm.tools.bench.sample import bench_sample
+from cm.tools.bench.sample import bench_sample, noise_rows
 from cm.tools.bench.train import bench_train, compare_with_original
 from cm.tools.profiling.kernels import top_kernels
 from cm.tools.profiling.report import Row, device_facts
@@ -61,7 +60,7 @@ class Part:
 
     title: str
     seconds: float
-    run: Callable[[Setup], Iterator[Row]]
+    run: Callable[[Setup], Iterable[Row]]
     needs: tuple[str, ...] = ()
     gpu_only: str = ""
 
@@ -167,10 +166,6 @@ def _data(setup: Setup) -> Iterator[Row]:
     yield from bench_data(replace(options, cases=("store64",)), count=16 if setup.tiny else 64)
 
 
-def _noise(setup: Setup) -> Iterator[Row]:
-    yield from noise_rows(Options("tiny", setup.device, (), 1, 1 if setup.tiny else 3))
-
-
 def _profile(setup: Setup) -> Iterator[Row]:
     """The kernels of the CD step that take most of its time."""
     options = _cd(*BF16)(setup)
@@ -180,10 +175,6 @@ def _profile(setup: Setup) -> Iterator[Row]:
             trainer.run_step(*next(trainer.data))
         kernels = top_kernels(lambda: trainer.run_step(*next(trainer.data)), trainer.device)
     yield Row("kernels of a CD step", description(config), {"kernels": kernels})
-
-
-def _learning(setup: Setup) -> Iterator[Row]:
-    yield from learn(setup.device, setup.data, seconds=setup.seconds, tiny=setup.tiny)
 
 
 PARTS: dict[str, Part] = {
@@ -208,7 +199,7 @@ PARTS: dict[str, Part] = {
     "original": Part("The original's step", 60, _original),
     "inception": Part("Inception", 30, _inception),
     "profile": Part("Profile", 60, _profile),
-    "learning": Part("Learning", 120, _learning),
+    "learning": Part("Learning", 120, lambda s: learn(s.device, s.data, seconds=s.seconds, tiny=s.tiny)),
     "data": Part("Reading images", 20, _data, ("PIL",)),
-    "noise": Part("Noise", 20, _noise),
+    "noise": Part("Noise", 20, lambda s: noise_rows(Options("tiny", s.device, (), 1, 1 if s.tiny else 3))),
 }
