@@ -23,21 +23,7 @@ from typing import Any, TypeVar
 from cm.config import rows
 from cm.config.fields import Meta, flag, flags_of, meta_of
 from cm.config.plugins import origin
-from cm.config.registry import (
-    DataSource,
-    Distance,
-    Metric,
-    Network,
-    NoiseLevels,
-    Objective,
-    Pairs,
-    Precond,
-    Registry,
-    Row,
-    Sampler,
-    Weighting,
-    resolve,
-)
+from cm.config.registry import Registry, resolve
 from cm.errors import UserError
 
 __all__ = [
@@ -57,16 +43,15 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _adder(
-    registry: Registry, kind: type[Row], name: str, facts: dict, adapt: Callable[[F], Any] | None = None
-):
+def _adder(registry: Registry, name: str, facts: dict, adapt: Callable[[F], Any] | None = None):
     """A decorator that adds what it decorates, adapted to the row's contract, and returns it unchanged."""
     registry.check_new(name, origin())
     options = as_flags(facts.pop("options", None), name)
 
     def add(make: F) -> F:
         registry.add(
-            name, kind(make=adapt(make) if adapt else make, options=options, origin=origin(), **facts)
+            name,
+            registry.kind(make=adapt(make) if adapt else make, options=options, origin=origin(), **facts),
         )
         return make
 
@@ -79,19 +64,19 @@ def objective(
     """A loss: (config) -> cm.objectives.base.Objective; for cm_train, which offers it as --training_mode `name`."""
     sampler = sampler or ("onestep" if consistency else "heun")
     facts |= {"consistency": consistency, "sampler": sampler, "options": options}
-    return _adder(rows.OBJECTIVES, Objective, name, facts)
+    return _adder(rows.OBJECTIVES, name, facts)
 
 
 def sampler(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
     """A sampler: a generator function (denoise, x, sigmas, noise, **options), see `cm.sampling.driver`."""
     from cm.sampling.driver import sampler as driven
 
-    return _adder(rows.SAMPLERS, Sampler, name, {"options": options, **facts}, driven)
+    return _adder(rows.SAMPLERS, name, {"options": options, **facts}, driven)
 
 
 def network(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
     """A network: (architecture, **options) -> module with forward(x, c_noise, y=None)."""
-    return _adder(rows.NETWORKS, Network, name, {"options": options, **facts})
+    return _adder(rows.NETWORKS, name, {"options": options, **facts})
 
 
 def distance(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
@@ -105,27 +90,27 @@ def distance(name: str, *, options: type | None = None, **facts: Any) -> Callabl
             return make
         return lambda **own: FunctionDistance(partial(make, **own))
 
-    return _adder(rows.DISTANCES, Distance, name, {"options": options, **facts}, adapt)
+    return _adder(rows.DISTANCES, name, {"options": options, **facts}, adapt)
 
 
 def noise_levels(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
     """A law of noise levels for teachers: (config) -> cm.diffusion.noise_levels.NoiseSampler."""
-    return _adder(rows.NOISE_LEVELS, NoiseLevels, name, {"options": options, **facts})
+    return _adder(rows.NOISE_LEVELS, name, {"options": options, **facts})
 
 
 def pairs(name: str, *, options: type | None = None, **facts: Any) -> Callable[[F], F]:
     """A law of pairs t > r for consistency losses: (config) -> cm.objectives.pairs.Pairs."""
-    return _adder(rows.PAIRS, Pairs, name, {"options": options, **facts})
+    return _adder(rows.PAIRS, name, {"options": options, **facts})
 
 
 def weighting(name: str, **facts: Any) -> Callable[[F], F]:
     """A weighting of the loss: (snr, sigma_data) -> (B,), or with pairs=True (t, r, sigma_data) -> (B,)."""
-    return _adder(rows.WEIGHTINGS, Weighting, name, facts)
+    return _adder(rows.WEIGHTINGS, name, facts)
 
 
 def precond(name: str, **facts: Any) -> Callable[[F], F]:
     """A preconditioning: (sigma_data, time_scale) -> cm.diffusion.precond.Precond."""
-    return _adder(rows.PRECONDS, Precond, name, facts)
+    return _adder(rows.PRECONDS, name, facts)
 
 
 def data_source(name: str, *, matches: Callable[[str], bool]) -> Callable[[F], F]:
@@ -134,7 +119,7 @@ def data_source(name: str, *, matches: Callable[[str], bool]) -> Callable[[F], F
     A source is a `cm.data.sources.Source`, or a map-style torch.utils.data.Dataset of images or (image, label): Pillow
     images, uint8 arrays, or floats in [0, 1]; its `targets` and `classes` are used where it has them.
     """
-    return _adder(rows.DATA_SOURCES, DataSource, name, {"matches": matches}, _as_source)
+    return _adder(rows.DATA_SOURCES, name, {"matches": matches}, _as_source)
 
 
 def _as_source(make: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -143,7 +128,7 @@ def _as_source(make: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def metric(name: str, **facts: Any) -> Callable[[F], F]:
     """A metric: (evaluations.metrics.Measured) -> value, or (value, {"std": ...})."""
-    return _adder(rows.METRICS, Metric, name, {"title": name, **facts})
+    return _adder(rows.METRICS, name, {"title": name, **facts})
 
 
 def as_flags(options: type | None, name: str) -> type | None:

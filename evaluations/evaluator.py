@@ -73,22 +73,12 @@ class Evaluator:
         self.frechet = {k: self._frechet_reference(k, *pair) for k, pair in gaussians.items()}
 
     def _is_possible(self, metric: str) -> bool:
-        need, lacks = METRICS[metric].needs, ""
+        need, lacks, known = METRICS[metric].needs, "", self.reference.statistics
+        # Images beside statistics are only a part of the set.
+        whole = bool(self.reference.images) and (need != "spatial" or "pool" not in known)
         if need == "spatial" and "spatial" not in self.network.dims:
             lacks = f"{self.network.name} has no spatial features"
-        elif (
-            need in ("pool", "spatial")
-            and need not in self.reference.statistics
-            and not self.reference.images
-        ):
-            lacks = f"{self.reference.path} has no {_LACKS[need]}"
-        elif (
-            need == "spatial"
-            and need not in self.reference.statistics
-            and "pool" in self.reference.statistics
-        ):
-            lacks = f"{self.reference.path} has no {_LACKS[need]}"  # its images are only a part of the set
-        elif need == "images" and not self.reference.images:
+        elif need in _LACKS and need not in known and not whole:
             lacks = f"{self.reference.path} has no {_LACKS[need]}"
         elif metric == "inception_score" and not len(self.network.classifier):
             lacks = f"{self.network.name} has no classes"

@@ -17,7 +17,7 @@ _NEARLY_SINGULAR = 1e-10  # smallest pivot against the largest variance
 
 
 class FeatureStatistics:
-    """Streaming mean and covariance of feature rows (N, d), mergeable (Chan, Golub, LeVeque 1979)."""
+    """Streaming mean and covariance of feature rows (N, d), part by part (Chan, Golub, LeVeque 1979)."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         self.count = 0.0
@@ -48,11 +48,6 @@ class FeatureStatistics:
         self.m2.addr_(delta, delta, alpha=self.count * n / total)
         self.mean += delta * (n / total)
         self.count = total
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add another part of the same set."""
-        if other.count:
-            self._add(other.count, other.mean.to(self.mean.device), other.m2.to(self.m2.device))
 
     def reduce(self) -> None:
         """Replace every rank's part by the whole; collective, a no-op in a single process."""

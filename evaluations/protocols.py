@@ -25,79 +25,63 @@ class Protocol:
 
     name: str
     features: str
-    num_samples: int
-    quantisation: str
-    split_size: int
-    k: int
     metrics: tuple[str, ...]
     reference: str
     compare_with: str
+    num_samples: int = 0
+    quantisation: str = "truncate"
+    split_size: int = 5000
+    k: int = 3
 
     def describe(self) -> dict[str, Any]:
         """All fields as plain JSON."""
         return {**asdict(self), "metrics": list(self.metrics)}
 
 
-PROTOCOLS = {
-    "adm": Protocol(
-        name="adm",
-        features="inception",
+_ALL = (
+    Protocol(
+        "adm",
+        "inception",
         num_samples=50_000,
-        quantisation="truncate",
-        split_size=5000,
-        k=3,
         metrics=("fid", "sfid", "inception_score", "precision", "recall"),
         reference="guided-diffusion reference batch: statistics of the full set, 10,000 of its images",
         compare_with="Table 2 of the paper (ImageNet 64x64, LSUN 256x256) and ADM's tables",
     ),
-    "cifar10": Protocol(
-        name="cifar10",
-        features="inception",
+    Protocol(
+        "cifar10",
+        "inception",
         num_samples=50_000,
-        quantisation="truncate",
-        split_size=5000,
-        k=3,
         metrics=("fid", "inception_score"),
         reference="statistics of the 50,000 training images at 32x32",
         compare_with="Table 1 of the paper (clean-fid legacy_tensorflow against the training set)",
     ),
-    "classifier": Protocol(
-        name="classifier",
-        features="classifier",
-        num_samples=0,
-        quantisation="truncate",
-        split_size=5000,
-        k=3,
+    Protocol(
+        "classifier",
+        "classifier",
         metrics=("fid", "inception_score", "precision", "recall", "accuracy"),
         reference="any labelled set, of the classifier's images",
         compare_with="runs that used the same classifier file and reference only",
     ),
-    PROTOCOL: Protocol(
-        name=PROTOCOL,
-        features=PROTOCOL,
-        num_samples=0,
-        quantisation="truncate",
-        split_size=5000,
-        k=3,
+    Protocol(
+        PROTOCOL,
+        PROTOCOL,
         metrics=("fid", "precision", "recall"),
         reference="any",
         compare_with="runs that used the same feature network and reference only",
     ),
-    "small": Protocol(
-        name="small",
-        features="classifier",
+    Protocol(
+        "small",
+        "classifier",
         num_samples=10_000,
-        quantisation="truncate",
-        split_size=5000,
-        k=3,
         metrics=("fid", "kid", "precision", "recall", "accuracy"),
         reference="the test images of the data set, which neither the model nor the classifier was trained on",
         compare_with="runs with the same classifier file and as many samples: python -m evaluations.study",
     ),
-}
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
-def choose_protocol(name: str, features: str, reference: Reference) -> tuple[Protocol, bool]:
+def choose_protocol(name: str, features: str, reference: Reference | None = None) -> tuple[Protocol, bool]:
     """(protocol, strict): strict when asked for by name.
 
     Without a name: the one that the reference was made for, else the first that uses the network `features`, else adm.
@@ -107,7 +91,8 @@ def choose_protocol(name: str, features: str, reference: Reference) -> tuple[Pro
         if name not in PROTOCOLS:
             raise UserError(f"--protocol {name}: unknown; choose {', '.join(PROTOCOLS)}")
         return PROTOCOLS[name], True
-    made_for = current_name((reference.meta or {}).get("protocol", ""))
+    meta = (reference and reference.meta) or {}
+    made_for = current_name(meta.get("protocol", ""))
     network = current_name(features.partition("=")[0])
     fits = [p for p in PROTOCOLS.values() if p.features == network]
     default = PROTOCOLS[PROTOCOL if network else "adm"]

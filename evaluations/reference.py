@@ -27,7 +27,7 @@ from evaluations.fetch import local_copy
 from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
 from evaluations.own_features import PROTOCOL
 from evaluations.pipeline import extract, gather_rows, image_batches
-from evaluations.protocols import PROTOCOLS, Protocol
+from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol
 
 
 def build_reference(
@@ -145,11 +145,7 @@ def main() -> None:
 
 def build(args: argparse.Namespace, out: Path) -> None:
     """The reference of DATA, as the flags say."""
-    wanted = current_name(args.features.partition("=")[0])
-    default = next(
-        (p.name for p in PROTOCOLS.values() if p.features == wanted), PROTOCOL if wanted else "adm"
-    )
-    protocol = PROTOCOLS[args.protocol or default]
+    protocol, _ = choose_protocol(args.protocol, args.features)
     network = features_from_flags(args, protocol.features)
     if protocol.features not in (network.name, PROTOCOL):
         raise UserError(f"protocol {protocol.name} uses {protocol.features}, --features gives {network.name}")

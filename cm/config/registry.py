@@ -41,8 +41,7 @@ class Objective(Row):
     learns_from: what its teacher is, `denoiser` or `consistency`. boundary: the --boundary that it needs; empty: any.
     compares: its loss is the distance of --loss_norm.
     lowest: its option that says from which noise level up its models are defined; empty: from sigma_min.
-    recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags. passes: of its step, a function
-    (config) -> mean number of passes through student, target and teacher, and backward; empty: the usual ones.
+    recipe: what --preset auto chooses for it, a function (side, width, gpu) -> flags.
     two_times: its models are flow maps, whose networks have a second clock. told_guidance: its networks are told which
     guidance to follow and predict the velocity in more channels; its draws say which rows hide their class.
     """
@@ -61,7 +60,6 @@ class Objective(Row):
     compares: bool = True
     lowest: str = ""
     recipe: str = "cm.config.auto:slow"
-    passes: str = ""
     two_times: bool = False
     told_guidance: bool = False
 
@@ -229,6 +227,11 @@ class Registry(Mapping[str, R], Generic[R]):
     def load(self, name: str) -> Any:
         """The object that a name stands for."""
         return self[name].load()
+
+    @property
+    def kind(self) -> type[R]:
+        """The class of its rows."""
+        return type(next(iter(self._rows.values())))
 
     def check_new(self, name: str, origin: str) -> None:
         """UserError for a name that is taken by another origin, or that no command line could hold."""

@@ -17,36 +17,36 @@ from cm.config.registry import (
     Weighting,
 )
 
+# Facts that several objectives share
+_CONSISTENCY = {"consistency": True, "sampler": "onestep"}
+_CONTINUOUS = {**_CONSISTENCY, "continuous": True}
+_TRIGFLOW = {**_CONTINUOUS, "make": "cm.objectives.trigflow:trigflow", "boundary": "zero"}
+_TRIGFLOW |= {"compares": False, "options": options.TrigFlowOptions}
+_FLOW_MAP = {"compares": False, "sampler": "jumps", "continuous": True, "two_times": True}
+_TRAJECTORIES = {"sampler": "gamma", "two_times": True, "target": True}
+_TRAJECTORIES |= {"make": "cm.objectives.ctm:trajectories", "recipe": "cm.config.auto:trajectories"}
+_SEGMENTS = {"sampler": "progdist", "segments": True}
+
 OBJECTIVES: Registry[Objective] = Registry(
     "training_mode",
     {
         "consistency_distillation": Objective(
-            make="cm.objectives.consistency:distillation",
-            consistency=True,
+            make="cm.objectives.consistency:consistency",
+            **_CONSISTENCY,
             teacher=True,
-            sampler="onestep",
             recipe="cm.config.auto:distillation",
         ),
         "consistency_training": Objective(
-            make="cm.objectives.consistency:training",
-            consistency=True,
-            sampler="onestep",
-            recipe="cm.config.auto:isolation",
+            make="cm.objectives.consistency:consistency", **_CONSISTENCY, recipe="cm.config.auto:isolation"
         ),
         "continuous_distillation": Objective(
-            make="cm.objectives.continuous:distillation",
-            consistency=True,
+            make="cm.objectives.continuous:continuous",
+            **_CONTINUOUS,
             teacher=True,
-            sampler="onestep",
-            continuous=True,
             options=options.ContinuousOptions,
         ),
         "continuous_training": Objective(
-            make="cm.objectives.continuous:training",
-            consistency=True,
-            sampler="onestep",
-            continuous=True,
-            options=options.ContinuousOptions,
+            make="cm.objectives.continuous:continuous", **_CONTINUOUS, options=options.ContinuousOptions
         ),
         "progdist": Objective(
             make="cm.objectives.progressive:progressive",
@@ -56,36 +56,19 @@ OBJECTIVES: Registry[Objective] = Registry(
             recipe="cm.config.auto:progressive",
         ),
         "ctm": Objective(
-            make="cm.objectives.ctm:distillation",
-            passes="cm.objectives.ctm:passes",
-            recipe="cm.config.auto:trajectories",
+            **_TRAJECTORIES,
             teacher=True,
-            target=True,
-            sampler="gamma",
-            two_times=True,
             options=options.TrajectoryOptions,
         ),
-        "ctm_training": Objective(
-            make="cm.objectives.ctm:training",
-            passes="cm.objectives.ctm:passes",
-            recipe="cm.config.auto:trajectories",
-            target=True,
-            sampler="gamma",
-            two_times=True,
-            options=options.SelfTrajectoryOptions,
-        ),
+        "ctm_training": Objective(**_TRAJECTORIES, options=options.SelfTrajectoryOptions),
         "multistep_distillation": Objective(
-            make="cm.objectives.multistep:distillation",
+            make="cm.objectives.multistep:multistep",
+            **_SEGMENTS,
             teacher=True,
-            sampler="progdist",
-            segments=True,
             options=options.SegmentDistillationOptions,
         ),
         "multistep_training": Objective(
-            make="cm.objectives.multistep:training",
-            sampler="progdist",
-            segments=True,
-            options=options.SegmentOptions,
+            make="cm.objectives.multistep:multistep", **_SEGMENTS, options=options.SegmentOptions
         ),
         "edm": Objective(
             make="cm.objectives.edm:denoising",
@@ -95,67 +78,33 @@ OBJECTIVES: Registry[Objective] = Registry(
         ),
         "tcm": Objective(
             make="cm.objectives.truncated:truncated",
-            consistency=True,
+            **_CONSISTENCY,
             teacher=True,
             learns_from="consistency",
-            sampler="onestep",
             boundary="zero",
             lowest="transition_t",
             options=options.TruncatedOptions,
         ),
-        "sct": Objective(
-            make="cm.objectives.trigflow:training",
-            consistency=True,
-            compares=False,
-            sampler="onestep",
-            continuous=True,
-            boundary="zero",
-            options=options.TrigFlowOptions,
-        ),
-        "scd": Objective(
-            make="cm.objectives.trigflow:distillation",
-            consistency=True,
-            teacher=True,
-            compares=False,
-            sampler="onestep",
-            continuous=True,
-            boundary="zero",
-            options=options.TrigFlowOptions,
-        ),
+        "sct": Objective(**_TRIGFLOW),
+        "scd": Objective(**_TRIGFLOW, teacher=True),
         "flow_map": Objective(
-            make="cm.objectives.flow_map:flow_map",
-            compares=False,
-            sampler="jumps",
-            continuous=True,
-            two_times=True,
-            options=options.SelfFlowMapOptions,
+            make="cm.objectives.flow_map:flow_map", **_FLOW_MAP, options=options.SelfFlowMapOptions
         ),
         "flow_map_distillation": Objective(
             make="cm.objectives.flow_map:distillation",
+            **_FLOW_MAP,
             teacher=True,
-            compares=False,
-            sampler="jumps",
-            continuous=True,
-            two_times=True,
             options=options.FlowMapOptions,
         ),
         "improved_meanflow": Objective(
             make="cm.objectives.improved_meanflow:improved_meanflow",
-            passes="cm.objectives.improved_meanflow:passes",
-            compares=False,
-            sampler="jumps",
-            continuous=True,
-            two_times=True,
+            **_FLOW_MAP,
             told_guidance=True,
             options=options.ImprovedMeanFlowOptions,
         ),
         "meanflow": Objective(
             make="cm.objectives.meanflow:meanflow",
-            passes="cm.objectives.meanflow:passes",
-            compares=False,
-            sampler="jumps",
-            continuous=True,
-            two_times=True,
+            **_FLOW_MAP,
             options=options.MeanFlowOptions,
         ),
         "classifier": Objective(
@@ -218,8 +167,7 @@ SAMPLERS: Registry[Sampler] = Registry(
             options=options.PredictorCorrectorOptions,
         ),
         "rk45": Sampler(
-            make="cm.sampling.predictor_corrector:sample_rk45",
-            options=options.RungeKuttaOptions,
+            make="cm.sampling.predictor_corrector:sample_rk45", options=options.RungeKuttaOptions
         ),
     },
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from cm.config.parsing import parse_attention, parse_channel_mult
 from cm.config.registry import resolve
-from cm.config.rows import DISTANCES, NETWORKS
+from cm.config.rows import NETWORKS
 from cm.errors import UserError
 
 
@@ -81,24 +81,10 @@ def check_heads(a: Any) -> None:
                 raise UserError(f"--{name} {parts} does not divide a level of {width} channels")
 
 
-def check_continuous(*, loss_norm: str, distillation: bool, stop_grad: bool) -> None:
-    """Raise UserError where a continuous-time objective is not defined or not right (Song et al. 2023, App. B)."""
-    if not distillation and not stop_grad:
-        raise UserError(
-            "--stop_grad False is for continuous_distillation: without a teacher that loss is quadratic in the noise "
-            "and has another minimum"
-        )
-    if stop_grad and not DISTANCES[loss_norm].curved:
-        known = ", ".join(name for name, row in DISTANCES.items() if row.curved)
-        raise UserError(
-            f"--loss_norm {loss_norm} has no continuous-time loss with --stop_grad True; choose one of {known}"
-        )
-
-
-def check_scales(
-    *, target_ema_mode: str, start_ema: float, scale_mode: str, start_scales: int, end_scales: int
-) -> None:
-    """Raise UserError where mu(k) or N(k) is not defined."""
+def check_scales(schedule: Any) -> None:
+    """Raise UserError where mu(k) or N(k) is not defined; `schedule` has its flags as attributes."""
+    target_ema_mode, start_ema = schedule.target_ema_mode, schedule.start_ema
+    scale_mode, start_scales, end_scales = schedule.scale_mode, schedule.start_scales, schedule.end_scales
     if target_ema_mode == "adaptive" and scale_mode != "progressive":
         raise UserError(f"--target_ema_mode adaptive needs --scale_mode progressive, got {scale_mode}")
     if target_ema_mode == "adaptive" and not 0 < start_ema < 1:

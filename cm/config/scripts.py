@@ -35,6 +35,18 @@ def _drawing() -> list[str]:
     return [name for name, row in OBJECTIVES.items() if row.draws]
 
 
+def _trained_with(default: str) -> Any:
+    """--training_mode of a command that uses a model."""
+    what = "objective that the model was trained with"
+    return flag(default, what, choices=_drawing, registry=OBJECTIVES, main=True)
+
+
+def _length() -> Any:
+    """--total_training_steps of a run without a curriculum."""
+    what = "steps to train; 0: --lr_anneal_steps, else until stopped"
+    return flag(0, what, unit="steps", low=0, main=True)
+
+
 @dataclass(frozen=True)
 class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
     """Train an EDM teacher: a denoiser of all noise levels."""
@@ -54,9 +66,7 @@ class EdmTrainConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
         False,
         "weigh noise levels by what a head of the network learns of the loss's variance (edm2, EDM2's loss)",
     )
-    total_training_steps: int = flag(
-        0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps", low=0, main=True
-    )
+    total_training_steps: int = _length()
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,7 @@ class ClassifierConfig(LoopFlags, OptimFlags, DataFlags, ModelFlags, RunFlags):
         registry=NOISE_LEVELS,
     )
     num_head_channels: int = flag(64, "width of an attention head", unit="channels", low=1)
-    total_training_steps: int = flag(
-        0, "steps to train; 0: --lr_anneal_steps, else until stopped", unit="steps", low=0, main=True
-    )
+    total_training_steps: int = _length()
     # What a classifier has no choice in: an adm network with edm's scalings that learns the labels and draws nothing
     network: str = fixed("adm")
     precond: str = fixed("edm")
@@ -96,9 +104,7 @@ class CmTrainConfig(ConsistencyFlags, GuidanceFlags, LoopFlags, OptimFlags, Data
 class SampleConfig(GuidanceFlags, SamplingFlags, ModelFlags, RunFlags):
     """Draw images from a model."""
 
-    training_mode: str = flag(
-        "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
-    )
+    training_mode: str = _trained_with("edm")
     time_steps: str = flag(
         "",
         "which noise levels the solvers of the flow visit: a column of EDM's Table 1; empty: as edm does",
@@ -127,13 +133,7 @@ class SearchConfig(SamplingFlags, ModelFlags, RunFlags):
     end: str = flag(
         "39", "time points after the searched one, as grid indices; it lies at the first or before", main=True
     )
-    training_mode: str = flag(
-        "consistency_distillation",
-        "objective that the model was trained with",
-        choices=_drawing,
-        registry=OBJECTIVES,
-        main=True,
-    )
+    training_mode: str = _trained_with("consistency_distillation")
     ref_batch: str = flag("", "reference statistics or images (npz)", main=True)
     points: int = flag(1, "time points to search, one after the other", main=True, low=1)
     coarse: int = flag(0, "images per candidate in a first, coarse search; 0: none", unit="images", low=0)
@@ -152,9 +152,7 @@ class LikelihoodConfig(ModelFlags, RunFlags):
 
     model_path: str = flag("", "model: file or run directory", main=True)
     weights: str = flag("", WEIGHTS, main=True)
-    training_mode: str = flag(
-        "edm", "objective that the model was trained with", choices=_drawing, registry=OBJECTIVES, main=True
-    )
+    training_mode: str = _trained_with("edm")
     data_dir: str = flag("", "images: folder, zip or npz, local or remote (gs://, az://)", main=True)
     labels: str = flag(
         "auto",
@@ -180,13 +178,7 @@ class EditConfig(ModelFlags, RunFlags):
     input: str = flag("", "image or folder of images; for superres also low-resolution ones", main=True)
     model_path: str = flag("", "model: file or run directory", main=True)
     weights: str = flag("", WEIGHTS, main=True)
-    training_mode: str = flag(
-        "consistency_distillation",
-        "objective that the model was trained with",
-        choices=_drawing,
-        registry=OBJECTIVES,
-        main=True,
-    )
+    training_mode: str = _trained_with("consistency_distillation")
     classes: str = flag(
         "",
         "labels of the input images in turn, as a list; empty: those that a prepared set or npz brings",

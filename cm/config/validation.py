@@ -12,7 +12,7 @@ from cm.config.derived import AUTO
 from cm.config.fields import check_flag, flags_of
 from cm.config.flags import GuidanceFlags, LoopFlags, ModelFlags, SamplingFlags
 from cm.config.registry import Sampler
-from cm.config.rows import NETWORKS, OBJECTIVES, PAIRS, PRECONDS, SAMPLERS
+from cm.config.rows import DISTANCES, NETWORKS, OBJECTIVES, PAIRS, PRECONDS, SAMPLERS
 from cm.config.scripts import (
     ClassifierConfig,
     CmTrainConfig,
@@ -169,13 +169,7 @@ def _check_consistency(config: CmTrainConfig) -> None:
             f"not for {config.training_mode}"
         )
     _check_teacher_guidance(config)
-    rules.check_scales(
-        target_ema_mode=config.target_ema_mode,
-        start_ema=config.start_ema,
-        scale_mode=config.scale_mode,
-        start_scales=config.start_scales,
-        end_scales=config.end_scales,
-    )
+    rules.check_scales(config)
 
 
 def _check_teacher_guidance(config: CmTrainConfig) -> None:
@@ -194,8 +188,16 @@ def _check_teacher_guidance(config: CmTrainConfig) -> None:
 def _check_continuous(config: CmTrainConfig, distillation: bool) -> None:
     mode = f"--training_mode {config.training_mode}"
     stop_grad = getattr(config, "stop_grad", True)
-    if hasattr(config, "stop_grad"):
-        rules.check_continuous(loss_norm=config.loss_norm, distillation=distillation, stop_grad=stop_grad)
+    if not distillation and not stop_grad:  # Song et al. 2023, App. B
+        raise UserError(
+            "--stop_grad False is for continuous_distillation: without a teacher that loss is quadratic in the noise "
+            "and has another minimum"
+        )
+    if hasattr(config, "stop_grad") and stop_grad and not DISTANCES[config.loss_norm].curved:
+        known = ", ".join(name for name, row in DISTANCES.items() if row.curved)
+        raise UserError(
+            f"--loss_norm {config.loss_norm} has no continuous-time loss with --stop_grad True; choose one of {known}"
+        )
     if config.scale_mode != "fixed":
         raise UserError(f"{mode} has no grid to change: --scale_mode must be fixed, got {config.scale_mode}")
     if config.boundary == "piecewise":
@@ -204,11 +206,23 @@ def _check_continuous(config: CmTrainConfig, distillation: bool) -> None:
         raise UserError(f"{mode} with --stop_grad False does not work with --use_checkpoint True")
 
 
-def _check_sampling(config: SamplingFlags) -> None:
+def _check_model_use(config: SamplingFlags | EditConfig) -> None:
     parsing.parse_weights(config.weights)
     if config.classes:
         known = config.num_classes if config.class_cond else 0
         parsing.parse_classes(config.classes, known, config.class_names or None)
+
+
+def _check_time_points(config: SampleConfig | EditConfig) -> None:
+    if config.ts:
+        # A grid that the command does not give comes from the model file; it is checked again then.
+        parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
+    if config.sigmas:
+        parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
+
+
+def _check_sampling(config: SamplingFlags) -> None:
+    _check_model_use(config)
     if config.s_tmin > config.s_tmax:
         raise UserError(f"--s_tmin {config.s_tmin} must not be above --s_tmax {config.s_tmax}")
 
@@ -219,11 +233,7 @@ def _check_sample(config: SampleConfig) -> None:
             raise UserError("--ts and --sigmas say the same thing: give one of them")
     elif config.sigmas and not config.preset:  # a preset's are those of two steps
         raise UserError(f"--sigmas is for --sampler multistep, not {config.sampler}")
-    if config.ts:
-        # A grid that the command does not give comes from the model file; it is checked again then.
-        parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
-    if config.sigmas:
-        parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
+    _check_time_points(config)
     _check_solver(config)
 
 
@@ -275,7 +285,7 @@ def _check_search(config: SearchConfig) -> None:
 
 
 def _check_edit(config: EditConfig) -> None:
-    parsing.parse_weights(config.weights)
+    _check_model_use(config)
     flags = flags_of(type(config))
     # A --config file names every flag: a value that is the default says nothing.
     changed = {n for n in config.explicit & flags.keys() if getattr(config, n) != flags[n].default}
@@ -291,13 +301,7 @@ def _check_edit(config: EditConfig) -> None:
             raise UserError(
                 f"--{name} {level} must lie between --sigma_min {config.sigma_min} and --sigma_max {config.sigma_max}"
             )
-    if config.ts:
-        parsing.parse_ts(config.ts, config.steps if "steps" in config.explicit else None)
-    if config.sigmas:
-        parsing.parse_sigmas(config.sigmas, config.sigma_min, config.sigma_max)
-    if config.classes:
-        known = config.num_classes if config.class_cond else 0
-        parsing.parse_classes(config.classes, known, config.class_names or None)
+    _check_time_points(config)
     if config.task == "interpolate" and config.between and "," not in config.between:
         raise UserError(f"--between needs two seeds or files at least, got {config.between!r}")
     if config.task == "superres" and config.image_size % config.factor and "image_size" in config.explicit:

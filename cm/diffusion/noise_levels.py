@@ -2,7 +2,7 @@
 importance-sampled grid positions."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,13 +25,14 @@ class NoiseSampler(Protocol):
         """(sigma, importance weight, grid index or None), each (B,)."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold."""
+        """What a checkpoint must hold; empty by default."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict."""
 
 
-class ScheduleSampler(ABC):
+class ScheduleSampler(NoiseSampler):
     """A distribution over the positions 0..T-1 of a grid, used to reduce the variance of the objective.
 
     `diffusion` gives num_timesteps and, for `draw`, sigma_min, sigma_max and rho of the grid (0 is sigma_max).
@@ -76,13 +77,6 @@ class ScheduleSampler(ABC):
 
     def observe(self, index: Tensor, losses: Tensor) -> None:
         """See the losses of sampled positions; nothing by default."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold; empty by default."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of state_dict."""
 
 
 class UniformSampler(ScheduleSampler):
@@ -167,7 +161,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         self._loss_counts = state["counts"].numpy().copy()
 
 
-class LogNormalSampler:
+class LogNormalSampler(NoiseSampler):
     """ln sigma ~ N(p_mean, p_std^2) (Karras et al. 2022, Sec. 5); `even` stratifies the global batch by inversion."""
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, even: bool = False):
@@ -203,15 +197,8 @@ class LogNormalSampler:
         sigmas = torch.exp(self.p_mean + self.p_std * normal)
         return sigmas, torch.ones_like(sigmas)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to keep."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
-
-
-class UniformTimeSampler:
+class UniformTimeSampler(NoiseSampler):
     """sigma = level(u) with u ~ U[0, 1): the training distributions of EDM's other columns, and of any schedule.
 
     level: float64 (B,) in [0, 1) -> noise levels.
@@ -231,13 +218,6 @@ class UniformTimeSampler:
     def _levels(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         sigmas = self.level(uniforms.double()).float()
         return sigmas, torch.ones_like(sigmas)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
 
 
 def lognormal(source: Any) -> LogNormalSampler:

@@ -55,11 +55,6 @@ class SDE(ABC):
         """std / alpha: the noise level of the state divided by alpha."""
         return self.std(t) / self.alpha(t)
 
-    def prior_log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, std(start)^2) (B,) of states at `start`, in nats."""
-        std = self.std(torch.tensor(self.start, dtype=torch.float64)).item()
-        return -0.5 * ((z / std) ** 2 + math.log(2 * math.pi * std**2)).flatten(1).sum(1)
-
     def score(self, denoised: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(z) = (alpha E[x0 | z] - z) / std^2, from the denoised image (Tweedie's formula)."""
         return (self.alpha(t) * denoised - z) / self.std(t) ** 2

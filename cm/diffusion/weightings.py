@@ -67,8 +67,3 @@ def make_weight(weight_schedule: str, sigma_data: float) -> Callable[..., Tensor
         return weigh(t, r, sigma_data)
 
     return weight
-
-
-def pair_weight(weight_schedule: str, t: Tensor, r: Tensor | None, sigma_data: float) -> Tensor:
-    """Loss weights (B,) by name of pairs t > r; r None: of single levels t."""
-    return make_weight(weight_schedule, sigma_data)(t, r)

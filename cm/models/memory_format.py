@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cm.config.choices import PRECISIONS
 from cm.config.derived import channels_last, precision
 from cm.config.scripts import Config
 from cm.errors import UserError
 from cm.models.factory import create_network, network_options
 from cm.networks.architecture import Architecture
-from cm.networks.precision import torso_dtype
 from cm.runtime import distributed, logger
 from cm.runtime.inputs import json_or_none
 from cm.runtime.platform import processor
@@ -112,7 +112,7 @@ def measure(config: Config, device: torch.device, *, training: bool, images: int
                 training
             )  # a second clock costs next to nothing
             if precision(config) != "fp32":
-                net.convert_torso(torso_dtype(precision(config)))
+                net.convert_torso(PRECISIONS.load(precision(config)))
             labelled = config.class_cond and "y" in inspect.signature(net.forward).parameters
             y = {"y": torch.zeros(images, dtype=torch.int64, device=device)} if labelled else {}
             net = net.to(device, memory_format=layout)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm.config import plugins
+from cm.config.choices import PRECISIONS
 from cm.config.derived import is_consistency, lowest_level, precision, scale_of
 from cm.config.flags import ModelFlags
 from cm.config.inherit import inherit
@@ -18,7 +19,6 @@ from cm.models.factory import choose_device, create_denoiser, create_network
 from cm.models.files import ModelFile, load_model_file, searched_points
 from cm.models.identify import identify
 from cm.models.memory_format import memory_format
-from cm.networks.precision import torso_dtype
 from cm.runtime import logger
 from cm.storage.weights import check_matching
 
@@ -145,7 +145,7 @@ def prepare_for_sampling(
     config: ConfigType, file: ModelFile, network: nn.Module, device: torch.device
 ) -> Pretrained[ConfigType]:
     """A network with its weights in the precision, on the device and in the memory format that are configured."""
-    if (dtype := torso_dtype(precision(config))) != torch.float32:
+    if (dtype := PRECISIONS.load(precision(config))) != torch.float32:
         network.convert_torso(dtype)
     network = network.to(device).eval().requires_grad_(False)
     images = getattr(config, "batch_size", 1)

@@ -80,19 +80,26 @@ class Architecture:
         return ADDED if self.two_times or self.told_scale else ""
 
 
+def _shape(a: Architecture) -> dict[str, Any]:
+    """The arguments that all U-Nets here have."""
+    return {
+        "image_size": a.image_size,
+        "in_channels": a.in_channels,
+        "out_channels": a.out_channels,
+        "model_channels": a.num_channels,
+        "channel_mult": a.widths,
+        "num_res_blocks": a.num_res_blocks,
+        "dropout": a.dropout,
+        "use_checkpoint": a.use_checkpoint,
+    }
+
+
 def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
     """The U-Net of ADM and of the released consistency models."""
     return UNetModel(
-        image_size=a.image_size,
-        in_channels=a.in_channels,
-        model_channels=a.num_channels,
-        out_channels=a.out_channels,
-        num_res_blocks=a.num_res_blocks,
+        **_shape(a),
         attention_resolutions=a.attention_factors,
-        dropout=a.dropout,
-        channel_mult=a.widths,
         num_classes=a.num_classes,
-        use_checkpoint=a.use_checkpoint,
         use_fp16=a.use_fp16,
         num_heads=a.num_heads,
         num_head_channels=a.num_head_channels,
@@ -108,15 +115,8 @@ def adm(a: Architecture, dropout_resolutions: str = "") -> UNetModel:
 def adm_classifier(a: Architecture) -> EncoderUNetModel:
     """The classifier of ADM's guidance: the U-Net's way down and attention pooling; logits of num_classes."""
     return EncoderUNetModel(
-        image_size=a.image_size,
-        in_channels=a.in_channels,
-        model_channels=a.num_channels,
-        out_channels=a.num_classes,
-        num_res_blocks=a.num_res_blocks,
+        **{**_shape(a), "out_channels": a.num_classes},
         attention_resolutions=a.attention_factors,
-        dropout=a.dropout,
-        channel_mult=a.widths,
-        use_checkpoint=a.use_checkpoint,
         num_head_channels=a.num_head_channels,
         use_scale_shift_norm=a.use_scale_shift_norm,
         resblock_updown=a.resblock_updown,
@@ -167,22 +167,15 @@ def edm2(
 ) -> EDM2UNet:
     """EDM2's magnitude-preserving U-Net."""
     return EDM2UNet(
-        image_size=a.image_size,
-        in_channels=a.in_channels,
-        out_channels=a.out_channels,
-        model_channels=a.num_channels,
-        channel_mult=a.widths,
-        num_res_blocks=a.num_res_blocks,
+        **_shape(a),
         attention_resolutions=a.attended_sides,
         num_heads=a.num_heads,
         num_head_channels=a.num_head_channels,
-        dropout=a.dropout,
         dropout_resolutions=_dropping(a, dropout_resolutions),
         num_classes=a.num_classes,
         logvar_channels=logvar_channels,
         double_norm=double_norm,
         second_clock=a.added_clock,
-        use_checkpoint=a.use_checkpoint,
     )
 
 
@@ -209,17 +202,10 @@ def _dropping(a: Architecture, dropout_resolutions: str) -> tuple[int, ...] | No
 def _song_unet(a: Architecture, **form: Any) -> SongUNet:
     form = {"second_clock": a.added_clock} | form
     return SongUNet(
-        image_size=a.image_size,
-        in_channels=a.in_channels,
-        out_channels=a.out_channels,
-        model_channels=a.num_channels,
-        channel_mult=a.widths,
-        num_res_blocks=a.num_res_blocks,
+        **_shape(a),
         attention_resolutions=a.attended_sides,
-        dropout=a.dropout,
         num_classes=a.num_classes,
         augment_dim=a.augment_dim,
-        use_checkpoint=a.use_checkpoint,
         **form,
     )
 

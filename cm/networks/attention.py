@@ -25,18 +25,9 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 def qkv_legacy_to_new(weight: Tensor, heads: int) -> Tensor:
     """Rows of a qkv weight or bias from (head, three, channel), guided-diffusion's legacy order, to ours."""
-    return _swap_leading(weight, heads, heads, 3)
-
-
-def qkv_new_to_legacy(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a qkv weight or bias from (three, head, channel) to (head, three, channel)."""
-    return _swap_leading(weight, heads, 3, heads)
-
-
-def _swap_leading(weight: Tensor, heads: int, first: int, second: int) -> Tensor:
     if heads < 1 or weight.shape[0] % (3 * heads):
         raise ValueError(f"a qkv tensor of shape {tuple(weight.shape)} does not hold 3 x {heads} equal heads")
-    return weight.unflatten(0, (first, second, -1)).transpose(0, 1).reshape(weight.shape)
+    return weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(weight.shape)
 
 
 class AttentionBlock(nn.Module):

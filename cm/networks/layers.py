@@ -140,13 +140,20 @@ def one_hot(y: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def check_inputs(
-    x: Tensor, timesteps: Tensor, y: Tensor | None, in_channels: int, divisor: int, num_classes: int | None
+    x: Tensor,
+    timesteps: Tensor,
+    y: Tensor | None,
+    in_channels: int,
+    divisor: int,
+    num_classes: int | None,
+    dims: int = 2,
 ) -> None:
     """ValueError unless images, times and labels have the shapes that a U-Net takes; divisor: of the image's sides."""
     batch = x.shape[0]  # not len(x), which would fix it in an exported graph
-    if x.ndim != 4 or x.shape[1] != in_channels or any(side % divisor for side in x.shape[2:]):
+    resampled = x.shape[-min(dims, 2) :]  # volumes keep the size of their first dimension
+    if x.ndim != dims + 2 or x.shape[1] != in_channels or any(side % divisor for side in resampled):
         raise ValueError(
-            f"images have shape {tuple(x.shape)}; the network takes (B, {in_channels}, side, side) "
+            f"images have shape {tuple(x.shape)}; the network takes (B, {in_channels}, {', '.join(['side'] * dims)}) "
             f"with sides divisible by {divisor}"
         )
     if timesteps.shape != (batch,):

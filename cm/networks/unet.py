@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.networks.attention import AttentionBlock
+from cm.networks.layers import check_inputs
 from cm.networks.second_clock import ADDED, check_form, check_second, clock_mlp, scale_clock
 from cm.nn import (
     Dropout,
@@ -28,16 +29,6 @@ from cm.nn import (
     timestep_embedding,
     zero_module,
 )
-
-__all__ = [
-    "AttentionBlock",
-    "Downsample",
-    "ResBlock",
-    "TimestepBlock",
-    "TimestepEmbedSequential",
-    "UNetModel",
-    "Upsample",
-]
 
 
 class TimestepBlock(nn.Module):
@@ -406,7 +397,7 @@ class UNetModel(nn.Module):
         second (B,): the second clock, of a network that has one; guidance (B,): a scale in its place. The result is
         (B, out_channels, *spatial) in the dtype of the output layer: fp32 whatever the torso's.
         """
-        self._check_inputs(x, timesteps, y)
+        check_inputs(x, timesteps, y, self.in_channels, self.divisor, self.num_classes, self.dims)
         second = scale_clock(guidance, second, speed=250.0)
         check_second(second, timesteps, self.second_clock)
         emb = self._embed(self.time_embed, timesteps, y)
@@ -425,26 +416,3 @@ class UNetModel(nn.Module):
     def _embed(self, mlp: nn.Sequential, times: Tensor, y: Tensor | None) -> Tensor:
         emb = mlp(timestep_embedding(times, self.model_channels).to(mlp[0].weight.dtype))
         return emb if y is None else emb + self.label_emb(y.clamp_min(0)) * (y >= 0).to(emb)[:, None]
-
-    def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
-        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}; the network takes (B, {self.in_channels}, "
-                f"{', '.join(['size'] * self.dims)})"
-            )
-        resampled = x.shape[-min(self.dims, 2) :]
-        if any(size % self.divisor for size in resampled):
-            raise ValueError(f"image sides {tuple(resampled)} are not divisible by {self.divisor}")
-        if timesteps.shape != x.shape[:1]:
-            raise ValueError(
-                f"times have shape {tuple(timesteps.shape)}; images {tuple(x.shape)} need ({len(x)},)"
-            )
-        if (y is None) != (self.num_classes is None):
-            wants = (
-                "takes no labels"
-                if self.num_classes is None
-                else f"needs labels of {self.num_classes} classes"
-            )
-            raise ValueError(f"the network {wants}, but y is {'missing' if y is None else 'given'}")
-        if y is not None and y.shape != x.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(y.shape)}; images {tuple(x.shape)} need ({len(x)},)")

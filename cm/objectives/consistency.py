@@ -19,7 +19,7 @@ from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_s
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import Distance
 from cm.objectives.pairs import Pairs
-from cm.objectives.parts import Weight, distance_of, schedule_of, weight_of
+from cm.objectives.parts import Weight, distance_of, distils, schedule_of, weight_of
 from cm.seeding import StepRandom
 
 
@@ -124,22 +124,13 @@ class ConsistencyObjective(Objective):
         return self.schedule(step)[1]
 
 
-def distillation(config: Any) -> Objective:
-    """Row consistency_distillation."""
-    return _consistency(config, distillation=True)
-
-
-def training(config: Any) -> Objective:
-    """Row consistency_training."""
-    return _consistency(config, distillation=False)
-
-
-def _consistency(config: Any, *, distillation: bool) -> Objective:
+def consistency(config: Any) -> Objective:
+    """Rows consistency_distillation and consistency_training."""
     return ConsistencyObjective(
         schedule_of(config),
         distance_of(config),
         weight_of(config),
         pairs=PAIRS.load(config.pairs)(config),
-        distillation=distillation,
+        distillation=distils(config),
         ode_solver=config.ode_solver,
     )

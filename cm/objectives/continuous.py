@@ -22,7 +22,7 @@ from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.distances import Distance
 from cm.objectives.forward_mode import along
-from cm.objectives.parts import Weight, distance_of, grid_of, weight_of
+from cm.objectives.parts import Weight, distance_of, distils, grid_of, weight_of
 from cm.seeding import StepRandom
 
 
@@ -154,22 +154,13 @@ class ContinuousObjective(Objective):
         )
 
 
-def distillation(config: Any) -> Objective:
-    """Row continuous_distillation."""
-    return _continuous(config, distillation=True)
-
-
-def training(config: Any) -> Objective:
-    """Row continuous_training."""
-    return _continuous(config, distillation=False)
-
-
-def _continuous(config: Any, *, distillation: bool) -> Objective:
+def continuous(config: Any) -> Objective:
+    """Rows continuous_distillation and continuous_training."""
     return ContinuousObjective(
         distance_of(config),
         weight_of(config),
         grid=grid_of(config),
-        distillation=distillation,
+        distillation=distils(config),
         stop_grad=config.stop_grad,
         clock=config.clock,
     )

@@ -23,7 +23,7 @@ from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_s
 from cm.objectives.consistency import heun_step
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import Distance
-from cm.objectives.parts import Weight, distance_of, grid_of, schedule_of, weight_of
+from cm.objectives.parts import Weight, distance_of, distils, grid_of, schedule_of, weight_of
 from cm.seeding import StepRandom, derive_seed
 from cm.storage.weights import LOSS_MODULE
 
@@ -233,29 +233,9 @@ def balance(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     return (a / (b + SMALL)).clamp(0, LARGEST).detach()
 
 
-def passes(config: Any) -> tuple[float, float, float, float]:
-    """Mean passes of a step through student, target network and teacher, and backward ones."""
-    law = TrajectoryGrid(Grid(), config.start_scales, config.max_teacher_steps)
-    n = (2 * law.longest + 1) / 3  # the mean where n is as likely as it is large
-    matching = config.dsm_weight > 0
-    distils = config.training_mode == "ctm"
-    alone = 0 if distils else n if config.iterate else 1
-    student = 1 + matching + (config.target_jump == "student")
-    target = 2 + alone + (config.target_jump == "target")
-    return student, target, 2 * n if distils else 0, 2 + matching
-
-
-def distillation(config: Any) -> Objective:
-    """Row ctm."""
-    return _trajectories(config, distillation=True)
-
-
-def training(config: Any) -> Objective:
-    """Row ctm_training: self-learning."""
-    return _trajectories(config, distillation=False)
-
-
-def _trajectories(config: Any, *, distillation: bool) -> Objective:
+def trajectories(config: Any) -> Objective:
+    """Rows ctm and ctm_training (self-learning)."""
+    distillation = distils(config)
     return TrajectoryObjective(
         schedule_of(config),
         distance_of(config),

@@ -102,13 +102,7 @@ class EmaAndScales:
     printed_mu: bool = False
 
     def __post_init__(self):
-        check_scales(
-            target_ema_mode=self.target_ema_mode,
-            start_ema=self.start_ema,
-            scale_mode=self.scale_mode,
-            start_scales=self.start_scales,
-            end_scales=self.end_scales,
-        )
+        check_scales(self)
         if (self.target_ema_mode, self.scale_mode) not in MODES:
             known = ", ".join(f"{t}+{s}" for t, s in MODES)
             raise UserError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.denoiser import Denoiser
-from cm.diffusion.noise_levels import NoiseSampler, ScheduleSampler
+from cm.diffusion.noise_levels import NoiseSampler, ScheduleSampler, UniformTimeSampler
 from cm.nn import append_dims, mean_flat
 from cm.objectives.augmentation import augment
 from cm.objectives.base import Draw, Objective, Roles
@@ -82,9 +82,10 @@ class EDMObjective(Objective):
 
 def denoising(config: Any) -> Objective:
     """Row edm: in x = x0 + sigma noise, or in z = alpha x + sigma e with --diffusion_schedule."""
-    if config.diffusion_schedule:
-        from cm.objectives.alpha_sigma import AlphaSigmaObjective
-
-        return AlphaSigmaObjective(alpha_sigma_of(config), weight_of(config))
-    sampler = NOISE_LEVELS.load(config.schedule_sampler)(config)
+    if (
+        config.diffusion_schedule
+    ):  # the same loss at sigma / alpha, at times that are uniform (Salimans & Ho 2022)
+        sampler = UniformTimeSampler(alpha_sigma_of(config).level)
+    else:
+        sampler = NOISE_LEVELS.load(config.schedule_sampler)(config)
     return EDMObjective(sampler, weight_of(config), config.augment, config.uncertainty)

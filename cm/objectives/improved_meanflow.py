@@ -166,8 +166,3 @@ def improved_meanflow(config: Any) -> Objective:
         weight=Adaptive(config.norm_p, config.norm_c),
         mode=config.training_mode,
     )
-
-
-def passes(config: Any) -> tuple[float, float, float, float]:
-    """Mean passes of a step through student, target network and teacher, and backward ones."""
-    return 5, 0, 0, 1  # one with a graph, two velocities, and two of forward mode

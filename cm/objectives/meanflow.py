@@ -81,9 +81,3 @@ def _guidance_of(config: Any) -> TargetGuidance:
     if guidance.start >= guidance.end:
         raise UserError(f"--guided_from {guidance.start} must be below --guided_to {guidance.end}")
     return guidance
-
-
-def passes(config: Any) -> tuple[float, float, float, float]:
-    """Mean passes of a step through student, target network and teacher, and backward ones."""
-    guidance = 0 if TargetGuidance(config.omega, config.kappa).plain else 2
-    return 3 + guidance, 0, 0, 1  # a pass with a graph, and two of forward mode

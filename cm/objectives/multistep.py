@@ -20,7 +20,7 @@ from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.curricula import EmaAndScales
 from cm.objectives.distances import Distance
-from cm.objectives.parts import Weight, alpha_sigma_of, distance_of, grid_of, schedule_of, weight_of
+from cm.objectives.parts import Weight, alpha_sigma_of, distance_of, distils, grid_of, schedule_of, weight_of
 from cm.seeding import StepRandom
 
 
@@ -136,17 +136,9 @@ class MultistepObjective(Objective):
         return self.intervals(step)
 
 
-def distillation(config: Any) -> Objective:
-    """Row multistep_distillation."""
-    return _multistep(config, distillation=True)
-
-
-def training(config: Any) -> Objective:
-    """Row multistep_training."""
-    return _multistep(config, distillation=False)
-
-
-def _multistep(config: Any, *, distillation: bool) -> Objective:
+def multistep(config: Any) -> Objective:
+    """Rows multistep_distillation and multistep_training."""
+    distillation = distils(config)
     intervals = Intervals(
         config.segments, config.teacher_steps, config.teacher_steps_end, config.teacher_steps_ramp
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cm.config.fields import arguments_of
-from cm.config.rows import DISTANCES
+from cm.config.rows import DISTANCES, OBJECTIVES
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import Grid
 from cm.diffusion.weightings import make_weight
@@ -18,6 +18,11 @@ from cm.objectives.distances import Distance, make_distance
 
 # (t (B,), r (B,) or None) -> weights (B,)
 Weight = Callable[..., Tensor]
+
+
+def distils(config: Any) -> bool:
+    """Whether the objective of the configuration has a teacher."""
+    return OBJECTIVES[config.training_mode].teacher
 
 
 def grid_of(config: Any) -> Grid:

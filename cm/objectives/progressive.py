@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.grid import Grid
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles
@@ -34,11 +35,16 @@ def progressive_losses(
 
 
 class ProgressiveObjective(Objective):
-    """Halve the number of sampling steps stage by stage; each stage's student is the next one's teacher."""
+    """Halve the number of sampling steps stage by stage; each stage's student is the next one's teacher.
+
+    grid: Karras's, or that of a schedule (alpha, sigma), divided by whose alpha a DDIM step is Euler's.
+    """
 
     needs_teacher = True
 
-    def __init__(self, schedule: EmaAndScales, distance: Distance, weight: Weight, *, grid: Grid):
+    def __init__(
+        self, schedule: EmaAndScales, distance: Distance, weight: Weight, *, grid: Grid | AlphaSigma
+    ):
         self.schedule = schedule
         self.distance = distance
         self.weight = weight
@@ -60,7 +66,7 @@ class ProgressiveObjective(Objective):
         return self.stage(step).num_scales
 
 
-def interval_at(grid: Grid, intervals: int, index: Tensor, noise: Tensor) -> Draw:
+def interval_at(grid: Grid | AlphaSigma, intervals: int, index: Tensor, noise: Tensor) -> Draw:
     """The Draw of given intervals (B,) int64 in 0..intervals-1 of a grid with `intervals` intervals."""
     if intervals < 1:
         raise ValueError(f"progressive distillation needs at least 1 interval, got {intervals}")
@@ -71,8 +77,5 @@ def interval_at(grid: Grid, intervals: int, index: Tensor, noise: Tensor) -> Dra
 def progressive(config: Any) -> Objective:
     """Row progdist: on Karras's grid, or in z = alpha x + sigma e with --diffusion_schedule."""
     parts = schedule_of(config), distance_of(config), weight_of(config)
-    if config.diffusion_schedule:
-        from cm.objectives.alpha_sigma import AlphaSigmaProgressive
-
-        return AlphaSigmaProgressive(*parts, alpha_sigma=alpha_sigma_of(config))
-    return ProgressiveObjective(*parts, grid=grid_of(config))
+    grid = alpha_sigma_of(config) if config.diffusion_schedule else grid_of(config)
+    return ProgressiveObjective(*parts, grid=grid)

@@ -23,6 +23,7 @@ from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.forward_mode import along, in_fp32
 from cm.objectives.pairs import draw_level, law_of
+from cm.objectives.parts import distils
 from cm.seeding import StepRandom
 from cm.storage.weights import LOSS_MODULE
 
@@ -187,17 +188,8 @@ def trigflow_losses(
     return {"loss": squared * (-log_error).exp() + log_error, **logged, "log_error": log_error}
 
 
-def training(config: Any) -> Objective:
-    """Row sct."""
-    return _trigflow(config, distillation=False)
-
-
-def distillation(config: Any) -> Objective:
-    """Row scd."""
-    return _trigflow(config, distillation=True)
-
-
-def _trigflow(config: Any, *, distillation: bool) -> Objective:
+def trigflow(config: Any) -> Objective:
+    """Rows sct and scd."""
     tangent = Tangent(
         config.sigma_data,
         config.tangent_warmup,
@@ -207,5 +199,5 @@ def _trigflow(config: Any, *, distillation: bool) -> Objective:
         config.training_mode,
     )
     return TrigFlowObjective(
-        law_of(config), tangent, distillation=distillation, adaptive=config.adaptive_weight
+        law_of(config), tangent, distillation=distils(config), adaptive=config.adaptive_weight
     )

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from cm.config.choices import PRECISIONS
 from cm.errors import UserError
-from cm.networks.precision import torso_dtype
 from cm.nn import update_ema
 
 MIN_LG_LOSS_SCALE = -10.0
@@ -21,7 +21,7 @@ class MasterWeights:
     """
 
     def __init__(self, module: nn.Module, precision: str = "fp32", *, keep_fp32: bool = True):
-        dtype = torso_dtype(precision)
+        dtype = PRECISIONS.load(precision)
         self.module = module
         self.precision = precision
         self.names = [name for name, _ in module.named_parameters()]

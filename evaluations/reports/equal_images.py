@@ -30,15 +30,11 @@ from cm.runtime import job, logger
 from cm.runtime.inputs import read_json
 from cm.runtime.provenance import versions
 from evaluations.reports.digits_report import TITLES, measure, picture
-from evaluations.reports.learning_proof import MODELS, execute
+from evaluations.reports.learning_proof import MODELS, PREPARATION, execute
 from evaluations.reports.plots import image_page
 
 BATCH = 64
 TEACHER = "cont_edm"
-PREPARATION = (
-    "scripts/prepare_data.py digits {run}/data --image_size 8 --overwrite True",
-    "-m evaluations.small_classifier {run}/data {run}/classifier.pt",
-)
 SAME = "--time_scale 4 --ema_rate 0.98"
 SAME_LONGER = "--time_scale 4 --ema_rate 0.99"
 FIRST_STAGE = "tcm1"

@@ -36,6 +36,10 @@ MODELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "sct": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
     "scd": ("cm_train", FROM_SLOW_TEACHER, ONE_AND_TWO),
 }
+PREPARATION = (
+    "scripts/prepare_data.py digits {run}/data --image_size 8 --overwrite True",
+    "-m evaluations.small_classifier {run}/data {run}/classifier.pt",
+)
 POINTS = "-m tests.helpers.learning --length 3"
 DOCUMENT = """# Learning proof
 
@@ -70,18 +74,21 @@ Wall time on {cores} cores, not all of them free; torch {torch}, OMP_NUM_THREADS
 def commands(run: str, ranks: int) -> list[str]:
     """Arguments of `python`, in order."""
     launch = f"-m torch.distributed.run --nproc-per-node {ranks} " if ranks > 1 else ""
-    lines = [
-        f"scripts/prepare_data.py digits {run}/data --image_size 8 --overwrite True",
-        f"-m evaluations.small_classifier {run}/data {run}/classifier.pt",
-    ]
+    lines = [*PREPARATION]
     for model, (script, flags, _) in MODELS.items():
-        paths = f"--data_dir {run}/data --out_dir {run}/{model} {flags.format(run=run)}"
-        lines.append(f"{launch}scripts/{script}.py --preset digits_{model} {paths}")
-    for model, (_, _, sets) in MODELS.items():
-        for name, flags in sets.items():
-            paths = f"--model_path {run}/{model} --out_dir {run}/samples/{model}_{name}"
-            lines.append(f"scripts/image_sample.py --preset digits_{model} {paths} --overwrite True {flags}")
-    return [line.strip() for line in [*lines, f"-m evaluations.reports.digits_report {run}", POINTS]]
+        paths = f"--data_dir {{run}}/data --out_dir {{run}}/{model} {flags}"
+        lines.append(f"{launch}scripts/{script}.py --preset digits_{model} {paths}".strip())
+    lines += [line for model in MODELS for line in draws(model)]
+    return [line.format(run=run) for line in [*lines, "-m evaluations.reports.digits_report {run}", POINTS]]
+
+
+def draws(name: str) -> list[str]:
+    """Arguments of `python` that draw the sample sets of a model; {run} stands for the folder."""
+    paths = "--model_path {run}/" + name + " --out_dir {run}/samples/" + name
+    return [
+        f"scripts/image_sample.py --preset digits_{name} {paths}_{way} --overwrite True {flags}".strip()
+        for way, flags in MODELS[name][2].items()
+    ]
 
 
 def execute(line: str) -> tuple[str, float]:

@@ -20,11 +20,11 @@ from cm.config.scripts import (
     SampleConfig,
     configure,
 )
+from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.noise_schedules import iddpm_levels
 from cm.diffusion.precond import BoundaryPrecond
 from cm.models.guides import load_guide
 from cm.models.pretrained import load_pretrained
-from cm.objectives.alpha_sigma import AlphaSigmaObjective, AlphaSigmaProgressive
 from cm.storage.checkpoint import complete_checkpoints
 from cm.storage.weights import load_weights, save_weights
 from cm.training.factory import create_objective
@@ -215,7 +215,7 @@ def test_diffusion_schedules_train_and_halve(teachers, data_dir, tmp_path):
     config = parse_config(
         EdmTrainConfig, ["--diffusion_schedule", "cosine", "--weight_schedule", "truncated-snr"]
     )
-    assert isinstance(create_objective(config), AlphaSigmaObjective)
+    assert isinstance(create_objective(config).sampler.level.__self__, AlphaSigma)
     run = train(
         EdmTrainConfig,
         data_dir,
@@ -244,7 +244,7 @@ def test_diffusion_schedules_train_and_halve(teachers, data_dir, tmp_path):
         "--preview_count",
         "2",
     ]
-    assert isinstance(create_objective(parse_config(CmTrainConfig, flags)), AlphaSigmaProgressive)
+    assert isinstance(create_objective(parse_config(CmTrainConfig, flags)).grid, AlphaSigma)
     student = train(CmTrainConfig, data_dir, tmp_path / "pd", *flags, "--teacher_model_path", run)
     assert (complete_checkpoints(student)[-1] / "teacher_model000002.pt").exists()
     _, _, meta = sample(student, tmp_path / "s", steps=2)

@@ -5,28 +5,29 @@ import math
 import pytest
 import torch
 
+from cm.commands.cli import parse_config
+from cm.config.scripts import CmTrainConfig, EdmTrainConfig
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.precond import Coefficients, EDMPrecond
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.errors import UserError
 from cm.nn import append_dims, mean_flat
-from cm.objectives.alpha_sigma import (
-    AlphaSigmaObjective,
-    AlphaSigmaProgressive,
+from cm.objectives.base import Draw, Roles
+from cm.objectives.curricula import EmaAndScales
+from cm.objectives.edm import EDMObjective, edm_losses
+from cm.objectives.progressive import ProgressiveObjective, interval_at
+from cm.objectives.progressive import progressive_losses as sigma_form
+from cm.sampling.consistency import sample_progdist
+from cm.seeding import StepRandom
+from cm.training.factory import create_objective
+from tests.helpers.alpha_sigma_reference import (
     ddim_step,
     ddim_target,
     diffusion_losses,
     predict_x,
     progressive_losses,
 )
-from cm.objectives.base import Draw, Roles
-from cm.objectives.curricula import EmaAndScales
-from cm.objectives.edm import edm_losses
-from cm.objectives.progressive import ProgressiveObjective, interval_at
-from cm.objectives.progressive import progressive_losses as sigma_form
-from cm.sampling.consistency import sample_progdist
-from cm.seeding import StepRandom
 from tests.helpers.analytic import Gaussian
 from tests.helpers.models import PointNet
 
@@ -174,16 +175,14 @@ def test_both_forms_of_progressive_distillation_agree(net, name):
 def test_objectives_draw_and_halve():
     x0 = torch.zeros(500, 2)
     random = StepRandom(0, 0, 0, 500, 500)
-    objective = AlphaSigmaObjective(AlphaSigma("cosine"), weight("snr"))
+    flags = ["--preset", "digits_cosine", "--sigma_min", "0.002", "--weight_schedule", "snr"]
+    objective = create_objective(parse_config(EdmTrainConfig, flags))
+    assert isinstance(objective, EDMObjective)
     level = objective.draw(x0, 0, random).t
     times = torch.atan(level.double()) * 2 / math.pi
     assert times.mean().item() == pytest.approx(0.5, abs=0.04) and level.dtype == torch.float32
-    progressive = AlphaSigmaProgressive(
-        EmaAndScales("fixed", 0.0, "progdist", 8, 8, 0, 10),
-        distance,
-        weight("uniform"),
-        alpha_sigma=AlphaSigma("cosine"),
-    )
+    flags = ["--preset", "digits_cosine_pd", "--start_scales", "8", "--distill_steps_per_iter", "10"]
+    progressive = create_objective(parse_config(CmTrainConfig, flags))
     assert isinstance(progressive, ProgressiveObjective) and progressive.needs_teacher
     assert [progressive.num_scales(step) for step in (0, 10, 20, 39, 40)] == [8, 4, 2, 2, 1]
     draw = progressive.draw(x0, 10, random)
@@ -205,11 +204,11 @@ def test_training_halves_the_steps_of_an_exact_teacher():
     torch.manual_seed(0)
     student = Denoiser(PointNet(dim=1), EDMPrecond(time_scale=1.0))
     optimizer = torch.optim.Adam(student.net.parameters(), 3e-3)
-    objective = AlphaSigmaProgressive(
+    objective = ProgressiveObjective(
         EmaAndScales("fixed", 0.0, "progdist", 2, 2, 0, 10**6),
         distance,
         weight("truncated-snr"),
-        alpha_sigma=schedule,
+        grid=schedule,
     )
     for step in range(400):
         x0 = GAUSS.sample((128, 1), torch.Generator().manual_seed(step)).float()

@@ -79,12 +79,9 @@ def test_definitions_by_hand():
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_prior_and_score(name):
+def test_score(name):
     sde = sdes()[name]
     z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    std = sde.std(scalar(sde.start))
-    expected = torch.distributions.Normal(0.0, std).log_prob(z).sum(1)
-    torch.testing.assert_close(sde.prior_log_prob(z), expected)
     t = scalar(0.4)
     mean, deviation = moments(sde, t)
     torch.testing.assert_close(score(sde, z, t), -(z - mean) / deviation**2)

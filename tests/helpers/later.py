@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cm.diffusion.weightings import make_weight
 from cm.networks.edm2 import EDM2UNet
 from cm.networks.song_unet import SongUNet
 from tests.helpers.golden_data import GoldenFile
@@ -56,3 +57,8 @@ def check_gradients(g: GoldenFile, prefix: str, net: nn.Module, tolerance: float
     case = prefix.split("/", 1)[1].rsplit("/", 2)[0]
     for name, norm in g.config.get("grad_norms", {}).get(case, {}).items():
         torch.testing.assert_close(parameters[name].grad.norm().item(), norm, rtol=10 * tolerance, atol=1e-9)
+
+
+def pair_weight(weight_schedule: str, t: Tensor, r: Tensor | None, sigma_data: float) -> Tensor:
+    """Loss weights (B,) by name of pairs t > r; r None: of single levels t."""
+    return make_weight(weight_schedule, sigma_data)(t, r)

@@ -20,7 +20,6 @@ from cm.diffusion.grid import Grid
 from cm.diffusion.noise_levels import LogNormalSampler
 from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond
 from cm.diffusion.proposals import Proposal
-from cm.diffusion.weightings import pair_weight
 from cm.objectives.base import Objective, Roles
 from cm.objectives.consistency import ConsistencyObjective
 from cm.objectives.continuous import ContinuousObjective
@@ -39,6 +38,7 @@ from cm.storage.saver import Saver
 from cm.training.learning_rate import LearningRate
 from cm.training.options import BatchSize, Optimization, Reports
 from cm.training.trainer import Trainer
+from tests.helpers.later import pair_weight
 from tests.helpers.models import PointNet
 
 GRID = Grid(sigma_max=10.0)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cm.networks.attention import AttentionBlock, qkv_attention, qkv_legacy_to_new, qkv_new_to_legacy
+from cm.networks.attention import AttentionBlock, qkv_attention, qkv_legacy_to_new
 from cm.objectives.forward_mode import forward_mode
 from tests.helpers import golden_data
+from tests.helpers.convert_models import qkv_new_to_legacy
 from tests.helpers.models import golden_model
 
 

@@ -282,9 +282,9 @@ def test_constructor_refuses_what_cannot_work():
 @pytest.mark.parametrize(
     ("x", "t", "y", "message"),
     [
-        ((2, 1, 8, 8), 2, 2, r"\(2, 1, 8, 8\); the network takes \(B, 3, size, size\)"),
+        ((2, 1, 8, 8), 2, 2, r"\(2, 1, 8, 8\); the network takes \(B, 3, side, side\)"),
         ((2, 3, 8), 2, 2, "the network takes"),
-        ((2, 3, 8, 7), 2, 2, r"\(8, 7\) are not divisible by 2"),
+        ((2, 3, 8, 7), 2, 2, r"\(2, 3, 8, 7\); .* sides divisible by 2"),
         ((2, 3, 8, 8), 1, 2, r"times have shape \(1,\)"),
         ((2, 3, 8, 8), 2, None, "needs labels of 4 classes, but y is missing"),
         ((2, 3, 8, 8), 2, 3, r"labels have shape \(3,\)"),

@@ -13,7 +13,6 @@ from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import Grid, karras_sigmas
 from cm.diffusion.precond import ConsistencyPrecond, boundary_precond
 from cm.diffusion.proposals import Proposal
-from cm.diffusion.weightings import pair_weight
 from cm.errors import UserError
 from cm.objectives.base import Draw, Roles
 from cm.objectives.consistency import ConsistencyObjective, at_level, heun_step
@@ -26,6 +25,7 @@ from cm.training.factory import create_objective
 from tests.helpers import later
 from tests.helpers.analytic import Gaussian, free
 from tests.helpers.golden_data import later as golden
+from tests.helpers.later import pair_weight
 
 ICT, ECT = golden("ict"), golden("ect")
 SCHEDULE = EmaAndScales("fixed", 0.0, "fixed", 18, 18, 1, 1)

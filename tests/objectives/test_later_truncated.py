@@ -18,7 +18,6 @@ from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import karras_sigmas
 from cm.diffusion.precond import boundary_precond
 from cm.diffusion.proposals import Proposal
-from cm.diffusion.weightings import pair_weight
 from cm.errors import UserError
 from cm.objectives.base import Draw, Roles
 from cm.objectives.curricula import Ratio
@@ -30,6 +29,7 @@ from cm.training.factory import create_objective
 from cm.training.roles import load_teacher
 from tests.helpers import later
 from tests.helpers.golden_data import later as golden
+from tests.helpers.later import pair_weight
 from tests.helpers.models import save_consistency_model
 
 TCM = golden("tcm")

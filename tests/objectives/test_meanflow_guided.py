@@ -1,7 +1,5 @@
 """Guidance inside MeanFlow's target: what it is a fixed point of, and golden targets, losses, gradients and samples."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ from cm.nn import NO_CLASS
 from cm.objectives.base import Draw, Roles
 from cm.objectives.flow_map import Adaptive, point
 from cm.objectives.flow_times import TimeLaw
-from cm.objectives.meanflow import MeanFlowObjective, TargetGuidance, passes
+from cm.objectives.meanflow import MeanFlowObjective, TargetGuidance
 from cm.sampling.jumps import sample_jumps
 from tests.helpers.flow_golden import check_gradients, close, flow_map
 from tests.helpers.golden_data import later
@@ -117,10 +115,3 @@ def test_flags():
         made(*guided, "--class_cond", "True")
     with pytest.raises(UserError, match=r"--guided_from .* must be below --guided_to"):
         made(*guided, *known, "--guided_from", "0.8")
-
-
-def test_the_planner_counts_the_passes_of_guidance():
-    def of(omega, kappa):
-        return passes(SimpleNamespace(omega=omega, kappa=kappa))
-
-    assert (of(1.0, 0.0), of(1.0, 0.5)) == ((3, 0, 0, 1), (5, 0, 0, 1))

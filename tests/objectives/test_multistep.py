@@ -15,7 +15,6 @@ from cm.diffusion.ddim import addim, ddim, inverse_ddim, of_snr
 from cm.diffusion.denoiser import Denoiser
 from cm.diffusion.grid import Grid
 from cm.diffusion.paths import VP_COSINE
-from cm.diffusion.weightings import pair_weight
 from cm.errors import UserError
 from cm.objectives.base import Draw, Roles
 from cm.objectives.distances import make_distance
@@ -25,6 +24,7 @@ from cm.seeding import StepRandom
 from cm.training.factory import create_objective
 from tests.helpers.analytic import Gaussian, free, ones
 from tests.helpers.golden_data import later as golden
+from tests.helpers.later import pair_weight
 
 MCM = golden("multistep_cm")
 NORM = make_distance("pseudo-huber", c=0.0)

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 from cm.commands import train
+from cm.config.choices import PRECISIONS
 from cm.models.factory import create_network
 from cm.models.files import ModelFile
-from cm.networks.precision import torso_dtype
 from cm.objectives import base, ctm, lpips
 from cm.runtime import logger
 from cm.seeding import NoiseOf, StepRandom
@@ -114,7 +114,7 @@ def test_half_precision_in_channels_last(precision, fake, tmp_path):
             module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     _, terms = trainer.forward_backward(torch.empty(2, 3, 8, 8), {})
     assert terms["loss"].dtype == torch.float32 and terms["loss"].device.type == DEVICE.type
-    assert {x.dtype for x in seen} == {torso_dtype(precision)}
+    assert {x.dtype for x in seen} == {PRECISIONS.load(precision)}
     if DEVICE.type == "cuda":  # convolutions on `meta` follow no format
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     assert trainer.state.student.optimize(trainer.state.optimizer)

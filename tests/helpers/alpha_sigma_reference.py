@@ -1,7 +1,6 @@
-"""Standard diffusion training and progressive distillation in z = alpha x + sigma e (Salimans & Ho 2022).
+"""Training and progressive distillation in z = alpha x + sigma e, written as Algorithms 1 and 2 of their paper.
 
-The same losses as `cm.objectives.edm` and `cm.objectives.progressive`, written as the paper's Algorithms 1 and 2. A
-time is given by its noise level sigma / alpha (B,); `AlphaSigma` knows alpha.
+Salimans & Ho 2022. The library computes the same in x + level e; here is what it must equal.
 """
 
 import torch
@@ -10,12 +9,9 @@ from torch import Tensor
 from cm.diffusion.alpha_sigma import AlphaSigma
 from cm.diffusion.denoiser import Denoiser
 from cm.nn import append_dims, mean_flat
-from cm.objectives.base import Draw, Objective, Roles
-from cm.objectives.curricula import EmaAndScales
+from cm.objectives.base import Draw, Roles
 from cm.objectives.distances import Distance
 from cm.objectives.parts import Weight
-from cm.objectives.progressive import ProgressiveObjective
-from cm.seeding import StepRandom
 
 
 def predict_x(denoiser: Denoiser, z: Tensor, level: Tensor, schedule: AlphaSigma, **cond: Tensor) -> Tensor:
@@ -81,34 +77,3 @@ def progressive_losses(
         )
         target = ddim_target(z, z_end, draw.t, draw.r, schedule)
     return {"loss": distance(prediction, target) * weight(draw.t, draw.r)}
-
-
-class AlphaSigmaObjective(Objective):
-    """Standard diffusion training: t ~ U(0, 1) of a schedule, prediction of x, a weighting of the log-SNR."""
-
-    def __init__(self, schedule: AlphaSigma, weight: Weight):
-        self.schedule = schedule
-        self.weight = weight
-
-    def draw(self, x0: Tensor, step: int, random: StepRandom) -> Draw:
-        level = self.schedule.level(random.uniform()).float()
-        return Draw(t=level, noise=random.noise(tuple(x0.shape[1:])), weight=torch.ones_like(level))
-
-    def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
-        return diffusion_losses(roles.student, x0, draw, self.schedule, self.weight, **cond)
-
-
-class AlphaSigmaProgressive(ProgressiveObjective):
-    """Progressive distillation on t = i/N, i ~ U{1..N}, of a schedule; stages halve N as in ProgressiveObjective."""
-
-    def __init__(
-        self, schedule: EmaAndScales, distance: Distance, weight: Weight, *, alpha_sigma: AlphaSigma
-    ):
-        super().__init__(schedule, distance, weight, grid=alpha_sigma)
-        self.alpha_sigma = alpha_sigma
-
-    def forward(self, roles: Roles, x0: Tensor, draw: Draw, step: int, **cond: Tensor) -> dict[str, Tensor]:
-        t_mid = self.alpha_sigma.sigma(draw.index + 0.5, self.num_scales(step))
-        return progressive_losses(
-            roles, x0, draw, t_mid, self.alpha_sigma, distance=self.distance, weight=self.weight, **cond
-        )
