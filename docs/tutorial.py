@@ -4,7 +4,7 @@ import cm
 from cm.data.images import save_grid, to_uint8
 from cm.data.prepare import prepare
 
-folder, length = "runs/tutorial", {"total_training_steps": 200}  # a first look; {} leaves it to the data
+folder, length = "runs/tutorial", {"total_training_steps": 400}  # a first look; {} leaves it to the data
 
 # Any folder, zip, npz or IDX file of images; here scikit-learn's digits, 8 pixels wide.
 prepare("digits", f"{folder}/data", image_size=8, overwrite=True)

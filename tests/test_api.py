@@ -198,7 +198,7 @@ def test_import_costs_nothing():
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = TUTORIAL.read_text()
-    short = source.replace('"total_training_steps": 200', '"total_training_steps": 2')
+    short = source.replace('"total_training_steps": 400', '"total_training_steps": 2')
     assert short != source
     kinds = [
         [kind for o in cell["outputs"] for kind in o.get("data", o)] for cell in code_of(notebook_of(short))
