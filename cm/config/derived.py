@@ -87,6 +87,12 @@ def told_guidance(config: Config) -> bool:
     return row_of(config).told_guidance
 
 
+def stored_scales(stored: Mapping[str, Any]) -> tuple[float, ...]:
+    """`told_scales` of a model file, by what it says of its training."""
+    guidance = parse_guidance(stored.get("guidance", "1")) if stored.get("script") == "cm_train" else None
+    return (guidance.low, guidance.high) if guidance and guidance.drawn else ()
+
+
 def told_scales(config: Config) -> tuple[float, ...]:
     """(least, largest) scale of the teacher's guidance that the student is told; () where it is told none."""
     if not isinstance(config, CmTrainConfig):

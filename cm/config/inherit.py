@@ -4,7 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from cm.config import plugins
-from cm.config.derived import ModelUser, has_two_times, last_known, told_guidance, with_two_steps
+from cm.config.derived import (
+    ModelUser,
+    has_two_times,
+    last_known,
+    stored_scales,
+    told_guidance,
+    with_two_steps,
+)
 from cm.config.fields import flags_of
 from cm.config.flags import ModelFlags
 from cm.config.parsing import parse_guidance
@@ -112,8 +119,7 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
         taken["image_size"] = stored["image_size"]
     if "class_names" in stored:
         taken["class_names"] = tuple(stored["class_names"])
-    if stored.get("script") == "cm_train" and (drawn := parse_guidance(stored.get("guidance", "1"))).drawn:
-        taken["told_scales"] = (drawn.low, drawn.high)
+    taken["told_scales"] = stored_scales(stored)
     if "training_mode" in flags_of(type(config)):
         taken.update(_objective(config, stored, source))
     merged = changed(config, **taken, explicit=config.explicit | set(taken) | {"steps", "told_scales"})

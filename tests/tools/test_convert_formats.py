@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm.config.scripts import SampleConfig
+from cm.commands.cli import parse_config
+from cm.config.derived import stored_config, with_counts
+from cm.config.scripts import CmTrainConfig, SampleConfig
 from cm.errors import UserError
+from cm.models.factory import create_network
 from cm.models.pretrained import load_pretrained
 from cm.storage.checkpoint import write_checkpoint
 from cm.storage.weights import load_weights, save_weights
 from cm.tools.convert import command as program
+from cm.tools.convert import layout
 from cm.tools.convert.export import WRITERS
 from cm.tools.convert.formats import READERS, Source, convert, detect, known_flags
 from cm.tools.convert.tensor_files import read_safetensors, write_safetensors
@@ -273,3 +277,25 @@ def test_the_script_reports_mistakes_in_one_line(tmp_path):
     assert failed.returncode == 2
     assert failed.stderr == "error: bad: refused: its pickle asks for os.system\n"
     assert not (tmp_path / "new.pt").exists()
+
+
+TWO_INPUTS = {
+    "flow map": ("--training_mode meanflow --network ddpmpp_meanflow --precond flow", "a second time"),
+    "told all": (
+        "--training_mode improved_meanflow --network ddpmpp_meanflow --precond flow --class_cond True "
+        "--label_dropout 0.1",
+        "a second time",
+    ),
+    "told a scale": ("--training_mode scd --boundary zero --class_cond True --guidance 1:4", "the scale"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_INPUTS)
+def test_networks_of_more_inputs_are_known_and_refused_where_there_is_no_place(name):
+    flags, what = TWO_INPUTS[name]
+    config = with_counts(parse_config(CmTrainConfig, ["--preset", "tiny", "--data_dir", "d", *flags.split()]))
+    state, stored = create_network(config).state_dict(), stored_config(config)
+    assert layout.check_fits(state, stored, "it").keys() == state.keys()
+    for write in (WRITERS["diffusers"], WRITERS["onnx"]):
+        with pytest.raises(UserError, match=f"no input for {what}|takes one-step generators"):
+            write("nowhere", state, stored)

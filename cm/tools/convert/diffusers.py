@@ -28,6 +28,7 @@ from cm.tools.convert.layout import (
     architecture,
     check_fits,
     rename,
+    require_image_and_level,
     require_resblock_updown,
     with_leaves,
 )
@@ -304,6 +305,7 @@ def write_folder(path: str, state: State, config: Config) -> None:
     A consistency model is for ConsistencyModelPipeline; an EDM teacher for the EDMPipeline in the folder, with
     EDMEulerScheduler.
     """
+    require_image_and_level(config, "diffusers' folder")
     consistency = is_consistency(config["training_mode"])
     scheduler, pipeline = _consistency(config) if consistency else _teacher(config)
     contents = {

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm.config.derived import stored_scales
 from cm.config.fields import flags_of
-from cm.config.rows import NETWORKS
+from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
 from cm.storage.weights import check_matching
@@ -86,10 +87,22 @@ class AdmShape:
 
 
 def architecture(config: Config) -> Architecture:
-    """The network that model flags describe."""
+    """The network that model flags describe, with the inputs that the objective of a training asks for."""
     names = {f.name for f in fields(Architecture)} - {"num_classes"}
     known = {name: value for name, value in config.items() if name in names}
+    row = OBJECTIVES.get(config.get("training_mode", ""))
+    if row is not None and row.two_times:
+        known |= {"two_times": True, "told_guidance": row.told_guidance}
+    known["told_scale"] = bool(stored_scales(config))
     return Architecture(**known, num_classes=config["num_classes"] if config["class_cond"] else None)
+
+
+def require_image_and_level(config: Config, target: str) -> None:
+    """UserError for a network that is given more than an image, its noise level and a class."""
+    a = architecture(config)
+    if a.two_times or a.told_scale:
+        what = "a second time" if a.two_times else "the scale of its guidance"
+        raise UserError(f"{target} has no input for {what}, which this network takes")
 
 
 def network_options(config: Config) -> dict[str, Any]:

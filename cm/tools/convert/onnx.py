@@ -24,7 +24,7 @@ from cm.diffusion.denoiser import Denoiser, clamped
 from cm.errors import UserError, extra
 from cm.models.factory import create_network, create_precond
 from cm.sampling.registry import run_sampler
-from cm.tools.convert.layout import Config, State
+from cm.tools.convert.layout import Config, State, require_image_and_level
 
 # Largest difference to our own sampler with which an export is kept, in images in [-1, 1]
 TOLERANCE = 1e-4
@@ -51,6 +51,7 @@ def write_onnx(path: str, state: State, config: Config) -> None:
     """Export, compare with our sampler by onnxruntime, then put in place; UserError leaves nothing behind."""
     if OBJECTIVES[config["training_mode"]].sampler != "onestep":
         raise UserError(f"--to onnx takes one-step generators; this model is of {config['training_mode']}")
+    require_image_and_level(config, "the ONNX graph")
     _require_packages()
     model, chosen = _model(state, config)
     target = Path(path)
