@@ -109,10 +109,11 @@ def guided_by(
 
     UserError where it has no class to leave out, or has not learned to do without.
     """
-    row = OBJECTIVES.get((source.config or {}).get("training_mode", ""))
-    if row is not None and row.two_times and (guide is not None or not row.told_guidance):
+    mode = (source.config or {}).get("training_mode", "")
+    known = mode in OBJECTIVES  # a bare state dict says nothing
+    if known and (row := OBJECTIVES[mode]).two_times and (guide is not None or not row.told_guidance):
         raise UserError(f"--guidance and --guide are for models of one time; {source.path} is a flow map")
-    if row is not None and row.told_guidance:
+    if known and row.told_guidance:
         if guidance.low < 1:
             raise UserError(f"--guidance {guidance.low:g}: {source.path} knows scales from 1 on")
         return told(denoiser, guidance)

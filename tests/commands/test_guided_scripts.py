@@ -129,6 +129,17 @@ def test_a_student_is_told_the_scale(mode, told_some, flow_teacher, data_dir, tm
     )
 
 
+def test_bare_weights_are_guided_by_another_model(told_some, tmp_path):
+    """They say nothing of their training, so not that they can do without a class."""
+    model = load_pretrained(parse_config(SampleConfig, ["--model_path", told_some]))
+    torch.save(model.denoiser.net.state_dict(), tmp_path / "bare.pt")
+    flags = ["--training_mode", "edm", "--class_cond", "True", "--sampler", "euler", "--guidance", "2"]
+    flags += [*MODEL, "--num_classes", "2", "--in_channels", "1"]
+    bare = str(tmp_path / "bare.pt")
+    refuses("without --label_dropout", lambda: sample(bare, tmp_path / "a", *flags))
+    assert sample(bare, tmp_path / "b", *flags, "--guide", told_some)[2]["nfe"] == 8
+
+
 def test_a_flow_map_without_a_slot_is_refused(told_some, data_dir, tmp_path):
     flags = ["--training_mode", "flow_map_distillation", "--teacher_model_path", told_some]
     flags += ["--class_cond", "True", "--guidance", "1:4", "--loss_norm", "l2"]

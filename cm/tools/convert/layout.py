@@ -90,9 +90,8 @@ def architecture(config: Config) -> Architecture:
     """The network that model flags describe, with the inputs that the objective of a training asks for."""
     names = {f.name for f in fields(Architecture)} - {"num_classes"}
     known = {name: value for name, value in config.items() if name in names}
-    row = OBJECTIVES.get(config.get("training_mode", ""))
-    if row is not None and row.two_times:
-        known |= {"two_times": True, "told_guidance": row.told_guidance}
+    if (mode := config.get("training_mode")) in OBJECTIVES and OBJECTIVES[mode].two_times:
+        known |= {"two_times": True, "told_guidance": OBJECTIVES[mode].told_guidance}
     known["told_scale"] = bool(stored_scales(config))
     return Architecture(**known, num_classes=config["num_classes"] if config["class_cond"] else None)
 
