@@ -117,7 +117,6 @@ VARIATIONS = {
     "cd_karras": _variation("cd", "CD, weight of EDM", **EQUAL),
     "cd_lognormal": _variation("cd", "CD, weight of EDM, more pairs of middle levels", **EQUAL, **MIDDLE),
     "cd_huber1": _variation("cd", "CD, pseudo-Huber, weight 1", loss_norm="pseudo-huber"),
-    "cd_both": _variation("cd", "CD, pseudo-Huber, weight of EDM", loss_norm="pseudo-huber", **EQUAL),
     "cd_improved": _variation("cd_huber", "CD, iCT's loss, more pairs of middle levels", **MIDDLE),
     # Why iCT was behind CT with the paper's pairs: their law, its last N, its first N, its rate
     "ict_paper": _variation("ict", "iCT, pairs from ln(t) ~ N(-1.1, 2) as in the paper", **PAPER),
