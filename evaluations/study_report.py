@@ -228,7 +228,10 @@ def figures_of(name: str, results: Results, folder: Path) -> list[str]:
         if not about.x or name not in about.curves:
             continue
         path = folder / f"{name}_figure{figure}.png"
-        lacking |= dict.fromkeys(draw_figure(path, figure, name, measured))
+        missing = draw_figure(path, figure, name, measured)
+        lacking |= dict.fromkeys(missing)
+        if sum(len(c.presets) * len(c.nfe) for c in about.curves[name]) < len(missing) + 2:
+            path.unlink(missing_ok=True)  # one run compares nothing
         if path.exists():
             lines.append(f"![{about.title}](pictures/{path.name})")
     runs = ", ".join(line.removeprefix("not measured: ").removeprefix(f"{name}_") for line in lacking)

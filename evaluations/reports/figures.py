@@ -143,7 +143,7 @@ FIGURES: dict[str, Figure] = {
         },
     ),
     "ict": Figure(
-        "Improved consistency training without each of its parts",
+        "iCT without each of its parts",
         "step",
         _miniatures(
             lambda size: tuple(Curve(label, (f"{size}_figict_{what}",)) for what, label in ICT_LABELS.items())
