@@ -221,7 +221,9 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     options = Options(protocol, ("fid",), c.batch_size)
     evaluator = Evaluator(reference, network, options)
     directory = Path(run_dir(config))
-    with claimed_output(directory, ["search_result.json"], overwrite=True):
+    with claimed_output(
+        directory, ["search.png", "search_result.json"], overwrite=True, kept=["search_memo.json"]
+    ):
         conditions = _conditions(model, reference.sha256(), network)
         memo = Memo(directory / "search_memo.json", conditions)
         scorer = Scorer(_sampler(model), network, evaluator.frechet["pool"], memo)

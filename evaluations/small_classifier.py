@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.runtime import job
+from cm.runtime.claims import claimed_place
 from cm.runtime.files import writing
 from cm.runtime.inputs import misfit
 from cm.runtime.progress import progress
@@ -134,12 +135,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="passes over the data")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads would only wait for each other
-    images = open_images(args.data)
-    if images.labels is None:
-        raise UserError(f"{args.data}: a classifier needs labels, and these images have none")
-    pixels = np.concatenate(list(images.batches(range(images.shape[0]), 4096)))
-    net, meta = train_classifier(pixels, images.labels, seed=args.seed, epochs=args.epochs, show=True)
-    with writing(args.out):
+    with claimed_place(args.out, "OUT"), writing(args.out):
+        images = open_images(args.data)
+        if images.labels is None:
+            raise UserError(f"{args.data}: a classifier needs labels, and these images have none")
+        pixels = np.concatenate(list(images.batches(range(images.shape[0]), 4096)))
+        net, meta = train_classifier(pixels, images.labels, seed=args.seed, epochs=args.epochs, show=True)
         save_weights(args.out, net.state_dict(), meta)
     print(
         f"{args.out}: {meta['held_out_accuracy']:.2%} of {meta['held_out_images']} held-out images read right"

@@ -116,7 +116,8 @@ def run_edits(model: Pretrained[EditConfig], sigmas: Tensor) -> None:
     source = InputFiles(c)
     directory = Path(run_dir(c))
     results = [result_name(name, i) for name in source.names for i in range(c.num_results)]
-    with claimed_output(directory, [*results, "grid.png", "edit.json"], c.overwrite):
+    pasted = [f"{FULL}/{name}" for name in results] if c.resize else []
+    with claimed_output(directory, [*pasted, *results, "grid.png", "edit.json"], c.overwrite):
         write_edits(model, sigmas, edit, source, directory)
 
 

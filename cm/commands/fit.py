@@ -12,7 +12,7 @@ from cm.config.inherit import adopt_teacher
 from cm.config.parsing import parse_attention, parse_channel_mult, parse_ema_rates
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.rules import check_architecture, check_patches, inside_patches
-from cm.config.scripts import CmTrainConfig, TrainConfig, changed
+from cm.config.scripts import CmTrainConfig, TrainConfig, changed, script_of
 from cm.config.validation import validate
 from cm.data.facts import DataFacts, describe
 from cm.errors import UserError
@@ -121,6 +121,8 @@ def chosen_before(config: TrainConfig, directory: str) -> dict[str, Any] | None:
     stored = json_or_none(Path(directory, "config.json"))
     if stored is None or stored.get("preset") != AUTO:
         return None
+    if (other := stored.get("script", script_of(type(config)))) != script_of(type(config)):
+        raise UserError(f"--out_dir {directory} holds a run of {other}: give this one a folder of its own")
     flags = flags_of(type(config))
     kept = {n: v for n, v in stored.items() if n in flags and n not in config.explicit}
     own = ("preset", "config", "out_dir", "dry_run", "s_tmax")

@@ -39,7 +39,9 @@ def run_image_sample(config: SampleConfig) -> None:
     c = model.config
     channels = c.in_channels or 3
     stem = Path(run_dir(config), f"samples_{c.num_samples}x{c.image_size}x{c.image_size}x{channels}")
-    with claimed_output(stem.parent, [f"{stem.name}.npz"], c.overwrite):
+    with claimed_output(
+        stem.parent, [f"{stem.name}{ending}" for ending in (".png", ".json", ".npz")], c.overwrite
+    ):
         write_samples(model, stem)
 
 
@@ -78,20 +80,24 @@ def write_samples(model: Pretrained[SampleConfig], stem: Path) -> None:
     npz = stem.with_suffix(".npz")
     with SampleWriter(npz, (c.num_samples, *shape), labels is not None) as writer:
         kept = generate(draw, writer=writer, **arguments)
-    if len(kept):
-        shown = labels(range(len(kept))).tolist() if labels is not None and c.class_names else ()
-        captions = [c.class_names[k] if k < len(c.class_names) else str(k) for k in shown]
-        save_grid(stem.with_suffix(".png"), kept, c.grid_columns, captions=captions)
-    metadata = {
-        **model.provenance(),
-        **provenance(guide),
-        "config": resolved(c),
-        "sigmas": sigmas.tolist(),
-        "nfe": counter.per_batch,
-        "class_names": list(c.class_names),
-        "versions": {"cm": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    save_json(stem.with_suffix(".json"), metadata)
+        if len(kept):
+            shown = labels(range(len(kept))).tolist() if labels is not None and c.class_names else ()
+            captions = [c.class_names[k] if k < len(c.class_names) else str(k) for k in shown]
+            save_grid(stem.with_suffix(".png"), kept, c.grid_columns, captions=captions)
+        metadata = {
+            **model.provenance(),
+            **provenance(guide),
+            "config": resolved(c),
+            "sigmas": sigmas.tolist(),
+            "nfe": counter.per_batch,
+            "class_names": list(c.class_names),
+            "versions": {
+                "cm": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        save_json(stem.with_suffix(".json"), metadata)
     logger.log(f"samples: {npz}")
     if len(kept):
         logger.log(f"picture: {stem.with_suffix('.png')}")

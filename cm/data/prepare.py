@@ -89,9 +89,8 @@ def prepare(
     decoder = Decoder(
         in_channels or items.channels, composite, exif_transpose, refuse_colour=in_channels == 0
     )
-    writer = StoreWriter(out, resolution=image_size, channels=decoder.channels, overwrite=overwrite)
-    try:
-        conversion = Conversion(decoder, transform, image_size)
+    conversion = Conversion(decoder, transform, image_size)
+    with StoreWriter(out, resolution=image_size, channels=decoder.channels, overwrite=overwrite) as writer:
         numbers, names, skipped = _write_images(
             writer, items, conversion, skip_unreadable, num_workers, progress
         )
@@ -111,8 +110,6 @@ def prepare(
             passed_over=items.passed_over(),
             written_by=f"consistency-models {cm.__version__}",
         )
-    finally:
-        writer.abort()
 
 
 def _write_images(

@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import IO, Any
 
 import numpy as np
 
 from cm.errors import UserError
-from cm.runtime import platform
+from cm.runtime.claims import claimed_place
 from cm.runtime.inputs import JSON_LIMIT, open_regular, parse_json
 from cm.storage import filesystem
 
@@ -84,28 +85,45 @@ class StoreWriter:
     def __init__(self, path: str, *, resolution: int, channels: int, overwrite: bool = False):
         if filesystem.is_remote(path):
             raise UserError(f"{path}: a data set is prepared on a local disk, then copied")
-        _remove_leftovers(path.rstrip("/"))
-        if os.path.exists(path) and (os.listdir(path) if os.path.isdir(path) else True):
-            if not (os.path.isdir(path) and is_store(path)):
-                raise UserError(
-                    f"{path}: exists and is not a prepared data set; choose another output folder"
-                )
-            if not overwrite:
-                raise UserError(f"{path}: exists; pass --overwrite True to replace it")
         self.path = path.rstrip("/")
+        self._overwrite = overwrite
         self._partial = f"{self.path}.partial-{os.getpid()}"
-        try:
-            os.makedirs(self._partial)
-            # Held to the end of this process, however it comes: what nobody holds is a leftover.
-            self._claim = platform.hold(self._partial)
-        except OSError as error:
-            raise UserError(f"{path}: cannot create it ({error.strerror})") from error
+        self._claim = ExitStack()
         image_bytes = resolution * resolution * channels
         self._buffer = np.empty(
             (max(1, SHARD_BYTES // image_bytes), resolution, resolution, channels), np.uint8
         )
         self._fill = 0
         self._shards: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "StoreWriter":
+        try:
+            self._claim.enter_context(claimed_place(self.path, "OUT", folder=True))
+            _remove_leftovers(self.path)
+            self._check_free()
+            try:
+                os.makedirs(self._partial)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot create it ({error.strerror})") from error
+        except BaseException:  # a signal, too
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove everything that was written; a store that `finish` completed stays."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._claim.close()
+
+    def _check_free(self) -> None:
+        """UserError unless a store may be written at the path."""
+        path = self.path
+        if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
+            return
+        if not (os.path.isdir(path) and is_store(path)):
+            raise UserError(f"{path}: exists and is not a prepared data set; choose another output folder")
+        if not self._overwrite:
+            raise UserError(f"{path}: exists; pass --overwrite True to replace it")
 
     def add(self, image: np.ndarray) -> None:
         """Append one (R, R, C) uint8 image."""
@@ -144,13 +162,6 @@ class StoreWriter:
         self._replace()
         return manifest
 
-    def abort(self) -> None:
-        """Remove everything that was written; a store that `finish` completed stays."""
-        shutil.rmtree(self._partial, ignore_errors=True)
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
-
     def _flush(self) -> None:
         if self._fill:
             entry = self._save(f"images-{len(self._shards):05d}.npy", self._buffer[: self._fill])
@@ -173,35 +184,23 @@ class StoreWriter:
         if not os.path.exists(self.path):
             os.rename(self._partial, self.path)
             return
-        held = platform.hold(self.path)
-        try:
-            os.rename(self.path, old)
-            os.rename(self._partial, self.path)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            if held is not None:
-                os.close(held)
+        os.rename(self.path, old)
+        os.rename(self._partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(path: str) -> None:
     """Remove what a killed process left beside a store that it was writing; an old store that it had moved comes back.
 
-    Only what no living process holds, on this host or on another one whose file system has locks.
+    Whoever calls it has claimed the path, so that nobody else writes there.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        return
     left = [n for n in os.listdir(folder) if re.fullmatch(re.escape(name) + r"\.(partial|old)-\d+", n)]
     for leftover in (os.path.join(folder, n) for n in sorted(left)):
-        if (held := platform.hold(leftover)) is None:
-            continue
-        try:
-            if ".old-" in leftover and not os.path.exists(path):
-                os.rename(leftover, path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        finally:
-            os.close(held)
+        if ".old-" in leftover and not os.path.exists(path):
+            os.rename(leftover, path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 _FIELDS: dict[str, Any] = {

@@ -6,12 +6,15 @@ process has ended; of another host, the claim has not been renewed for TAKEOVER 
 which a new start waits for, so that a job whose node died can be started again at once.
 """
 
+import glob
 import json
 import os
+import shutil
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +24,49 @@ from cm.runtime.platform import lock, process_birth
 
 RENEWAL, TAKEOVER = 20.0, 120.0
 MAX_BYTES = 4096
+
+
+@contextmanager
+def claimed_place(
+    path: str | os.PathLike, flag: str = "--out_dir", beside: Sequence[str] = (), folder: bool = False
+) -> Iterator[bool]:
+    """The place of a result for the length of a with block: its folder is made, tried by the claim, and held.
+
+    Drafts of killed processes are removed; so are, at the end, folders that were made and are empty. UserError before
+    anything is written. Yields whether a process was killed that was writing there. flag: what names the place in
+    errors. beside: names of what is written with it. folder: the result is a folder.
+    """
+    path = Path(path).absolute()
+    missing = [each for each in path.parents if not each.exists()]
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            cause = getattr(error, "strerror", "") or error
+            raise UserError(f"{flag} {_shown(path.parent)} cannot be written: {cause}") from None
+        with Claim(path) as claim:
+            if path.is_dir() and not folder:
+                raise UserError(f"{flag} {_shown(path)} is a folder; a file is written")
+            for name in {path.name, *beside}:
+                _remove_drafts(path.parent / name)
+            yield claim.taken_over
+    finally:
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
+
+
+def _shown(path: Path) -> str:
+    """A path as people write it: below the working directory, relative to that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _remove_drafts(path: Path) -> None:
+    """Remove what processes that were killed had written of a file or folder; its claim says that none is left."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if draft.name.split(".")[-2].isdigit():
+            with suppress(OSError):
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 class Claim:
@@ -33,6 +79,7 @@ class Claim:
         path = Path(path).absolute()
         self.path = path
         self.file = Path(folder or path.parent) / f".{path.name}.claim"
+        self.taken_over = False  # from a process that did not give it back
         self._stop = threading.Event()
 
     def __enter__(self) -> "Claim":
@@ -76,6 +123,7 @@ class Claim:
                 lock(file)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(self.file)) and not self._holder()[0]:
                 self.file.unlink()
+                self.taken_over = True
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEWAL):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """
     check_regular(path)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft_of(path)
     try:
         with open(temporary, "wb+") as file:
             yield file
@@ -35,6 +36,23 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # where the storage fails, its first error counts
             temporary.unlink()
     sync_folder(path.parent)
+
+
+@contextmanager
+def draft_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder beside a path, for the length of a with block: where libraries write what then moves to the path."""
+    path = Path(path).absolute()
+    folder = draft_of(path)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def draft_of(path: Path) -> Path:
+    """The temporary name of a file or folder that this process is writing; `claimed_place` knows it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cm.errors import UserError, masked
 from cm.runtime import distributed, launch, platform
@@ -24,6 +24,21 @@ POLL_INTERVAL = 0.02
 # How much longer a failing rank waits for a store that does not answer (seconds).
 UNANSWERED = 5.0
 LONGEST = 1000  # characters of an error
+# What a machine answers that lacks rights, room or a working disk, wherever it is met: no bug, and no traceback.
+_NAMES = (
+    "EACCES",
+    "EPERM",
+    "EROFS",
+    "ENOSPC",
+    "EDQUOT",
+    "EFBIG",
+    "EIO",
+    "ESTALE",
+    "ELOOP",
+    "ENAMETOOLONG",
+    "EMFILE",
+)
+OF_THE_MACHINE = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -60,11 +75,25 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)  # launchers repeat it, which must not break off the cleaning
         raise Terminated(number)
 
+    def lost(unraisable: Any) -> None:
+        """Python drops exceptions in destructors, and with one of these the signal: it comes again."""
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            shown(unraisable)
+            return
+        number = next(iter(unraisable.exc_value.args), signal.SIGINT)
+        if number in numbers:
+            signal.signal(number, end)
+        again = threading.Timer(POLL_INTERVAL, os.kill, (process, number))
+        again.daemon = True
+        again.start()
+
+    shown, sys.unraisablehook = sys.unraisablehook, lost
     for number in numbers:
         signal.signal(number, end)
     try:
         yield
     finally:
+        sys.unraisablehook = shown
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
@@ -97,8 +126,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     error = lost_worker(error) or error
     if isinstance(error, UserError):
         return 2, f"error: {_one_line(str(error))}\n"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return 2, f"error: {_one_line(f'{error.strerror}: {error.filename}')}\n"
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        where = f": {error.filename}" if error.filename is not None else ""
+        return 2, f"error: {_one_line(f'{error.strerror}{where}')}\n"
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return error.code or 0, ""

@@ -46,24 +46,6 @@ def lock(file: IO) -> None:
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def hold(folder: str | os.PathLike) -> int | None:
-    """A descriptor that holds the folder for this process until it is closed.
-
-    None where another process holds it, and where folders cannot be held. OSError where it is missing or not readable.
-    """
-    if WINDOWS:
-        return None
-    import fcntl
-
-    descriptor = os.open(folder, READ)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 def _lock_on_windows(file: IO) -> None:
     import msvcrt
 

@@ -7,8 +7,11 @@ Sampling does the same by itself: `--model_path runs/edm2 --weights posthoc:0.12
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from cm.runtime.claims import claimed_place
+from cm.runtime.files import writing
 from cm.storage.posthoc import reconstruct
 from cm.storage.weights import save_weights
 
@@ -23,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=0, help="step of the run (default: its last snapshot)")
     parser.add_argument("--out", default="", help="model file to write (default: RUN/average_LENGTH_STEP.pt)")
     flags = parser.parse_args(argv)
-    state, meta, used = reconstruct(flags.run, flags.sigma_rel, flags.step)
-    out = flags.out or str(Path(flags.run, f"average_{flags.sigma_rel:g}_{used[-1][0].step:06d}.pt"))
-    save_weights(out, state, {**(meta or {}), "ema_sigma_rel": flags.sigma_rel})
+    with claimed_place(flags.out, "--out") if flags.out else nullcontext():
+        state, meta, used = reconstruct(flags.run, flags.sigma_rel, flags.step)
+        out = flags.out or str(Path(flags.run, f"average_{flags.sigma_rel:g}_{used[-1][0].step:06d}.pt"))
+        with writing(out):
+            save_weights(out, state, {**(meta or {}), "ema_sigma_rel": flags.sigma_rel})
     print(f"{out}: {len(used)} snapshots of steps {used[0][0].step} to {used[-1][0].step}")
 
 

@@ -110,13 +110,14 @@ def find_runs(folder: str | Path) -> Iterator[Path]:
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / CONFIG).is_file() and ((folder / LOG).exists() or liveness.folder(folder).is_dir()):
+    try:
+        is_run = (folder / CONFIG).is_file() and ((folder / LOG).exists() or liveness.folder(folder).is_dir())
+        inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in PASSED_OVER)
+    except OSError:  # a folder that this user may not read
+        return
+    if is_run:
         yield folder
     elif depth:
-        try:
-            inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in PASSED_OVER)
-        except OSError:  # a folder that this user may not read
-            return
         for path in inside:
             yield from _below(path, depth - 1)
 
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not Path(options.folder).is_dir():
         raise UserError(f"{options.folder}: no such folder (cm runs DIR lists the runs in DIR)")
+    os.listdir(options.folder)  # what lies in it may be passed over, but not the whole
     from cm.tools.findings import best_fid, find_results  # it reads runs by this module
 
     found, unread, known = [], [], {}
@@ -211,7 +213,8 @@ def program(argv: Sequence[str] | None = None) -> None:
     try:
         main(argv)
     except (UserError, OSError) as error:  # a name that is too long, a mount that went away
-        print(f"error: {str(error)[:500]}", file=sys.stderr)
+        said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        print(f"error: {said[:500]}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -42,6 +42,13 @@ class NanGuard:
                 f"{advice(state)}, or raise --max_bad_steps"
             )
 
+    def check_trained(self, state: TrainState) -> None:
+        """BadNumbers at the end of a run in which no step had finite gradients: its weights are the first ones."""
+        if 0 < state.skipped == state.step:
+            raise BadNumbers(
+                f"none of the {state.step} steps had finite gradients: nothing was learned; {advice(state)}"
+            )
+
     def watch(self, step: int, row: dict[str, float]) -> None:
         """Warn once when the loss or the gradient norm of a logged row rises far above its running median."""
         for name in WATCHED:

@@ -121,6 +121,8 @@ class Trainer:
                 stop = stopper.answer()
                 if stop == SAVE_FAILED:
                     self.saver.check()
+                if self.finished:
+                    self.guard.check_trained(self.state)
                 self._report()
                 bar.update()
             if self.clock.saved_step != self.state.step:

@@ -213,7 +213,7 @@ def test_bad_arguments(folder, tmp_path):
     one_line(lambda: prepare("", str(tmp_path / "o"), image_size=8), "no such")
     one_line(lambda: prepare(str(folder), "gs://bucket/x", image_size=8), "gs://bucket/x", "local disk")
     (tmp_path / "file").write_text("")
-    one_line(lambda: prepare(str(folder), str(tmp_path / "file" / "o"), image_size=8), "cannot create")
+    one_line(lambda: prepare(str(folder), str(tmp_path / "file" / "o"), image_size=8), "cannot be written")
     assert sorted(os.listdir(tmp_path)) == ["file", "images"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cm.errors import UserError
 from cm.runtime import claims
-from cm.runtime.claims import Claim
+from cm.runtime.claims import Claim, claimed_place
 
 HOLD = """import sys, time
 from cm.runtime.claims import Claim
@@ -132,3 +132,20 @@ def test_damaged_claims_are_taken_over_once_they_are_old(tmp_path, text):
 def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot be written: No such file"):
         Claim(tmp_path / "none" / "x").__enter__()
+
+
+def test_a_claimed_place_is_tried_first_and_cleared_of_what_killed_processes_left(tmp_path):
+    place = tmp_path / "new" / "x.pt"
+    with claimed_place(place):
+        assert place.parent.is_dir()
+    assert not (tmp_path / "new").exists()  # nothing came to lie in it
+    for name in (".x.pt.7.tmp", ".x.json.7.tmp", ".y.pt.7.tmp", ".x.pt.b.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".x.pt.8.tmp").mkdir()
+    with claimed_place(tmp_path / "x.pt", beside=["x.json"]):
+        (tmp_path / "x.pt").write_text("done")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.pt.b.tmp", ".y.pt.7.tmp", "x.pt"]
+    with pytest.raises(UserError, match=r"--out .* is a folder"), claimed_place(tmp_path, "--out"):
+        pass
+    with pytest.raises(UserError, match=r"TARGET .*below cannot be written: Not a directory"):
+        claimed_place(tmp_path / "x.pt" / "below" / "y", "TARGET").__enter__()

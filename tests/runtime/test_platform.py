@@ -50,19 +50,6 @@ def test_one_process_at_a_time_has_the_lock(tmp_path):
     assert other.communicate(timeout=60)[0] == b"mine\n"
 
 
-def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
-    first = platform.hold(tmp_path)
-    assert first is not None and platform.hold(tmp_path) is None
-    os.close(first)
-    second = platform.hold(tmp_path)
-    assert second is not None
-    os.close(second)
-    with pytest.raises(FileNotFoundError):
-        platform.hold(tmp_path / "none")
-    monkeypatch.setattr(platform, "WINDOWS", True)
-    assert platform.hold(tmp_path) is None
-
-
 def test_windows_waits_for_a_lock_too(tmp_path, monkeypatch):
     calls = []
 

@@ -45,10 +45,10 @@ job.run_main(lambda: prepare.prepare(f"{folder}/in", f"{folder}/out", image_size
 """
 
 
-def start(code: str, folder: Path) -> subprocess.Popen:
+def start(code: str, argument: object) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=mp.ROOT, start_new_session=True, **pipes
+        [sys.executable, "-c", code, str(argument)], cwd=mp.ROOT, start_new_session=True, **pipes
     )
 
 
@@ -64,6 +64,32 @@ def test_a_signal_leaves_no_half_file(tmp_path, number):
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (128 + number, f"ended by {number.name}\n")
     assert left(tmp_path) == []
+
+
+# The signal comes while an object is destroyed, where Python drops exceptions.
+DESTROYED = """
+import os, signal, sys, time
+from cm.runtime import job
+
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.1)
+
+def main():
+    Gone()
+    time.sleep(60)
+
+job.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_within_a_destructor_is_not_lost(number):
+    process = start(DESTROYED, int(number))
+    _, said = process.communicate(timeout=30)
+    expected = "interrupted\n" if number == signal.SIGINT else "ended by SIGTERM\n"
+    assert (process.returncode, said) == (128 + number, expected)
 
 
 @pytest.fixture

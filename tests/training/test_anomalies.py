@@ -171,3 +171,15 @@ def test_no_spike_without_a_history(run_dir):
     guard.forget()
     rows(guard, [1e6])
     assert not (run_dir / "log.txt").exists()
+
+
+def test_a_run_that_learned_nothing_is_no_finished_run(run_dir):
+    """Shorter than max_bad_steps; an earlier save may be there, the last one is not."""
+    trainer = make_trainer(run_dir, lambda losses, step: losses * math.nan, max_bad_steps=100)
+    with pytest.raises(
+        BadNumbers, match="none of the 6 steps had finite gradients: nothing was learned; lower"
+    ):
+        trainer.run_loop()
+    assert not (run_dir / "checkpoints" / "step_000006").exists()
+    first = make_trainer(run_dir, lambda losses, step: losses * (math.nan if step else 1), max_bad_steps=100)
+    assert first.run_loop() == "finished"  # one step was taken

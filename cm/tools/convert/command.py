@@ -11,6 +11,7 @@ cm convert runs/student hf://OWNER/NAME --to diffusers
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from cm.config.rows import OBJECTIVES, PRECONDS
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(flags: argparse.Namespace) -> None:
     """Convert, and say in one line what was done."""
+    from cm.runtime.claims import claimed_place
+    from cm.tools.convert.export import hub_name
     from cm.tools.convert.formats import Source, convert, known_flags
 
     known = known_flags(
@@ -67,7 +70,11 @@ def main(flags: argparse.Namespace) -> None:
         num_head_channels=flags.num_head_channels or (-1 if flags.num_heads else 0),
     )
     source = Source(flags.source, flags.weights, flags.image_size, flags.qkv_order)
-    print(convert(source, flags.target or default_target(flags.source, flags.to), flags.to, known))
+    target = flags.target or default_target(flags.source, flags.to)
+    with (
+        nullcontext() if hub_name(target) else claimed_place(target, "TARGET", folder=flags.to == "diffusers")
+    ):
+        print(convert(source, target, flags.to, known))
 
 
 def default_target(source: str, to: str) -> str:

@@ -5,9 +5,7 @@ are those of ours, ({q, k, v}, head, channel), cut in three.
 """
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from cm.config.derived import is_consistency
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.config.stored import checked
 from cm.errors import UserError
+from cm.runtime.files import draft_folder
 from cm.runtime.inputs import misfit, read_json
-from cm.storage.filesystem import write_atomic
 from cm.tools.convert.layout import (
     AdmShape,
     Config,
@@ -322,13 +320,12 @@ def write_folder(path: str, state: State, config: Config) -> None:
         raise UserError(
             f"diffusers' networks know no patches; this one has --patch_size {config['patch_size']}"
         )
-    converted, folder = to_diffusers(state, config), Path(path)
-    with _folder_or_nothing(folder):
+    converted, target = to_diffusers(state, config), Path(path)
+    if not consistency:
+        contents[EDM_PIPELINE] = resources.files(__package__).joinpath(EDM_SOURCE).read_bytes()
+    with draft_folder(target) as folder:
         _write_files(folder, converted, contents)
-        if not consistency:
-            write_atomic(
-                folder / EDM_PIPELINE, resources.files(__package__).joinpath(EDM_SOURCE).read_bytes()
-            )
+        _put_in_place(folder, target)
 
 
 def _consistency(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -372,21 +369,21 @@ def _teacher(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-@contextmanager
-def _folder_or_nothing(folder: Path) -> Iterator[None]:
-    """A folder that is new goes again when the body fails."""
-    new = not folder.exists()
-    try:
-        yield
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _write_files(folder: Path, weights: State, contents: dict[str, dict]) -> None:
-    (folder / "unet").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler").mkdir(exist_ok=True)
+def _write_files(folder: Path, weights: State, contents: dict[str, dict | bytes]) -> None:
+    (folder / "unet").mkdir()
+    (folder / "scheduler").mkdir()
     write_safetensors(folder / "unet" / f"{WEIGHTS}.safetensors", weights)
     for name, content in contents.items():
-        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+        text = content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode()
+        (folder / name).write_bytes(text)
+
+
+def _put_in_place(draft: Path, target: Path) -> None:
+    """Rename a new folder; of one that is there already, replace the files of these names."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    for file in sorted(path for path in draft.rglob("*") if path.is_file()):
+        place = target / file.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)

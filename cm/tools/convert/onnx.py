@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from cm.config.scripts import SampleConfig, configure
 from cm.diffusion.denoiser import Denoiser, clamped
 from cm.errors import UserError, extra
 from cm.models.factory import create_network, create_precond
+from cm.runtime.files import draft_folder
 from cm.sampling.registry import run_sampler
 from cm.tools.convert.layout import Config, State, require_image_and_level
 
@@ -55,11 +55,11 @@ def write_onnx(path: str, state: State, config: Config) -> None:
     _require_packages()
     model, chosen = _model(state, config)
     target = Path(path)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        draft = Path(folder) / target.name
+    with draft_folder(target) as folder:
+        draft = folder / target.name
         _export(model, chosen, draft, config)
         _compare(model, chosen, draft)
-        for file in sorted(Path(folder).iterdir()):  # weights of large models are a second file
+        for file in sorted(folder.iterdir()):  # weights of large models are a second file
             os.replace(file, target.parent / file.name)
 
 

@@ -1,11 +1,13 @@
 """Safetensors files, with our JSON meta in their header."""
 
 import json
+import os
 from pathlib import Path
 
 from torch import Tensor
 
 from cm.errors import UserError, extra
+from cm.runtime.files import draft_folder
 from cm.runtime.inputs import check_regular, open_regular, parse_json
 
 META = "cm"
@@ -36,17 +38,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict | None]:
 
 
 def write_safetensors(path: str | Path, state: dict[str, Tensor], meta: dict | None = None) -> None:
-    """Write tensors and JSON meta to one file, by way of a temporary one."""
-    library, temporary = _library(), Path(f"{path}.tmp")
+    """Write tensors and JSON meta to one file, which is there when it is whole."""
+    library, path = _library(), Path(path)
     header = {"format": "pt"} | ({META: json.dumps(meta)} if meta else {})
     try:
         tensors = {n: t.detach().cpu().contiguous() for n, t in state.items()}
-        library.torch.save_file(tensors, temporary, header)
-        temporary.replace(path)
+        with draft_folder(path) as folder:  # the library writes under a name of its own first
+            library.torch.save_file(tensors, folder / path.name, header)
+            os.replace(folder / path.name, path)
     except library.SafetensorError as error:  # a full disk, too
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_safetensors(path: str | Path) -> bool:

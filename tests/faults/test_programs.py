@@ -1,0 +1,177 @@
+"""Signals at random moments, kills, starts at the same moment and full disks, for every program that writes results.
+
+A case is a function of its number. `python -m tests.faults.test_programs --cases 100` tries more than the suite does.
+"""
+
+import argparse
+import random
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.programs import GOES_ON, PROGRAMS, TRAINING, Server, command, make_inputs
+
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+PREEMPTED = 75
+MORE = 3  # cases of each program and fault in the slow part
+
+
+class World:
+    """The inputs, the server, and what each program leaves, in how long, when nobody disturbs it."""
+
+    def __init__(self, folder: Path):
+        self.server = Server()
+        self.folder = folder
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir()
+        make_inputs(self.inputs)
+        self._undisturbed: dict[str, tuple[set[str], float, int]] = {}
+        self._count = 0
+
+    def empty(self) -> Path:
+        self._count += 1
+        folder = self.folder / str(self._count)
+        folder.mkdir()
+        return folder
+
+    def run(self, program: str, out: Path, **faults) -> dict:
+        return self.server.run(command(PROGRAMS[program], self.inputs, out), **faults)
+
+    def undisturbed(self, program: str) -> tuple[set[str], float, int]:
+        """(names that a program leaves, seconds that it takes, bytes of its largest file)."""
+        if program not in self._undisturbed:
+            out = self.empty()
+            done = self.run(program, out)
+            assert done["codes"] == [0], done["texts"]
+            largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            self._undisturbed[program] = names(out), done["seconds"], largest
+        return self._undisturbed[program]
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def temporary(found: set[str]) -> set[str]:
+    return {name for name in found if "/." in f"/{name}" or "tmp" in name or "partial" in name}
+
+
+def ended_by_a_signal(world: World, program: str, r: random.Random) -> None:
+    """No process, no half of a result; the same command ends well afterwards."""
+    whole, seconds, _ = world.undisturbed(program)
+    out, number = world.empty(), r.choice(STOPS)
+    done = world.run(program, out, number=number, delay=r.uniform(0, 1.1 * seconds))
+    what, found = f"{program}, {number.name}: {done}", names(out)
+    code = done["codes"][0]
+    assert code in {0, 128 + number, PREEMPTED if program in TRAINING else 0}, what
+    assert not done["left"] and not temporary(found), f"{what}\n{found}"
+    assert "Traceback" not in done["texts"][0], what
+    if code == 0:
+        assert found >= whole, f"{what}\n{found}"
+    else:
+        kept = {name for name in found if not name.startswith(GOES_ON.get(program, "/"))}
+        assert not kept or found == whole, f"{what}\n{found}"
+    goes_on(world, program, out)
+
+
+def goes_on(world: World, program: str, out: Path) -> None:
+    """The same command again ends well, and leaves what it leaves when nobody disturbs it."""
+    whole = world.undisturbed(program)[0]
+    again = world.run(program, out)
+    done = "already there" in again["texts"][0] or "exists; pass" in again["texts"][0]
+    assert again["codes"] == [0] or (again["codes"] == [2] and done), again
+    assert names(out) == whole, names(out) ^ whole
+
+
+def killed(world: World, program: str, r: random.Random) -> None:
+    """kill -9 at a random moment: the same command ends well, and clears what was left."""
+    out, seconds = world.empty(), world.undisturbed(program)[1]
+    world.run(program, out, number=signal.SIGKILL, delay=r.uniform(0, seconds))
+    goes_on(world, program, out)
+
+
+def started_together(world: World, program: str, r: random.Random) -> None:
+    """One of them does it, the others are refused in one line (or do it again, where results are replaced)."""
+    out = world.empty()
+    done = world.run(program, out, copies=r.choice([2, 3]))
+    for code, text in zip(done["codes"], done["texts"]):
+        assert code in (0, 2), done
+        if code == 2:
+            said = [line for line in text.splitlines() if line.startswith("error: ")]
+            known = ("is being written by", "already there", "exists; pass")
+            assert len(said) == 1 and any(part in said[0] for part in known), done
+    assert 0 in done["codes"], done
+    assert names(out) == world.undisturbed(program)[0], done
+
+
+def out_of_room(world: World, program: str, r: random.Random) -> None:
+    """The disk is full at some point: one line, exit code 2, no half of a file."""
+    largest = world.undisturbed(program)[2]
+    out = world.empty()
+    done = world.run(program, out, room=int(largest * r.random() ** 3))
+    found, what = names(out), f"{program}: {done}"
+    assert done["codes"][0] in (0, 2) and not done["left"] and not temporary(found), f"{what}\n{found}"
+    assert "Traceback" not in done["texts"][0], what
+    if done["codes"] == [2]:
+        assert sum(line.startswith("error: ") for line in done["texts"][0].splitlines()) == 1, what
+    goes_on(world, program, out)
+
+
+FAULTS = {
+    "signal": ended_by_a_signal,
+    "kill": killed,
+    "together": started_together,
+    "full disk": out_of_room,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("programs"))
+    yield world
+    world.server.close()
+
+
+def case(world: World, fault: str, program: str, number: int) -> None:
+    FAULTS[fault](world, program, random.Random(f"{fault} {program} {number}"))
+
+
+@pytest.mark.parametrize("number, program", enumerate(PROGRAMS))
+def test_a_fault_of_each_program(world, number, program):
+    case(world, list(FAULTS)[number % len(FAULTS)], program, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_faults_of_every_program(world, program, fault):
+    for number in range(1, 1 + MORE):
+        case(world, fault, program, number)
+
+
+def main() -> None:
+    """Cases in a row, each printed before it runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--first", type=int, default=100, help="number of the first case")
+    parser.add_argument("--program", default="", choices=("", *PROGRAMS))
+    parser.add_argument("--fault", default="", choices=("", *FAULTS))
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for number in range(flags.first, flags.first + flags.cases):
+            r = random.Random(number)
+            fault, program = (
+                flags.fault or r.choice(list(FAULTS)),
+                flags.program or r.choice(list(PROGRAMS)),
+            )
+            print(f"{number}: {fault}, {program}", flush=True)
+            case(world, fault, program, number)
+        world.server.close()
+
+
+if __name__ == "__main__":
+    main()
