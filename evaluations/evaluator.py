@@ -26,10 +26,10 @@ from cm.data.images import save_json
 from cm.errors import UserError, choose
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
+from cm.storage.downloads import local_copy
 from evaluations.comparison import compare, comparison_table
 from evaluations.drawn import MOST, is_model, sample_files
 from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
-from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference
 from evaluations.metrics import Measured
 from evaluations.npz_io import ImageSet, Reference, default_json, open_images, open_reference

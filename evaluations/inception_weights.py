@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.storage.downloads import check_sha256, local_copy
 from cm.storage.filesystem import cache_folder
 from cm.storage.torch_format import check_size, read_torch
-from evaluations.fetch import check_sha256, local_copy
 from evaluations.inception_v3 import InceptionV3
 
 # What messages call them: programs name the file by --inception_path or by --features inception=FILE.

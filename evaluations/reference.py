@@ -22,8 +22,8 @@ from cm.errors import UserError
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
 from cm.storage import filesystem
+from cm.storage.downloads import local_copy
 from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
-from evaluations.fetch import local_copy
 from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
 from evaluations.own_features import PROTOCOL
 from evaluations.pipeline import extract, gather_rows, image_batches

@@ -31,9 +31,9 @@ from cm.sampling.generate import local_batches
 from cm.sampling.levels import ts_to_sigmas
 from cm.sampling.noise import get_generator
 from cm.sampling.search import Points, coarse_to_fine_search, greedy_search, ternary_search
+from cm.storage.downloads import local_copy
 from evaluations.evaluator import Evaluator, Options
 from evaluations.features import FeatureNetwork, load_features
-from evaluations.fetch import local_copy
 from evaluations.fid import FrechetReference, bootstrap_distance
 from evaluations.npz_io import open_reference
 from evaluations.pipeline import extract

@@ -9,8 +9,7 @@ from cm.config.derived import stored_config
 from cm.config.scripts import EdmTrainConfig, SampleConfig, resolved
 from cm.errors import UserError, masked
 from cm.runtime import job, liveness, logger
-from cm.storage import filesystem
-from evaluations import fetch
+from cm.storage import downloads, filesystem
 
 URL = "https://user:S3CRET@host.invalid/x.pt?sv=2020&sig=T0KEN%2B&download=1"
 
@@ -66,9 +65,9 @@ def test_logs_and_stored_flags_are_masked(tmp_path):
 def test_copies_are_not_named_by_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
-        fetch.torch.hub, "download_url_to_file", lambda url, path, *a, **k: open(path, "wb").close()
+        downloads.torch.hub, "download_url_to_file", lambda url, path, *a, **k: open(path, "wb").close()
     )
-    assert clean(str(fetch.local_copy(URL, flag="--flag")))
+    assert clean(str(downloads.local_copy(URL, flag="--flag")))
     blob = "https://a.blob.core.windows.net/c/x.npz?sig=T0KEN"
     monkeypatch.setattr(filesystem, "_remote", lambda path, call: type("Stat", (), {"size": 1, "mtime": 1}))
     monkeypatch.setattr(filesystem.os.path, "exists", lambda path: True)

@@ -102,8 +102,8 @@ class ImageData(torch.utils.data.Dataset):
         """The items (index, seed), stacked: equal to `__getitem__` one by one, but faster for plain arrays."""
         skipped: list[str] = []
         indices = list(indices)
-        if self._ready:
-            pixels = self.source.gather(indices)
+        pixels = self._gathered(indices) if self._ready else None
+        if pixels is not None:
             if self.random_flip:
                 flipped = [row for row, seed in enumerate(seeds) if _flips(seed)]
                 pixels[flipped] = pixels[flipped, :, ::-1]
@@ -116,6 +116,15 @@ class ImageData(torch.utils.data.Dataset):
         images.copy_(torch.from_numpy(pixels).permute(0, 3, 1, 2)).div_(127.5).sub_(1)
         labels = torch.from_numpy(self.label_indices[indices]) if self.class_cond else None
         return Batch(images, labels, skipped)
+
+    def _gathered(self, indices: list[int]) -> np.ndarray | None:
+        """(B, H, W, C) uint8; None where one of the images is damaged and shall be passed over."""
+        try:
+            return self.source.gather(indices)
+        except UserError:
+            if not self.skip_unreadable:
+                raise
+            return None
 
     def _read(self, index: int, seed: int) -> tuple[np.ndarray, int, list[str]]:
         """(H, W, C) uint8 pixels, the index they belong to, and what was passed over.

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -26,7 +27,19 @@ from cm.storage import filesystem
 MAX_MEMBER_BYTES = 256 << 20
 MAX_COMPRESSION = 200
 # Of macOS, Synology and Windows
-SYSTEM_NAMES = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+SYSTEM_NAMES = (
+    *(
+        "__MACOSX",
+        "@eaDir",
+        "@tmp",
+        "@Recycle",
+        "@Recently-Snapshot",
+        "#recycle",
+        "#snapshot",
+        "$RECYCLE.BIN",
+    ),
+    *("System Volume Information", "lost+found"),
+)
 
 
 class Source(Protocol):
@@ -203,7 +216,7 @@ class StoreSource:
         self.manifest = store.read_manifest(path)
         self.shape = (self.manifest["resolution"], self.manifest["resolution"], self.manifest["channels"])
         self._starts = np.cumsum([0, *(shard["count"] for shard in self.manifest["shards"])])
-        _ = self._shards  # all files are there and whole, now rather than in a worker
+        _ = self._shards, self._checks  # all files are there and whole, now rather than in a worker
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -216,11 +229,20 @@ class StoreSource:
 
     def gather(self, indices: Sequence[int]) -> np.ndarray:
         """(len(indices), H, W, C) uint8."""
+        indices = np.asarray(indices)
         out = np.empty((len(indices), *self.shape), dtype=np.uint8)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for row, (shard, offset) in enumerate(zip(shards, np.asarray(indices) - self._starts[shards])):
+        for row, (shard, offset) in enumerate(zip(shards, indices - self._starts[shards])):
             out[row] = self._shards[shard][offset]
+        if self._checks is not None:
+            self._compare(out, indices)
         return out
+
+    def _compare(self, images: np.ndarray, indices: np.ndarray) -> None:
+        """UserError for an image that is not as it was written: a disk may flip bits years later."""
+        for image, expected, index in zip(images, self._checks[indices].tolist(), indices.tolist()):
+            if zlib.crc32(image) != expected:
+                raise UserError(f"{self.name(index)} is damaged (cm inspect {self.path} finds all that are)")
 
     def labels(self, mode: str) -> Labels:
         values = store.read_labels(self.path, self.manifest)
@@ -234,6 +256,10 @@ class StoreSource:
     @functools.cached_property
     def _shards(self) -> list[np.ndarray]:
         return store.open_shards(self.path, self.manifest)
+
+    @functools.cached_property
+    def _checks(self) -> np.ndarray | None:
+        return store.read_checks(self.path, self.manifest)
 
     def __getstate__(self) -> dict:
         """Memory maps are opened again in a worker; pickling one would copy its pixels."""

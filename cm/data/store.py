@@ -1,4 +1,4 @@
-"""The prepared data set on disk: uncompressed uint8 .npy shards, labels.npy, and manifest.json.
+"""The prepared data set on disk: uncompressed uint8 .npy shards, labels.npy, checks.npy, and manifest.json.
 
 Why plain arrays: no decoding, one page-cache copy for all ranks and workers through memory maps, random access
 without an index, readable by numpy alone. They cost about twice the disk space of PNG at 64 px.
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO, Any
@@ -38,10 +39,9 @@ def read_manifest(path: str) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise UserError(f"{where}: version {manifest.get('version')}, this code reads version {VERSION}")
     for key, kind in _FIELDS.items():
-        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest.get(key), bool):
             raise UserError(f"{where}: {key} is missing or of the wrong type")
-    entries = [*manifest["shards"], *([manifest["labels"]] if manifest["labels"] else [])]
-    if not all(_is_entry(entry) for entry in entries):
+    if not all(map(_is_entry, _entries(manifest))):
         raise UserError(f"{where}: lists a file without a hash, or outside its folder")
     if not all(isinstance(name, str) for name in manifest["classes"]):
         raise UserError(f"{where}: the names of classes must be texts")
@@ -67,16 +67,25 @@ def read_labels(path: str, manifest: dict[str, Any]) -> np.ndarray | None:
     if manifest["labels"] is None:
         return None
     name = f"{path}/{manifest['labels']['file']}"
-    values = np.array(_map_array(name, (manifest["count"],), np.int64))
+    values = _checked_array(path, manifest["labels"], manifest["count"], np.int64)
     if values.min() < 0 or values.max() >= len(manifest["classes"]):
         raise UserError(f"{name}: a label is outside the {len(manifest['classes'])} classes of the manifest")
     return values
 
 
+def read_checks(path: str, manifest: dict[str, Any]) -> np.ndarray | None:
+    """(N,) uint32: CRC-32 of each image's pixels; None for a store of a version that kept none."""
+    entry = manifest.get("checks")
+    return _checked_array(path, entry, manifest["count"], np.uint32) if entry else None
+
+
 def damaged_files(path: str, manifest: dict[str, Any]) -> list[str]:
     """Files whose SHA-256 differs from the manifest's."""
-    entries = [*manifest["shards"], *([manifest["labels"]] if manifest["labels"] else [])]
-    return [entry["file"] for entry in entries if _file_sha256(f"{path}/{entry['file']}") != entry["sha256"]]
+    return [
+        entry["file"]
+        for entry in _entries(manifest)
+        if _file_sha256(f"{path}/{entry['file']}") != entry["sha256"]
+    ]
 
 
 class StoreWriter:
@@ -95,6 +104,7 @@ class StoreWriter:
         )
         self._fill = 0
         self._shards: list[dict[str, Any]] = []
+        self._checks: list[int] = []
 
     def __enter__(self) -> "StoreWriter":
         try:
@@ -128,6 +138,7 @@ class StoreWriter:
     def add(self, image: np.ndarray) -> None:
         """Append one (R, R, C) uint8 image."""
         self._buffer[self._fill] = image
+        self._checks.append(zlib.crc32(self._buffer[self._fill]))
         self._fill += 1
         if self._fill == len(self._buffer):
             self._flush()
@@ -155,6 +166,7 @@ class StoreWriter:
             **description,
             "shards": self._shards,
             "labels": label_entry,
+            "checks": self._save("checks.npy", np.array(self._checks, np.uint32)),
             "sha256": hashlib.sha256("\n".join([*hashes, *classes]).encode()).hexdigest(),
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -210,8 +222,14 @@ _FIELDS: dict[str, Any] = {
     "classes": list,
     "shards": list,
     "labels": (dict, type(None)),
+    "checks": (dict, type(None)),
     "sha256": str,
 }
+
+
+def _entries(manifest: dict[str, Any]) -> list[Any]:
+    """What the manifest says of its files."""
+    return [*manifest["shards"], *(manifest[key] for key in ("labels", "checks") if manifest.get(key))]
 
 
 def _is_entry(entry: Any) -> bool:
@@ -236,6 +254,15 @@ def _map_array(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
         raise UserError(f"{name}: is not the {np.dtype(dtype)} array of shape {shape} in the manifest")
     return np.asarray(array)  # a plain view: indexing a memmap object is several times slower
+
+
+def _checked_array(path: str, entry: dict[str, Any], count: int, dtype: type) -> np.ndarray:
+    """A small array, read and compared with its hash."""
+    name = f"{path}/{entry['file']}"
+    values = np.array(_map_array(name, (count,), dtype))
+    if _file_sha256(name) != entry["sha256"]:
+        raise UserError(f"{name}: differs from its hash in the manifest, it is damaged")
+    return values
 
 
 def _file_sha256(name: str) -> str:

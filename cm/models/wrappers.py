@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cm.errors import UserError
 
-# A tensor that each network of ours, of EDM and of guided-diffusion has
-ROOTS = ("time_embed.0.weight", "map_layer0.weight")
+# A tensor that each network of ours, of EDM, of guided-diffusion and of EDM2 has (there `unet.` belongs to the names)
+ROOTS = ("time_embed.0.weight", "map_layer0.weight", "unet.emb_noise.weight", "emb_noise.weight")
 DEPTH = 5  # wrappers within wrappers
 CONVERT = "scripts/convert_checkpoint.py takes the network out"
 
@@ -59,7 +59,8 @@ def _holds_network(value: Any, depth: int = DEPTH) -> bool:
 def _prefixes(state: dict[Any, Any]) -> list[str]:
     """What stands before the known name of a network's tensor, for every such tensor."""
     names = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
-    found = {n.removesuffix(root) for root in ROOTS for n in names if n.endswith(root)}
+    roots = ((n, next((root for root in ROOTS if n.endswith(root)), "")) for n in names)
+    found = {n.removesuffix(root) for n, root in roots if root}
     return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
 
 

@@ -34,7 +34,6 @@ URLS = {
     LINEAR_FILE: "https://github.com/photosynthesis-team/photosynthesis.metrics/releases/download/v0.4.0/"
     + LINEAR_FILE,
 }
-SHA256_PREFIXES = {VGG_FILE: "397923af", LINEAR_FILE: None}  # the second file's name carries no hash
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,7 @@ def _weights_folder(path: str) -> Path:
     if path:
         return Path(path)
     from cm.runtime.distributed import node_first
+    from cm.storage.downloads import check_pinned, fetch
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     with node_first():
@@ -155,14 +155,13 @@ def _weights_folder(path: str) -> Path:
         try:
             for name in missing:
                 os.makedirs(folder, exist_ok=True)
-                torch.hub.download_url_to_file(
-                    URLS[name], str(folder / name), hash_prefix=SHA256_PREFIXES[name], progress=False
-                )
+                fetch(URLS[name], folder / name)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"LPIPS weights are missing and cannot be downloaded ({error}): put {_sources(missing)} "
                 f"into {folder}, or into a folder that --lpips_path names"
             ) from None
+        check_pinned(folder / LINEAR_FILE)  # VGG's was compared with its name when it came
     return folder
 
 

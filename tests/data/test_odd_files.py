@@ -39,6 +39,8 @@ REST = {
     "pets/.ipynb_checkpoints/0-checkpoint.png": png(),
     "pets/cat/.ipynb_checkpoints/0-checkpoint.png": png(),
     "pets/@eaDir/0.png": png(),
+    "pets/@Recycle/0.png": png(),
+    "#snapshot/0.png": png(),
     ".Trash-1000/files/0.png": png(),
     "pets/.hidden.png": png(),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cm.data import open_dataset, store
@@ -19,6 +20,7 @@ from cm.data.inspect import as_text, inspect_data
 from cm.data.inspect import main as inspect_main
 from cm.data.prepare import prepare
 from cm.data.transforms import center_crop_arr
+from cm.errors import UserError
 from tests.data.test_sources import encoded, one_line, picture
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +253,50 @@ def test_damaged_stores(folder, tmp_path):
         ({"labels": {"file": "gone.npy", "sha256": ""}}, "gone.npy"),
     ):
         damaged("manifest.json", json.dumps({**good, **change}).encode(), part)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_seen_when_its_image_is_read(folder, tmp_path):
+    out = tmp_path / "out"
+    count = prepare(str(folder), str(out), image_size=8)["count"]
+    whole = open_dataset(str(out), image_size=8)
+    before = whole.batch(range(count), [0] * count)
+    flip(out / "images-00000.npy", -1)  # of the last image
+    dataset = open_dataset(str(out), image_size=8)
+    assert torch.equal(dataset.batch([0, 1], [0, 0]).images, before.images[:2])
+    message = rf"image {count - 1} is damaged \(cm inspect {out} finds all that are\)"
+    for read in (lambda: dataset.batch([0, count - 1], [0, 0]), lambda: dataset[count - 1, 0]):
+        with pytest.raises(UserError, match=message):
+            read()
+    passing = open_dataset(str(out), image_size=8, skip_unreadable=True)
+    images, _, skipped = passing.batch([1, count - 1], [0, 0])
+    assert torch.equal(images, before.images[[1, 0]]) and skipped == [f"{out}: image {count - 1}"]
+    found = inspect_data(str(out))
+    assert len(found["unreadable"]) == 1 and found["damaged"] == ["images-00000.npy"]
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "checks.npy"])
+def test_a_flipped_bit_in_labels_or_checks_is_seen_at_the_start(folder, tmp_path, name):
+    prepare(str(folder), str(tmp_path / "out"), image_size=8)
+    flip(tmp_path / "out" / name, -1 if name == "checks.npy" else -8)
+    with pytest.raises(UserError, match=f"{name}: (differs from its hash|a label is outside)"):
+        open_dataset(str(tmp_path / "out"), image_size=8)
+
+
+def test_a_store_of_a_version_without_checks_is_read(folder, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(folder), str(out), image_size=8)
+    manifest = json.loads((out / "manifest.json").read_text())
+    fingerprint = open_dataset(str(out), image_size=8).fingerprint
+    (out / "checks.npy").unlink()
+    (out / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "checks"}))
+    dataset = open_dataset(str(out), image_size=8)
+    assert dataset.fingerprint == fingerprint and len(dataset.batch([0], [0]).images) == 1
 
 
 # ---- inspect and the command line

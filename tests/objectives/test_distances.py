@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -279,12 +280,31 @@ class TestWeightsFiles:
 
         def fetch(url, path, hash_prefix, progress):
             fetched.append((url, hash_prefix))
-            shutil.copy(files / lpips.VGG_FILE, path)
+            shutil.copy(files / Path(path).name, path)
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
         for _ in range(2):
             make_distance("lpips").load(torch.device("cpu"))
         assert fetched == [("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")]
+
+    def test_what_has_no_known_hash_is_held_to_that_of_its_first_use(self, hub, files, monkeypatch, capsys):
+        monkeypatch.setattr(
+            torch.hub,
+            "download_url_to_file",
+            lambda url, path, *a, **k: shutil.copy(files / Path(path).name, path),
+        )
+        make_distance("lpips").load(torch.device("cpu"))  # fetched
+        linear = hub / lpips.LINEAR_FILE
+        found = hashlib.sha256(linear.read_bytes()).hexdigest()
+        assert f"{linear}: SHA-256 {found}" in capsys.readouterr().out
+        (hub / f"{lpips.LINEAR_FILE}.sha256").unlink()
+        make_distance("lpips").load(torch.device("cpu"))  # put there by another program
+        assert found in capsys.readouterr().out
+        make_distance("lpips").load(torch.device("cpu"))
+        assert found not in capsys.readouterr().out
+        torch.save([w + 1 for w in torch.load(linear)], linear)
+        with pytest.raises(UserError, match=f"{lpips.LINEAR_FILE}: SHA-256 is .*, expected {found[:16]}"):
+            make_distance("lpips").load(torch.device("cpu"))
 
     def test_folder_without_the_files_is_refused_at_once(self, tmp_path):
         with pytest.raises(

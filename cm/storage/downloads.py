@@ -1,14 +1,18 @@
-"""Files that may have to be downloaded once: kept in a user cache folder, checked by SHA-256."""
+"""Files that may have to be downloaded once: kept in a user cache folder, checked by SHA-256.
+
+Where no hash is known beforehand, that of the first use is noted beside the file and holds from then on.
+"""
 
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from cm.errors import UserError
-from cm.runtime import distributed
+from cm.runtime import distributed, logger
 from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
@@ -20,7 +24,7 @@ def check_sha256(path: str | Path, expected: str = "") -> str:
     and a side file `NAME.sha256`, written after a download, carries the whole.
     """
     path = Path(path)
-    side_file = path.with_name(path.name + ".sha256")
+    side_file = _note(path)
     expected = expected or _hash_in_name(path.name)
     if not expected and side_file.exists():
         expected = side_file.read_text().strip()
@@ -30,6 +34,24 @@ def check_sha256(path: str | Path, expected: str = "") -> str:
             f"{path}: SHA-256 is {found[:16]}..., expected {expected[:16]}...: damaged or another file; delete it"
         )
     return found
+
+
+def check_pinned(path: Path) -> None:
+    """UserError where a downloaded file differs from what it was at its first use, whose hash is noted beside it."""
+    check_sha256(path)
+    if not (_hash_in_name(path.name) or _note(path).exists()):
+        _pin(path)
+
+
+def _pin(path: Path) -> None:
+    found = file_sha256(path)
+    with suppress(OSError):  # a cache that others fill
+        _note(path).write_text(found + "\n")
+    logger.log(f"{path}: SHA-256 {found}, which later starts compare")
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
 
 
 def _hash_in_name(name: str) -> str:
@@ -58,14 +80,22 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
 
 
 def _download(url: str, target: Path, sha256: str, flag: str) -> None:
-    """Fetch a file whose hash begins with `sha256`, or as its name says; it has its name when it is whole."""
+    """Fetch a file; UserError says what else can be done."""
     filesystem.make_cache_folder(target.parent)
     try:
-        expected = sha256.lower() or _hash_in_name(target.name) or None
-        torch.hub.download_url_to_file(url, str(target), expected, progress=False)
+        fetch(url, target, sha256)
     except (OSError, RuntimeError) as error:  # no connection, no space; another hash
         raise UserError(
             f"{flag}: {target.name} is not here and cannot be fetched from {url} ({error}); "
             f"download it elsewhere and save it as {target}, or give {flag} its path"
         ) from None
-    target.with_name(target.name + ".sha256").write_text(file_sha256(target) + "\n")
+
+
+def fetch(url: str, target: Path, sha256: str = "") -> None:
+    """Fetch a file whose hash begins with `sha256`, or as its name says; it has its name when it is whole.
+
+    OSError or RuntimeError where that fails. What was fetched without a known hash is told, and held to it from now on.
+    """
+    expected = sha256.lower() or _hash_in_name(target.name) or None
+    torch.hub.download_url_to_file(url, str(target), expected, progress=False)
+    _pin(target)
