@@ -248,7 +248,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="images drawn of a model; 0: the protocol's number, else at most 1000",
     )
     parser.add_argument("--force", nargs="?", const="True", default="False", choices=("True", "False"))
-    parser.add_argument("--out", default="", help="result JSON; empty: beside the samples")
+    parser.add_argument("--out", type=expanded, default="", help="result JSON; empty: beside the samples")
     add_feature_flags(parser)
 
 
@@ -257,8 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("reference", metavar="REF")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="+")
+    parser.add_argument("reference", metavar="REF", type=expanded)
+    parser.add_argument("samples", metavar="SAMPLES", type=expanded, nargs="+")
     add_flags(parser)
     args, args.sampling = parser.parse_known_args()
     if args.sampling and not any(map(is_model, args.samples)):
@@ -267,7 +267,7 @@ def main() -> None:
     distributed.setup_dist()
     if args.bootstrap == 1:
         raise UserError("--bootstrap 1: give 0 or at least 2 replicates")
-    out = Path(expanded(args.out) or default_json(args.samples[0], args.reference))
+    out = Path(args.out or default_json(args.samples[0], args.reference))
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the name of a file")
     with claimed_output(out.parent, [out.name], overwrite=True, flag="--out"):

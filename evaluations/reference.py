@@ -102,9 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", metavar="DATA", nargs="?", help="images")
-    parser.add_argument("out", metavar="OUT.npz", nargs="?", help="file to write")
-    parser.add_argument("--inspect", default="", metavar="FILE", help="print what a reference holds, as JSON")
+    parser.add_argument("data", metavar="DATA", type=expanded, nargs="?", help="images")
+    parser.add_argument("out", metavar="OUT.npz", type=expanded, nargs="?", help="file to write")
+    parser.add_argument(
+        "--inspect", type=expanded, default="", metavar="FILE", help="print what a reference holds, as JSON"
+    )
     parser.add_argument(
         "--protocol",
         default="",
@@ -138,7 +140,7 @@ def main() -> None:
     if args.num_images == 1:
         raise UserError("--num_images 1: precision and recall need at least 2 images; 0 stores none")
     distributed.setup_dist()
-    out = Path(expanded(args.out))
+    out = Path(args.out)
     with claimed_output(out.parent, [out.name], args.overwrite == "True", "OUT.npz"):
         build(args, out)
 

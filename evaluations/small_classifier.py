@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm.config.parsing import expanded
 from cm.errors import UserError
 from cm.runtime import job
 from cm.runtime.claims import claimed_place
@@ -128,9 +129,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "data", help="labelled images: npz with arr_0 and arr_1, folder, zip or prepared store"
+        "data", type=expanded, help="labelled images: npz with arr_0 and arr_1, folder, zip or prepared store"
     )
-    parser.add_argument("out", help="weights file to write")
+    parser.add_argument("out", type=expanded, help="weights file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, order and split")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the data")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ import shlex
 from typing import NoReturn
 
 from cm.config import plugins
-from cm.config.parsing import str2bool
+from cm.config.parsing import expanded, str2bool
 from cm.runtime.cpu import usable_cores
 
 # flag -> (default, help); the type is the default's
@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
 def parse_flags() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="what to read, local or remote (gs://, az://)")
-    parser.add_argument("out", help="folder to write")
+    parser.add_argument("source", type=expanded, help="what to read, local or remote (gs://, az://)")
+    parser.add_argument("out", type=expanded, help="folder to write")
     for name, (default, text) in FLAGS.items():
         kind = str2bool if isinstance(default, bool) else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cm.config.parsing import expanded
 from cm.data import store
 from cm.data.decode import Decoder, read_header
 from cm.data.labels import Labels, printable
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", help="folder, .zip, .npz or prepared store")
+    parser.add_argument("path", type=expanded, help="folder, .zip, .npz or prepared store")
     parser.add_argument("--labels", default="auto", help="auto, folder, prefix, json or none (default auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()

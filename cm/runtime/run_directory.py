@@ -2,17 +2,19 @@
 
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from cm.errors import UserError
-from cm.runtime import distributed, logger
+from cm.runtime import distributed, liveness, logger
 from cm.runtime.claims import Claim
 from cm.runtime.files import whole_file
 
 # Characters of a path in a message
 LONGEST_SHOWN = 300
+# Larger files than this, which only logs of weeks are, are not put back after a refusal [bytes]
+RESTORED = 64 << 20
 
 
 class RunDirectory:
@@ -20,13 +22,16 @@ class RunDirectory:
 
     One start at a time has it: a second is refused.
     A UserError before `started` removes what this start made: the directory, if it was not there before, and the
-    folders above it. One that has got checkpoints meanwhile stays.
+    folders above it. One that has got checkpoints meanwhile stays. Of one that was there, the names are what they were,
+    and the files of a log's size say what they said.
     """
 
     def __init__(self, path: str):
         self.path = path
         self._claim = ExitStack()
-        self._made: list[Path] = []  # folders that were not there, the innermost first; on rank 0
+        # On rank 0: folders that were not there, the innermost first; what lay in the directory if it was.
+        self._made: list[Path] = []
+        self._before: dict[Path, bytes | None] | None = None
 
     def __enter__(self) -> "RunDirectory":
         distributed.on_main(self._prepare)
@@ -39,7 +44,7 @@ class RunDirectory:
 
     def started(self) -> None:
         """Training begins: from here on the directory stays."""
-        self._made = []
+        self._made, self._before = [], None
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, on rank 0."""
@@ -60,18 +65,46 @@ class RunDirectory:
             raise self._unwritable(error) from None
         self._claim.enter_context(Claim(path, folder=path))
         self._made = missing
+        self._before = None if missing else _contents(path)
 
     def _unwritable(self, error: OSError | ValueError) -> UserError:
         shown = self.path if len(self.path) <= LONGEST_SHOWN else f"{self.path[:LONGEST_SHOWN]}..."
         return UserError(f"{shown} cannot be written: {getattr(error, 'strerror', '') or error} (--out_dir)")
 
     def _remove(self) -> None:
+        path = Path(self.path).absolute()
+        if self._before is not None:
+            logger.reset()  # its files lie in there
+            _restore(path, self._before)
         if not self._made or any(Path(self._made[0], "checkpoints").glob("*")):
             return
-        logger.reset()  # its files lie in there
+        logger.reset()
         shutil.rmtree(self._made[0], ignore_errors=True)
         for folder in self._made[1:]:
             try:
                 folder.rmdir()
             except OSError:  # something else lies in it now
                 return
+
+
+def _contents(folder: Path) -> dict[Path, bytes | None]:
+    """What lies in a run directory: names, and the content of small files; of folders those in heartbeats."""
+    found: dict[Path, bytes | None] = {}
+    with suppress(OSError):
+        for path in [*folder.iterdir(), *folder.glob(f"{liveness.folder(folder).name}/*")]:
+            small = path.is_file() and not path.is_symlink() and path.stat().st_size <= RESTORED
+            found[path] = path.read_bytes() if small else None
+    return found
+
+
+def _restore(folder: Path, before: dict[Path, bytes | None]) -> None:
+    """Put back what `_contents` found; checkpoints that came from elsewhere stay."""
+    with suppress(OSError):
+        for path in set(_contents(folder)) - set(before):
+            if not path.is_dir():
+                path.unlink()
+            elif path.name != "checkpoints" or not any(path.glob("*")):
+                shutil.rmtree(path, ignore_errors=True)
+        for path, content in before.items():
+            if content is not None and (not path.is_file() or path.read_bytes() != content):
+                path.write_bytes(content)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cm.config.derived import last_known
+from cm.config.parsing import expanded
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SampleConfig, configure
 from cm.data.images import from_uint8, make_grid, to_uint8
@@ -274,7 +275,9 @@ def given(gr: Any, picture: np.ndarray | None) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="cm demo", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="RUN", help="run directory, checkpoint or weights file")
+    parser.add_argument(
+        "model", metavar="RUN", type=expanded, help="run directory, checkpoint or weights file"
+    )
     parser.add_argument("--weights", default="", help="raw, ema:RATE or target; empty: the slowest average")
     parser.add_argument("--training_mode", default="", help="objective of a file that does not say it")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve (default: this machine only)")

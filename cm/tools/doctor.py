@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from cm.config.parsing import expanded
 from cm.errors import UserError, extra
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
 from cm.runtime import distributed, job, launch, liveness
@@ -248,7 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dist", action="store_true", help="time an all-reduce over the launched ranks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--run_dir", default=os.environ.get("OPENAI_LOGDIR", "runs"), help="folder that runs write to"
+        "--run_dir",
+        type=expanded,
+        default=os.environ.get("OPENAI_LOGDIR", "runs"),
+        help="folder that runs write to",
     )
     options = parser.parse_args(argv)
     checks = examine(options.run_dir, options.dist)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from cm.config.parsing import expanded
 from cm.runtime.claims import claimed_place
 from cm.runtime.files import writing
 from cm.storage.posthoc import reconstruct
@@ -21,10 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="run directory")
+    parser.add_argument("run", type=expanded, help="run directory")
     parser.add_argument("--sigma_rel", type=float, required=True, help="relative length of the average")
     parser.add_argument("--step", type=int, default=0, help="step of the run (default: its last snapshot)")
-    parser.add_argument("--out", default="", help="model file to write (default: RUN/average_LENGTH_STEP.pt)")
+    parser.add_argument(
+        "--out", type=expanded, default="", help="model file to write (default: RUN/average_LENGTH_STEP.pt)"
+    )
     flags = parser.parse_args(argv)
     with claimed_place(flags.out, "--out") if flags.out else nullcontext():
         state, meta, used = reconstruct(flags.run, flags.sigma_rel, flags.step)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cm.config.parsing import expanded
 from cm.config.scripts import SCRIPTS
 from cm.config.stored import checked
 from cm.errors import UserError
@@ -185,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="cm runs", description="Training runs below a folder, the newest first."
     )
-    parser.add_argument("folder", metavar="DIR", nargs="?", default="runs", help="default: runs")
+    parser.add_argument(
+        "folder", metavar="DIR", type=expanded, nargs="?", default="runs", help="default: runs"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(argv)
     if not Path(options.folder).is_dir():

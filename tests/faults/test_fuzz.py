@@ -358,7 +358,8 @@ ABSURD = [
     "--optimizer lion", "--adam_eps 0", "--beta1 1", "--weight_decay -1", "--seed -1", "--seed x",
     "--class_cond maybe", "--class_cond True", "--in_channels 2", "--device quantum", "--network resnet",
     "--schedule_sampler magic", "--p_std -1", "--unknown 1", "--lr", "--resume must", "--num_workers -1",
-    "--resume_checkpoint nowhere", "--preset unheard_of", "--lr_schedule linear --total_training_steps 0",
+    "--num_workers 100000", "--resume_checkpoint nowhere", "--preset unheard_of",
+    "--lr_schedule linear --total_training_steps 0",
 ]  # fmt: skip
 
 

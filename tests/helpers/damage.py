@@ -21,6 +21,7 @@ import torch
 from cm.commands.main import main
 from cm.storage.weights import META_MEMBER, load_weights
 from tests.helpers.bad_data import Malicious, png
+from tests.helpers.eval_files import write_classifier, write_npz
 from tests.helpers.models import save_consistency_model
 from tests.helpers.run_files import make_run
 
@@ -93,6 +94,11 @@ def valid_inputs(folder: Path) -> Path:
     np.savez(folder / "images.npz", arr_0=images, arr_1=np.arange(6) % 2)
     meta = np.array(json.dumps({"protocol": "adm", "sha256": "x"}))
     np.savez(folder / "reference.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=images, meta=meta)
+    (folder / "drawn").mkdir()
+    write_npz(folder / "drawn" / "a.npz", 6)
+    write_classifier(folder / "judge.pt")
+    judge = ("--features", f"classifier={folder / 'judge.pt'}")
+    command("reference", folder / "drawn" / "a.npz", folder / "scores.npz", *judge)
     command("prepare", folder / "images", folder / "store", "--image_size", "8")
     command("convert", folder / "model.pt", folder / "model.safetensors", "--to", "safetensors")
     command("convert", folder / "model.pt", folder / "diffusers", "--to", "diffusers")
@@ -100,6 +106,7 @@ def valid_inputs(folder: Path) -> Path:
     drawn |= {"weights": "raw", "config": {"sampler": "onestep", "num_samples": 4, "preset": "p"}}
     (folder / "results").mkdir()
     (folder / "results" / "samples_4.json").write_text(json.dumps(drawn))
+    (folder / "drawn" / "a.json").write_text(json.dumps(drawn))
     one = {"samples": {"path": "samples_4.npz", "count": 4, "meta": drawn}, "comparable": True}
     scores = {"metrics": {"fid": 1.0}, "protocol": {"name": "adm"}, "features": {}, **one}
     (folder / "results" / "a_vs_b.json").write_text(json.dumps(scores))
@@ -129,20 +136,27 @@ def json_file(part: str, name: str, *argv: str) -> Generator:
 
 def _argv(words: tuple[str, ...], target: Path, folder: Path, world: Path) -> Argv:
     stand_ins = {"@": target, "o": folder / "o", "RUN": world / "run", "FOLDER": folder}
+    stand_ins |= {"IN": target / "a.npz"}
+    stand_ins |= {"SCORES": world / "scores.npz", "DRAWN": world / "drawn" / "a.npz"}
+    stand_ins |= {"JUDGE": f"classifier={world / 'judge.pt'}", "AS JUDGE": f"classifier={target}"}
     return [stand_ins.get(word, word) for word in words]
 
 
-def model_meta(r: random.Random, world: Path, folder: Path) -> Argv:
-    """The configuration that travels in a weights file."""
-    with (
-        zipfile.ZipFile(world / "model.pt") as old,
-        zipfile.ZipFile(folder / "w.pt", "w", zipfile.ZIP_STORED) as new,
-    ):
-        for member in old.infolist():
-            content = old.read(member)
-            is_meta = member.filename.endswith(META_MEMBER)
-            new.writestr(member.filename, spoil(r, json.loads(content)) if is_meta else content)
-    return ["convert", folder / "w.pt", folder / "o"]
+def meta_of(name: str, *argv: str) -> Generator:
+    """The configuration that travels in a weights file. In argv, @ stands for the spoilt copy."""
+
+    def make(r: random.Random, world: Path, folder: Path) -> Argv:
+        with (
+            zipfile.ZipFile(world / name) as old,
+            zipfile.ZipFile(folder / "w.pt", "w", zipfile.ZIP_STORED) as new,
+        ):
+            for member in old.infolist():
+                content = old.read(member)
+                is_meta = member.filename.endswith(META_MEMBER)
+                new.writestr(member.filename, spoil(r, json.loads(content)) if is_meta else content)
+        return _argv(argv, folder / "w.pt", folder, world)
+
+    return make
 
 
 def safetensors_header(r: random.Random, world: Path, folder: Path) -> Argv:
@@ -193,9 +207,18 @@ HEADERS = [
 ]  # fmt: skip
 
 
+EVALUATE = ("evaluate", "SCORES", "@", "--features", "JUDGE", "--out", "o.json")
+EVALUATE_BY = ("evaluate", "@", "DRAWN", "--features", "JUDGE", "--out", "o.json")
+NPZ = {
+    "images.npz": [("inspect", "@"), EVALUATE],
+    "reference.npz": [("reference", "--inspect", "@")],
+    "scores.npz": [EVALUATE_BY],
+}
+
+
 def array_headers(r: random.Random, world: Path, folder: Path) -> Argv:
     """A member of an npz whose header says something else than it holds, also compressed."""
-    source, argv = r.choice([("images.npz", ["inspect"]), ("reference.npz", ["reference", "--inspect"])])
+    source = r.choice(list(NPZ))
     with np.load(world / source) as archive:
         arrays = dict(archive)
     name = r.choice(list(arrays))
@@ -206,12 +229,12 @@ def array_headers(r: random.Random, world: Path, folder: Path) -> Argv:
     with zipfile.ZipFile(folder / source, "a", method) as archive:
         magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
         archive.writestr(f"{name}.npy", magic + header + bytes(r.choice([0, 4096, 1 << 20])))
-    return [*argv, folder / source]
+    return _argv(r.choice(NPZ[source]), folder / source, folder, world)
 
 
 def arrays(r: random.Random, world: Path, folder: Path) -> Argv:
     """Arrays of an npz with other values, types and shapes."""
-    source, argv = r.choice([("images.npz", ["inspect"]), ("reference.npz", ["reference", "--inspect"])])
+    source = r.choice(list(NPZ))
     with np.load(world / source) as archive:
         found = dict(archive)
     name = r.choice([name for name in found if found[name].dtype.kind != "U"])
@@ -221,7 +244,7 @@ def arrays(r: random.Random, world: Path, folder: Path) -> Argv:
         a.astype(np.int64) * 10**15, np.array(3), np.asfortranarray(a), a.astype(">f8"), a.astype(object),
     ]  # fmt: skip
     np.savez(folder / source, **{**found, name: r.choice(other)})
-    return [*argv, folder / source]
+    return _argv(r.choice(NPZ[source]), folder / source, folder, world)
 
 
 READERS = {
@@ -330,7 +353,17 @@ def special_files(r: random.Random, world: Path, folder: Path) -> Argv:
 
 
 KINDS: dict[str, Generator] = {
-    "model's configuration": model_meta,
+    "model's configuration": meta_of("model.pt", "convert", "@", "o"),
+    "model's configuration in the demo": meta_of("model.pt", "demo", "@"),
+    "feature network's description": meta_of(
+        "judge.pt", "evaluate", "SCORES", "DRAWN", "--features", "AS JUDGE", "--out", "o.json"
+    ),
+    "evaluated samples' description": json_file(
+        "drawn", "a.json", "evaluate", "SCORES", "IN", "--features", "JUDGE", "--out", "o.json"
+    ),
+    "heartbeat for the doctor": json_file(
+        "run", "heartbeats/rank_0000.json", "doctor", "--run_dir", "FOLDER"
+    ),
     "safetensors header": safetensors_header,
     "tensors": tensors,
     "pickles": pickles,
@@ -358,5 +391,7 @@ KINDS: dict[str, Generator] = {
 }
 
 REPORTS = {"run's configuration in a report", "log", "state", "samples' description", "scores"}
+REPORTS |= {"heartbeat for the doctor"}
 # Of these a list or a report says nothing where they are damaged.
 PASSED_OVER = {"run's configuration", "status", "heartbeat", "log", "state", "samples' description", "scores"}
+PASSED_OVER |= {"heartbeat for the doctor", "evaluated samples' description"}

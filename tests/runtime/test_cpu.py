@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from cm.runtime.cpu import usable_cores
+from cm.errors import UserError
+from cm.runtime import cpu
+from cm.runtime.cpu import check_workers, usable_cores
 
 
 @pytest.fixture
@@ -32,3 +34,10 @@ def test_quota_of_control_groups_1(eight, tmp_path, quota, cores):
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert usable_cores(str(tmp_path)) == cores
+
+
+def test_far_more_workers_than_processors_are_refused(eight, monkeypatch):
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 8)
+    check_workers(32 * 8)
+    with pytest.raises(UserError, match="--num_workers 257: at most 256 on this machine's 8 processors"):
+        check_workers(257)

@@ -93,11 +93,18 @@ def test_bad_checkpoints_to_resume_from_leave_nothing(inputs, tmp_path):
 
 @pytest.mark.parametrize(
     ("images", "teacher"),
-    [("nothing", "other.pt"), ("images.npz", "nothing.pt"), ("images.npz", "broken.pt")],
+    [
+        ("nothing", "other.pt"),
+        ("images.npz", "nothing.pt"),
+        ("images.npz", "broken.pt"),
+        ("images.npz", "other.pt"),  # refused after the logs were opened
+    ],
 )
 def test_a_directory_that_was_there_stays_as_it_is(inputs, tmp_path, images, teacher):
     (tmp_path / "run" / "empty").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("mine")
+    (tmp_path / "run" / "heartbeats").mkdir()
+    for name in ("config.json", "log.txt", "progress.csv", "status.json", "heartbeats/rank_0000.json"):
+        (tmp_path / "run" / name).write_text("mine\n")
     before = snapshot(tmp_path)
     with pytest.raises(UserError):
         train(tmp_path / "run", inputs / images, inputs / teacher)

@@ -154,6 +154,32 @@ def test_golden_state_dicts_are_recognised_by_their_names(tmp_path):
         READERS["torch"](Source(str(tmp_path / "narrow.pt")))
 
 
+def behind(prefix):
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "a wrapper's names": behind("module."),
+    "two wrappers' names": behind("_orig_mod.module."),
+    "without unet.": behind("net."),
+    "a training checkpoint": lambda state: {"ema": behind("unet.")(state), "step": 3},
+    "both": lambda state: {"model": behind("module.unet.")(state), "ema": behind("module.unet.")(state)},
+    "deep": lambda state: {"a": {"state_dict": behind("unet.")(state)}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_checkpoints_are_unwrapped_here_and_named_elsewhere(tmp_path, kind):
+    net = small(model_channels=64, num_head_channels=64)
+    path = tmp_path / "wrapped.pt"
+    torch.save(WRAPPED[kind](net.state_dict()), path)
+    state, told = READERS[detect(str(path))](Source(str(path)))
+    assert_same(state, net.state_dict())
+    assert told["network"] == "edm2"
+    with pytest.raises(UserError, match=r"(begin with|it holds) .*convert_checkpoint\.py takes the network"):
+        load_pretrained(SampleConfig(model_path=str(path), device="cpu", training_mode="edm"))
+
+
 def test_pickles_of_other_classes_or_other_numbers_are_refused_in_one_line(tmp_path, edm_modules):
     path = tmp_path / "x.pkl"
 

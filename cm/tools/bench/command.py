@@ -11,6 +11,7 @@ Under mpiexec or torchrun, train also measures communication.
 import argparse
 import os
 
+from cm.config.parsing import expanded
 from cm.config.registry import resolve
 
 # What to measure -> its rows; the evaluations stand above this package
@@ -55,7 +56,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--warmup", type=int, default=2, help="calls that do not count")
     parser.add_argument("--repeats", type=int, default=7, help="calls that count")
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--out", type=expanded, default="", help="JSON file to write")
     args, flags = parser.parse_known_args()
     if not (args.what or args.compare):
         parser.error("say what to measure, or --compare two files")

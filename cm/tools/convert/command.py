@@ -14,6 +14,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
+from cm.config.parsing import expanded
 from cm.config.rows import OBJECTIVES, PRECONDS
 from cm.errors import UserError
 
@@ -30,9 +31,10 @@ ENDINGS = {
 def parser() -> argparse.ArgumentParser:
     """The flags of the program."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", help="file or folder to read")
+    p.add_argument("source", type=expanded, help="file or folder to read")
     p.add_argument(
         "target",
+        type=expanded,
         nargs="?",
         default="",
         help="file or folder to write, or hf://OWNER/NAME; default: the source's name, in the working directory",

@@ -11,6 +11,8 @@ docs/planning.md says what is counted and what is assumed.
 
 import argparse
 
+from cm.config.parsing import expanded
+
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan and print."""
@@ -52,7 +54,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--measured", default="", help="report of cm benchmark train on such a GPU")
     parser.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
-    parser.add_argument("--json", default="", help="file to write all numbers to")
+    parser.add_argument("--json", type=expanded, default="", help="file to write all numbers to")
     args, flags = parser.parse_known_args()
     if min(args.images, args.price) < 0:
         parser.error("--images and --price must not be negative")

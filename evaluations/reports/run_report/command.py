@@ -16,6 +16,7 @@ from typing import Any
 
 from cm import __version__
 from cm.config.fields import flags_of
+from cm.config.parsing import expanded
 from cm.config.rows import METRICS, OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
 from cm.errors import UserError, extra
@@ -253,10 +254,19 @@ def distinct(runs: Iterable[Run]) -> list[Run]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(prog="cm report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory; several are compared")
-    parser.add_argument("--out", default="", help="default: RUN/report.html, for several runs report.html")
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="DIR", help="further folders with samples and results"
+        "runs", metavar="RUN", type=expanded, nargs="+", help="run directory; several are compared"
+    )
+    parser.add_argument(
+        "--out", type=expanded, default="", help="default: RUN/report.html, for several runs report.html"
+    )
+    parser.add_argument(
+        "--results",
+        type=expanded,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="further folders with samples and results",
     )
     parser.add_argument(
         "--previews", type=int, default=PREVIEWS, help=f"steps shown at most (default: {PREVIEWS})"

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from cm.config.parsing import expanded
 from cm.config.registry import resolve
 from cm.errors import UserError
 
@@ -197,7 +198,9 @@ def program() -> None:
     parser.add_argument("--data", default="", help="prepared images for the learning run; else drawn discs")
     parser.add_argument("--original", default="", help="a checkout of the original repository, for its step")
     parser.add_argument("--parts", nargs="+", default=[], help="these only; default: all, in order of worth")
-    parser.add_argument("--out", default="", help="folder of the files; on a GPU docs/benchmarks")
+    parser.add_argument(
+        "--out", type=expanded, default="", help="folder of the files; on a GPU docs/benchmarks"
+    )
     args = parser.parse_args()
     if args.minutes < 0:
         parser.error("--minutes must be 0 or more")
