@@ -52,7 +52,7 @@ def extra(name: str) -> str:
 
 
 # User and password, and values such as signatures and tokens, in URLs
-_USER = re.compile(r"(\w://)[^\s/@?#\"']+@")
+_USER = re.compile(r"(\w:/{1,2})[^\s/@?#\"']+@")  # one slash: as a path is written
 _VALUE = re.compile(
     r"([?&;][\w.\-%]*(?:sig|token|key|secret|passw|pwd|credential|auth)[\w.\-%]*=)[^\s&;#\"')]+",
     re.IGNORECASE,
@@ -61,6 +61,6 @@ _VALUE = re.compile(
 
 def masked(text: str) -> str:
     """The text with *** for user and password, and for values such as signatures and tokens, of the URLs in it."""
-    if "://" not in text:
+    if ":/" not in text:
         return text
     return _VALUE.sub(r"\1***", _USER.sub(r"\1***@", text))

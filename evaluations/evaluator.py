@@ -11,6 +11,7 @@ Runs in one process or under mpiexec or torchrun.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,11 @@ class Evaluator:
         if error:
             raise UserError(error)
         pairs = {m: v if isinstance(v, tuple) else (v, None) for m, v in found.items()}
+        if wrong := [METRICS[m].title for m, (value, _) in pairs.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"{samples.path}: {', '.join(wrong)} against {self.reference.path} is no finite number: "
+                "the statistics overflow"
+            )
         return {
             "metrics": {m: pairs[m][0] for m in METRICS if m in pairs},
             "intervals": {m: interval for m, (_, interval) in pairs.items() if interval is not None},

@@ -3,6 +3,7 @@
 Everything is float64. Statistics are streamed: features are never kept, and ranks add up their parts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm.errors import UserError
 from cm.runtime import distributed
 
 _ROWS = 4096  # rows converted to float64 at a time
@@ -95,7 +97,10 @@ class FrechetReference:
         product = self.root.T @ sigma @ self.root
         cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
         shift = (self.mu - mu).square().sum()
-        return max(float(shift + self.sigma.trace() + sigma.trace() - 2 * cross), 0.0)
+        found = float(shift + self.sigma.trace() + sigma.trace() - 2 * cross)
+        if not math.isfinite(found):
+            raise UserError("the Fréchet distance is no finite number: the statistics are too large")
+        return max(found, 0.0)
 
 
 def _matrix_root(sigma: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SUBSET_SIZE = 1000  # images of a subset
+
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
@@ -19,7 +21,7 @@ def mmd_unbiased(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(
-    reference, samples, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    reference, samples, *, subsets: int = 100, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
     """(mean, standard deviation) of the unbiased estimate over random subsets of both sets, (N, d) and (M, d).
 

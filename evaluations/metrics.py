@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluations.features import FeatureNetwork
 from evaluations.fid import FrechetReference, bootstrap_distance
 from evaluations.inception_score import inception_score
-from evaluations.kid import kernel_distance
+from evaluations.kid import SUBSET_SIZE, kernel_distance
 from evaluations.npz_io import ImageSet
 from evaluations.pipeline import Extracted
 from evaluations.precision_recall import precision_recall
@@ -92,8 +92,10 @@ def recall(measured: Measured) -> Value:
 
 def kid(measured: Measured) -> Value:
     """Kernel distance with the standard deviation over subsets (Binkowski et al. 2018)."""
-    value, std = kernel_distance(measured.reference, measured.pool, seed=measured.options.seed)
-    return value, {"std": std}
+    sets = measured.reference, measured.pool
+    value, std = kernel_distance(*sets, seed=measured.options.seed)
+    varies = max(map(len, sets)) > SUBSET_SIZE  # else every subset is the whole set
+    return value, {"std": std} if varies else None
 
 
 def accuracy(measured: Measured) -> Value:

@@ -9,6 +9,7 @@ written here also carry `meta`, a JSON text that says where the numbers come fro
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,12 @@ class Reference:
 
 def open_reference(path: str) -> Reference:
     """A statistics npz, with or without `arr_0`, or any set of images."""
-    if not str(path).lower().endswith(".npz"):
+    ending = os.path.splitext(str(path))[1].lower()
+    if ending in (".npy", ".pkl", ".pickle", ".pt", ".pth", ".mat"):
+        raise UserError(
+            f"{path}: statistics are read from an .npz with the arrays mu and sigma, not from {ending}"
+        )
+    if ending != ".npz":
         return Reference(str(path), {}, open_images(path), None)
     with readable(str(path)), filesystem.open_npz(path) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cm.config.parsing import expanded
+from cm.config.parsing import at_least, expanded
 from cm.errors import UserError
 from cm.runtime import job
 from cm.runtime.claims import claimed_place
@@ -132,8 +132,8 @@ def main() -> None:
         "data", type=expanded, help="labelled images: npz with arr_0 and arr_1, folder, zip or prepared store"
     )
     parser.add_argument("out", type=expanded, help="weights file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, order and split")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the data")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of initialisation, order and split")
+    parser.add_argument("--epochs", type=at_least(1), default=30, help="passes over the data")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads would only wait for each other
     with claimed_place(args.out, "OUT"), writing(args.out):

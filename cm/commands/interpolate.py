@@ -66,7 +66,7 @@ def the_label(config: EditConfig) -> int:
 
 def corner_noise(text: str, shape: tuple[int, int, int]) -> Tensor:
     """Unit noise (C, H, W): of a seed (what image_sample draws for its sample 0), or from a .npy file."""
-    if text.lstrip("-").isdigit():
+    if text.isdecimal():
         generator = IndexedGenerator(int(text))
         generator.set_rows([0])
         return generator.randn(1, *shape)[0]

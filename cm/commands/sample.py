@@ -111,7 +111,9 @@ def noise_levels(config: SampleConfig) -> Tensor:
         return torch.tensor([*levels, c.sigma_min], dtype=torch.float64)
     options = {**own_flags(c), "ts": complete_ts(c), "diffusion_schedule": c.diffusion_schedule}
     grid = c.time_steps or SAMPLERS[c.sampler].grid
-    return grid_levels(grid, c.steps, c.sigma_min, c.sigma_max, c.rho, options)
+    levels = grid_levels(grid, c.steps, c.sigma_min, c.sigma_max, c.rho, options)
+    visits = SAMPLERS[c.sampler].visits
+    return torch.cat([levels[:visits], levels[-1:]]) if visits else levels
 
 
 def own_flags(config: SampleConfig) -> dict[str, Any]:

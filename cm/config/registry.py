@@ -80,7 +80,8 @@ class Sampler(Row):
 
     grid: the row of GRIDS that it walks along. order: of convergence with fixed steps along the flow; 0: none.
     guidance: a classifier can steer it. other_grids: --time_steps may replace its grid. reads: what it asks of a flow
-    map: `denoiser`, `consistency` (steps to no noise) or `jumps` (to any level, which no other model has).
+    map: `denoiser`, `consistency` (steps to no noise) or `jumps` (to any level, which no other model has). visits: how
+    many of the levels it asks at, from the first on; 0: all.
     """
 
     grid: str = "karras"
@@ -88,6 +89,7 @@ class Sampler(Row):
     guidance: bool = True
     other_grids: bool = False
     reads: str = "denoiser"
+    visits: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ SAMPLERS: Registry[Sampler] = Registry(
         ),
         "ancestral": Sampler(make="cm.sampling.ancestral:sample_euler_ancestral", other_grids=True),
         "onestep": Sampler(
-            make="cm.sampling.consistency:sample_onestep", guidance=False, reads="consistency"
+            make="cm.sampling.consistency:sample_onestep", guidance=False, reads="consistency", visits=1
         ),
         "multistep": Sampler(
             make="cm.sampling.consistency:sample_multistep",

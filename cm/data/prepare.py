@@ -23,6 +23,7 @@ from cm.runtime.cpu import check_workers
 from cm.runtime.preemption import follow_parent
 from cm.runtime.progress import progress as progress_bar
 
+LARGEST_SIDE = 16384  # pixels: of larger ones a buffer would not fit in memory
 _CHUNK = 16
 _MAX_NAMES = 100
 
@@ -76,10 +77,10 @@ def prepare(
         num_workers: processes that decode and resize (0: this one). The result does not depend on it.
         overwrite: replace an earlier store at `out`, once the new one is complete.
     """
-    if image_size < 1:
-        raise UserError(f"--image_size must be positive, not {image_size}")
-    if limit < 0 or num_workers < 0:
-        raise UserError("--limit and --num_workers must be 0 or more")
+    if not 1 <= image_size <= LARGEST_SIDE:
+        raise UserError(f"--image_size must be from 1 to {LARGEST_SIDE}, not {image_size}")
+    if min(limit, num_workers, seed) < 0:
+        raise UserError("--limit, --num_workers and --seed must be 0 or more")
     check_workers(num_workers)
     if in_channels not in (0, 1, 3):
         raise UserError(f"--in_channels must be 0 (from the data), 1 or 3, not {in_channels}")

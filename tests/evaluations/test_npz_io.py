@@ -245,3 +245,10 @@ def test_an_unreadable_member_is_named(tmp_path):
             archive.writestr(name, b"not a picture")
     with pytest.raises(UserError, match=r"a\.zip: a\.png"):
         open_images(str(tmp_path / "a.zip"))
+
+
+@pytest.mark.parametrize("ending", ["npy", "pkl", "pt"])
+def test_statistics_in_other_files_are_named(tmp_path, ending):
+    (tmp_path / f"r.{ending}").write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"from an .npz with the arrays mu and sigma, not from .{ending}"):
+        open_reference(str(tmp_path / f"r.{ending}"))

@@ -16,7 +16,7 @@ from tests.helpers.programs import GOES_ON, PROGRAMS, TRAINING, Server, command,
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 PREEMPTED = 75
-MORE = 2  # cases of each program and fault in the slow part
+MORE = 1  # cases of each program and fault in the slow part
 QUICK = [
     ("signal", "prepare in processes"),
     ("signal", "edit"),

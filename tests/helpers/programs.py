@@ -93,7 +93,7 @@ class Server:
         self._process = subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, **pipes)
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.kill()
 
     def run(
         self, argv: Sequence[str], *, copies: int = 1, number: int = 0, delay: float = 0.0, room: int = -1

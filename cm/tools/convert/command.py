@@ -14,7 +14,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from cm.config.parsing import expanded
+from cm.config.parsing import at_least, expanded
 from cm.config.rows import OBJECTIVES, PRECONDS
 from cm.errors import UserError
 
@@ -43,15 +43,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", default="", help="named experiment that the checkpoint comes from")
     modes = [name for name, row in OBJECTIVES.items() if row.draws]
     p.add_argument("--training_mode", choices=modes, default="", help="objective, where the file tells none")
-    p.add_argument("--steps", type=int, default=0, help="points of its noise grid, where the file tells none")
-    p.add_argument("--image_size", type=int, default=0, help="where tensor shapes do not tell it [pixels]")
+    p.add_argument(
+        "--steps", type=at_least(0), default=0, help="points of its noise grid, where the file tells none"
+    )
+    p.add_argument(
+        "--image_size", type=at_least(0), default=0, help="where tensor shapes do not tell it [pixels]"
+    )
     p.add_argument("--weights", default="", help="of several networks: ema (default), raw, target")
     p.add_argument(
         "--qkv_order", choices=("legacy", "new"), default="legacy", help="of guided-diffusion files"
     )
-    p.add_argument("--num_heads", type=int, default=0, help="attention heads, where shapes do not tell them")
     p.add_argument(
-        "--num_head_channels", type=int, default=0, help="channels of each head (released models: 64)"
+        "--num_heads", type=at_least(0), default=0, help="attention heads, where shapes do not tell them"
+    )
+    p.add_argument(
+        "--num_head_channels", type=at_least(0), default=0, help="channels of each head (released models: 64)"
     )
     p.add_argument("--precond", choices=PRECONDS, default="", help="scalings, where the file tells none")
     return p
