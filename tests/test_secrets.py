@@ -18,7 +18,7 @@ URL = "https://user:S3CRET@host.invalid/x.pt?sv=2020&sig=T0KEN%2B&download=1"
     ("text", "shown"),
     [
         (URL, "https://***@host.invalid/x.pt?sv=2020&sig=***&download=1"),
-        ("https:/user:S3CRET@host/x?sig=T0KEN: no such folder", "https:/***@host/x?sig=***: no such folder"),
+        ("https:/user:S3CRET@host/x?sig=T0KEN: no such folder", "https:/***@host/x?sig=*** no such folder"),
         ("https://TOKEN@host/x: refused", "https://***@host/x: refused"),
         (
             "a https://h/x?X-Amz-Signature=a1&X-Amz-Credential=b2 b",

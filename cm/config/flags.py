@@ -125,9 +125,7 @@ class ModelFlags:
     sigma_min: float = flag(
         0.002, "smallest noise level", unit="standard deviation of images in [-1, 1]", above=0
     )
-    sigma_max: float = flag(
-        80.0, "largest noise level", unit="standard deviation of images in [-1, 1]", high=1e18
-    )
+    sigma_max: float = flag(80.0, "largest noise level", unit="as --sigma_min", high=1e18)
     sigma_data: float = flag(0.5, "standard deviation of the data that the preconditioning assumes", above=0)
     rho: float = flag(7.0, "exponent of the grid of noise levels", low=1)
     image_size: int = flag(

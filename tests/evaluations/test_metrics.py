@@ -1,11 +1,14 @@
 """Fréchet distance, Inception Score, precision and recall, KID: closed forms, golden numbers, brute force."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from cm.errors import UserError
+from evaluations import metrics
 from evaluations import precision_recall as pr
 from evaluations.fid import FeatureStatistics, FrechetReference, bootstrap_distance, frechet_distance
 from evaluations.inception_score import inception_score
@@ -260,3 +263,16 @@ def test_kid_is_unbiased_and_seeded():
     assert kernel_distance(x, y + 2, subsets=5, subset_size=100)[0] > 10 * std
     with pytest.raises(ValueError, match="at least 2"):
         kernel_distance(x[:1], y)
+
+
+def test_a_kernel_distance_of_whole_sets_has_no_spread():
+    """Every subset of 20 images is all of them."""
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    measured = SimpleNamespace(reference=x, pool=x + 1, options=SimpleNamespace(seed=0))
+    value, interval = metrics.kid(measured)
+    assert interval is None and value == pytest.approx(kernel_distance(x, x + 1, subsets=1)[0])
+
+
+def test_statistics_that_overflow_give_no_distance():
+    with pytest.raises(UserError, match="no finite number: the statistics are too large"):
+        frechet_distance(np.full(3, 1e200), np.eye(3), np.zeros(3), np.eye(3))

@@ -299,3 +299,11 @@ def test_networks_of_more_inputs_are_known_and_refused_where_there_is_no_place(n
     for write in (WRITERS["diffusers"], WRITERS["onnx"]):
         with pytest.raises(UserError, match=f"no input for {what}|takes one-step generators"):
             write("nowhere", state, stored)
+
+
+@pytest.mark.parametrize("flag", ["steps", "image_size", "num_heads", "num_head_channels"])
+def test_numbers_below_0_are_refused(flag, capsys):
+    """--steps -8 was written into the result."""
+    with pytest.raises(SystemExit):
+        program.parser().parse_args(["x", f"--{flag}", "-8"])
+    assert f"--{flag}: must be at least 0, got -8" in capsys.readouterr().err
