@@ -1,12 +1,11 @@
 """Signals at random moments, kills, starts at the same moment and full disks, for every program that writes results.
 
-A case is a function of its number. `python -m tests.faults.test_programs --cases 100` tries more than the suite does.
+A case is a function of its number; CM_FAULT_CASES in the environment makes it so many of each program and fault.
 """
 
-import argparse
+import os
 import random
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.helpers.programs import GOES_ON, PROGRAMS, TRAINING, Server, command,
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 PREEMPTED = 75
-MORE = 1  # cases of each program and fault in the slow part
+MORE = int(os.environ.get("CM_FAULT_CASES", "1"))  # cases of each program and fault in the slow part
 QUICK = [
     ("signal", "prepare in processes"),
     ("signal", "edit"),
@@ -158,28 +157,3 @@ def test_a_few_faults(world, fault, program):
 def test_faults_of_every_program(world, program, fault):
     for number in range(1, 1 + MORE):
         case(world, fault, program, number)
-
-
-def main() -> None:
-    """Cases in a row, each printed before it runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--first", type=int, default=100, help="number of the first case")
-    parser.add_argument("--program", default="", choices=("", *PROGRAMS))
-    parser.add_argument("--fault", default="", choices=("", *FAULTS))
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
-        for number in range(flags.first, flags.first + flags.cases):
-            r = random.Random(number)
-            fault, program = (
-                flags.fault or r.choice(list(FAULTS)),
-                flags.program or r.choice(list(PROGRAMS)),
-            )
-            print(f"{number}: {fault}, {program}", flush=True)
-            case(world, fault, program, number)
-        world.server.close()
-
-
-if __name__ == "__main__":
-    main()
