@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cm.errors import UserError
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import json_or_none, read_json
 from cm.runtime.platform import lock, process_birth
 
 RENEWAL, TAKEOVER = 20.0, 120.0
@@ -89,9 +89,14 @@ class Claim:
                 if holder and (here or self._is_renewed()):
                     raise UserError(f"{self.path} is being written by {holder} ({self.file} says so)")
                 self._discard()
+            threading.Thread(target=self._renew, daemon=True, name="claim").start()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
-        threading.Thread(target=self._renew, daemon=True, name="claim").start()
+        except KeyboardInterrupt:  # a signal, after which nobody would give it back
+            self._stop.set()
+            if self._is_mine():
+                self.file.unlink(missing_ok=True)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -112,6 +117,10 @@ class Claim:
             self.file.unlink(missing_ok=True)
             raise
         return True
+
+    def _is_mine(self) -> bool:
+        said = json_or_none(self.file, limit=MAX_BYTES) or {}
+        return (said.get("host"), said.get("pid")) == (socket.gethostname(), os.getpid())
 
     def _discard(self) -> None:
         """Remove the claim of a holder that is gone, unless another start has replaced it since.

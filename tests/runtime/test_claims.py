@@ -149,3 +149,21 @@ def test_a_claimed_place_is_tried_first_and_cleared_of_what_killed_processes_lef
         pass
     with pytest.raises(UserError, match=r"TARGET .*below cannot be written: Not a directory"):
         claimed_place(tmp_path / "x.pt" / "below" / "y", "TARGET").__enter__()
+
+
+def test_a_signal_while_it_is_taken_leaves_no_claim(tmp_path, monkeypatch):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(claims.threading, "Thread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Claim(tmp_path / "x").__enter__()
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / ".x.claim"
+    file.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "born": 1}))
+    with monkeypatch.context() as patched:
+        patched.setattr(Claim, "_make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Claim(tmp_path / "x").__enter__()
+    assert file.exists()  # another's stays
