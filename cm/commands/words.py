@@ -15,6 +15,7 @@ from cm.errors import UserError, choose
 from cm.runtime.inputs import json_or_none
 
 Line = tuple[str, list[str]]  # (script, command line)
+PICTURE = 64  # images of a grid to look at
 
 
 def leading(words: Sequence[str], *flags: str) -> list[str]:
@@ -119,8 +120,11 @@ def data_of(run: str) -> str:
 
 
 def sample(words: Sequence[str]) -> Line:
-    """`cm sample RUN`."""
-    return "image_sample", leading(words, "model_path")
+    """`cm sample RUN`: a picture's worth of images, where the script draws as many as a published FID needs."""
+    line = leading(words, "model_path")
+    if not any(value_of(line, flag) for flag in ("num_samples", "preset", "config")):
+        line += ["--num_samples", str(PICTURE)]
+    return "image_sample", line
 
 
 def edit(words: Sequence[str]) -> Line:

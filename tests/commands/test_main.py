@@ -60,6 +60,8 @@ def test_every_command_is_there_and_listed(name):
         ("distill", "t d --preset digits_pd", "cm_train",
          "--teacher_model_path t --data_dir d --preset digits_pd --training_mode progdist"),
         ("sample", "r --num_samples 4", "image_sample", "--model_path r --num_samples 4"),
+        ("sample", "r", "image_sample", "--model_path r --num_samples 64"),
+        ("sample", "r --preset digits_cd", "image_sample", "--model_path r --preset digits_cd"),
         ("edit", "superres r p --factor 4", "image_edit", "--task superres --model_path r --input p --factor 4"),
         ("search", "r ref.npz", "ternary_search", "--model_path r --ref_batch ref.npz"),
         ("likelihood", "r d", "likelihood", "--model_path r --data_dir d"),
