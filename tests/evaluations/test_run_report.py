@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(pair, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             main(list(argv))
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UserError, match=r"jinja2.*\.\[plots\]"):
+    with pytest.raises(UserError, match=r"jinja2.*\[plots\]"):
         page(pair)
 
 

@@ -159,7 +159,7 @@ def test_an_edit_without_a_picture_is_said_on_the_page():
 
 def test_without_gradio_one_line_names_the_extra(tried, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"gradio.*\.\[demo\]"):
+    with pytest.raises(UserError, match=r"gradio.*\[demo\]"):
         page(tried)
 
 
