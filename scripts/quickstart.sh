@@ -35,13 +35,18 @@ export OMP_NUM_THREADS=1
 
 started=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
-# The progress of training: one line that changes on a terminal, else every fifth.
+# The progress of training: one line that changes on a terminal, else every fifth. (Some awks read pipes in blocks.)
 progress() {
-  if [ -t 1 ]; then
-    awk '/^step /{printf "\r    %s\033[K", $0; fflush(); n = 1} END{if (n) print ""}'
-  else
-    awk '/^step / && ++n % 5 == 0 {print "    " $0; fflush()}'
-  fi
+  local n=0 line
+  while IFS= read -r line; do
+    case $line in "step "*) n=$((n + 1)) ;; *) continue ;; esac
+    if [ -t 1 ]; then
+      printf '\r    %s\033[K' "$line"
+    elif [ $((n % 5)) = 0 ]; then
+      printf '    %s\n' "$line"
+    fi
+  done
+  if [ -t 1 ] && [ "$n" -gt 0 ]; then echo; fi
 }
 # Prints the command as one would type it, then runs it; its full output goes to a log.
 run() {
@@ -49,7 +54,7 @@ run() {
   "$@" 2>&1 | tee -a "$out/quickstart.log" | progress || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }
 }
 on_ranks() { run mpiexec -n "$ranks" python "$@"; }
-short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1 --preview_interval 10"; else echo "--preview_interval 50"; fi; }
+short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1 --preview_interval 10"; else echo "--preview_interval 100"; fi; }
 samples() {
   on_ranks scripts/image_sample.py --out_dir "$out/samples/$1" --overwrite True "${@:2}" \
     --classes 0,1,2,3,4,5,6,7,8,9 --num_samples $images
