@@ -10,12 +10,13 @@ from tests.helpers.small_runs import train
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
+    """Two classes of images that are not square and must be resized."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (folder / name).mkdir()
         for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / name / f"{i}.png")
+            Image.fromarray(rng.integers(0, 256, (9, 11), dtype=np.uint8)).save(folder / name / f"{i}.png")
     return str(folder)
 
 

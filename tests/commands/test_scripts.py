@@ -32,17 +32,6 @@ TRAIN = [
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (folder / name).mkdir()
-        for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (9, 11), dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def teacher(data_dir, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("edm"))
     train(EdmTrainConfig, data_dir, out, [])
