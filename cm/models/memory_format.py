@@ -52,7 +52,9 @@ def memory_format(
 
 def _measurable(config: Config, device: torch.device) -> bool:
     """Compiled kernels have other times on a GPU; a device without values has none."""
-    return device.type == "cpu" or (torch.cuda.is_available() and not getattr(config, "compile", False))
+    if device.type == "cuda":
+        return torch.cuda.is_available() and not getattr(config, "compile", False)
+    return device.type == "cpu"
 
 
 def _measured(config: Config, device: torch.device, training: bool, images: int) -> bool:

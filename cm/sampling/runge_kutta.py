@@ -72,8 +72,9 @@ def solve_rk45(slope: Slope, start: float, end: float, y: Tensor, *, rtol: float
             y_new = y + step * _sum(weights, k)
             k.append(slope(t + c * step[:, 0], y_new).double())
         scale = atol + rtol * torch.maximum(y.abs(), y_new.abs())
+        error = _rms(step * _sum(E, k) / scale)
         # A slope that is not finite is no estimate: the step is rejected and shrinks until the check above names it.
-        error = _rms(step * _sum(E, k) / scale).nan_to_num(nan=math.inf)
+        error = torch.where(error.isnan(), math.inf, error)
         accepted = under_way & (error < 1)
         factor = (SAFETY * error ** (-1 / 5)).clamp(SHRINK, GROW)
         rung = rung + torch.floor(RUNGS * torch.where(rejected, factor.clamp(max=1), factor).log2())

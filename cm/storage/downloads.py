@@ -38,13 +38,12 @@ def check_sha256(path: str | Path, expected: str = "") -> str:
 
 def check_pinned(path: Path) -> None:
     """UserError where a downloaded file differs from what it was at its first use, whose hash is noted beside it."""
-    check_sha256(path)
+    found = check_sha256(path)
     if not (_hash_in_name(path.name) or _note(path).exists()):
-        _pin(path)
+        _pin(path, found)
 
 
-def _pin(path: Path) -> None:
-    found = file_sha256(path)
+def _pin(path: Path, found: str) -> None:
     with suppress(OSError):  # a cache that others fill
         _note(path).write_text(found + "\n")
     logger.log(f"{path}: SHA-256 {found}, which later starts compare")
@@ -98,4 +97,4 @@ def fetch(url: str, target: Path, sha256: str = "") -> None:
     """
     expected = sha256.lower() or _hash_in_name(target.name) or None
     torch.hub.download_url_to_file(url, str(target), expected, progress=False)
-    _pin(target)
+    _pin(target, file_sha256(target))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cm.errors import UserError
-from evaluations import fetch, inception_weights
+from cm.storage import downloads
+from evaluations import inception_weights
 from evaluations.features import ClassifierFeatures, InceptionFeatures, load_features, tensors_sha256
 from evaluations.inception_v3 import InceptionV3, exact_float32, resize_bilinear_tf1
 from evaluations.inception_weights import PUBLISHED, load_inception, pytorch_fid_names, read_inception_state
@@ -169,13 +170,13 @@ def test_download_once_then_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CM_CACHE_DIR", "~/cache")
     serve(monkeypatch, b"content")
-    path = fetch.local_copy("https://host/file.pt", flag="--flag")
+    path = downloads.local_copy("https://host/file.pt", flag="--flag")
     assert path.read_bytes() == b"content" and path.is_relative_to(tmp_path / "cache")
     monkeypatch.setattr(torch.hub, "urlopen", None)
-    assert fetch.local_copy("https://host/file.pt", flag="--flag") == path
+    assert downloads.local_copy("https://host/file.pt", flag="--flag") == path
     path.write_bytes(b"changed")
     with pytest.raises(UserError, match="SHA-256"):
-        fetch.check_sha256(path)
+        downloads.check_sha256(path)
 
 
 def test_a_download_with_the_wrong_hash_is_not_kept(tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_a_download_with_the_wrong_hash_is_not_kept(tmp_path, monkeypatch):
     serve(monkeypatch, b"content")
     for name, options in (("weights-0123abcd.pth", {}), ("weights.pt", {"sha256": "0123ABCD"})):
         with pytest.raises(UserError, match=f"--flag: {name}.*0123abcd"):
-            fetch.local_copy(f"https://host/{name}", **options, flag="--flag")
+            downloads.local_copy(f"https://host/{name}", **options, flag="--flag")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
@@ -192,7 +193,7 @@ def test_a_cache_folder_that_is_a_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
     serve(monkeypatch, b"content")
     with pytest.raises(UserError, match=r"cannot write downloads to .*set CM_CACHE_DIR"):
-        fetch.local_copy("https://host/file.pt", flag="--flag")
+        downloads.local_copy("https://host/file.pt", flag="--flag")
 
 
 def test_plain_http_needs_a_hash(tmp_path, monkeypatch):
@@ -214,7 +215,7 @@ def test_a_name_with_a_hash_is_checked(tmp_path):
     path = tmp_path / "weights-0123abcd.pth"
     path.write_bytes(b"content")
     with pytest.raises(UserError, match="SHA-256"):
-        fetch.check_sha256(path)
+        downloads.check_sha256(path)
 
 
 # --- feature networks ----------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def test_a_gpu_is_asked_unless_it_compiles(asked, monkeypatch):
     asked.seconds = {"channels-last": 2.0, "default": 1.0}
     assert chosen(**cuda, compile=True, precision="bf16") == torch.channels_last and asked == []
     assert chosen(**cuda, precision="fp32") == torch.preserve_format and asked == []
+    assert chosen(device=torch.device("meta")) == torch.channels_last and asked == [], "no values, no time"
     assert chosen(**cuda, precision="bf16") == torch.preserve_format
     assert asked == [{"device": "cuda", "training": True, "images": 32}]
     assert chosen() == torch.preserve_format and asked[1]["device"] == "cpu", "an answer for each device"

@@ -133,3 +133,17 @@ def test_giving_up(slope, why):
     start = torch.tensor([[1e-3], [1.0]])
     with pytest.raises(UserError, match=why):
         solve_rk45(slope, 0.0, 2.0, start, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.01])
+def test_a_step_into_where_there_is_no_slope_is_made_smaller(tolerance):
+    """dy/dt = -sqrt(y) from y(0) = 1 is (1 - t / 2)^2; a long step ends below 0, where the root is none."""
+    undefined = []
+
+    def slope(t, y):
+        undefined.append(bool((y < 0).any()))
+        return -y.sqrt()
+
+    got = solve_rk45(slope, 0.0, 1.9, torch.ones(1, 1), rtol=tolerance, atol=tolerance)
+    assert any(undefined)
+    assert got.y.item() == pytest.approx(0.05**2, rel=1e-3)
