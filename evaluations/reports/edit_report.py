@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cm.commands.edit_inputs import Input, InputFiles
 from cm.commands.masks import known_mask
-from cm.config.scripts import EditConfig, configure
+from cm.config.scripts import EditConfig, changed, configure
 from cm.data.decode import Decoder
 from cm.data.images import from_uint8, save_json, to_uint8
 from cm.errors import UserError
@@ -130,7 +130,8 @@ def read_results(folder: Path) -> tuple[EditConfig, list[Input], dict[str, list[
         raise UserError(f"{folder}: not a folder of image_edit's results (edit.json: {error})") from None
     if config.task not in TASKS:
         raise UserError(f"{folder}: {config.task} has no truth to compare with; only {', '.join(TASKS)} have")
-    source = InputFiles(config)
+    # Which classes the model was told of is over, and its names for them lie in the model.
+    source = InputFiles(changed(config, class_cond=False))
     edited = [i for i in range(len(source.names)) if source.file(i) in metadata["images"]]
     if not edited:
         raise UserError(f"{folder}: --input {config.input} holds none of the images that were edited")

@@ -208,6 +208,11 @@ def test_report_of_a_real_run(model, colour_digits, tmp_path, monkeypatch):
     assert numbers["mean of 2 results"]["psnr"] > numbers["one result"]["psnr"]
 
 
+def test_results_of_a_model_whose_classes_were_the_folders_names(truth, tmp_path):
+    folder = _write_results(tmp_path / "edited", truth, [10], task="inpaint", class_cond=True, num_classes=3)
+    assert measure(folder).methods["one result"]["psnr"] == pytest.approx(_psnr(10), abs=1e-4)
+
+
 def test_page(model, colour_digits, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", str(model), str(colour_digits), str(tmp_path / "page.png")])
     edit_page.main()
