@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 NORM_GROUPS = 32
 NO_CLASS = -1  # the label of an image whose class is not told
+LANES = 64  # elements that the widest vector instructions take at once, or a multiple
 UNGUIDED = (1.0, 0.0, 1.0)  # 1 / scale of a guidance, and the first and the last time at which it acts
 
 CONVOLUTIONS = {
@@ -170,6 +171,18 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
 def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all dimensions but the first: (B, ...) -> (B,)."""
     return tensor.flatten(1).mean(1)
+
+
+def alike(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), elementwise, like x: an element's value is the same in a tensor of any length.
+
+    On CPUs torch computes powers and sigmoids of the last elements, which fill no vector register, by other code, which
+    rounds otherwise: a row would depend on the rows that a rank has beside it.
+    """
+    if x.device.type != "cpu":
+        return function(x)
+    padded = F.pad(x.flatten(), (0, -x.numel() % LANES), value=1.0)
+    return function(padded)[: x.numel()].view(x.shape)
 
 
 def append_dims(x: Tensor, target_dims: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm.config.choices import DIFFUSION_SCHEDULES
 from cm.diffusion.noise_schedules import NoiseSchedule
-from cm.nn import append_zero
+from cm.nn import alike, append_zero
 
 # Stands for alpha = 1 among DIFFUSION_SCHEDULES, whose other rows keep alpha^2 + sigma^2 = 1
 VARIANCE_EXPLODING = None
@@ -41,7 +41,7 @@ class AlphaSigma:
         """sigma_t / alpha_t, increasing in t, float64."""
         t = t.double()
         if (schedule := self._preserving) is None:
-            return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+            return alike(lambda t: self.sigma_min * (self.sigma_max / self.sigma_min) ** t, t)
         low, high = schedule.time(t.new_tensor([self.sigma_min, self.sigma_max]))
         return schedule.sigma(low + t * (high - low))
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cm.nn import alike
+
 
 def karras_sigma(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Noise level at grid position u in [0, 1] (EDM, Karras et al. 2022, Eq. 5; 0 is sigma_max).
@@ -13,7 +15,7 @@ def karras_sigma(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0
     """
     u = u.to(torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigma = (high + u * (low - high)) ** rho
+    sigma = alike(lambda root: root**rho, high + u * (low - high))
     sigma = torch.where(u == 0, sigma_max, sigma)
     return torch.where(u == 1, sigma_min, sigma)
 

@@ -4,6 +4,7 @@ importance-sampled grid positions."""
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from cm.config.rows import NOISE_LEVELS
 from cm.diffusion.grid import karras_sigma
 from cm.diffusion.noise_schedules import VPSchedule, ddpm_levels, iddpm_levels
 from cm.errors import UserError
+from cm.nn import alike
 from cm.seeding import StepRandom
 
 
@@ -238,7 +240,7 @@ def vp_levels(source: Any = None, epsilon_t: float = 1e-5) -> UniformTimeSampler
 def ve_levels(source: Any) -> UniformTimeSampler:
     """ln sigma ~ U(ln sigma_min, ln sigma_max) (Karras et al. 2022, Table 1, column VE)."""
     low, high = source.sigma_min, source.sigma_max
-    return UniformTimeSampler(lambda u: low * (high / low) ** u)
+    return UniformTimeSampler(partial(alike, lambda u: low * (high / low) ** u))
 
 
 def iddpm_uniform_levels(source: Any = None) -> UniformTimeSampler:

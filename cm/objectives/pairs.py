@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cm.diffusion.grid import Grid, karras_sigmas
 from cm.diffusion.proposals import Proposal
+from cm.nn import alike
 from cm.objectives.base import Draw
 from cm.objectives.curricula import Ratio
 from cm.objectives.parts import grid_of
@@ -90,7 +91,7 @@ class RatioPairs(Pairs):
 
 def lower_level(t: Tensor, ratio: float, k: float = 8.0, b: float = 1.0, floor: float = 0.0) -> Tensor:
     """r(t) = max(floor, t (1 - (1 - ratio) n(t))) with n(t) = 1 + k / (1 + e^(b t)), so n falls from 1 + k/2 to 1."""
-    return (t * (1 - (1 - ratio) * (1 + k * torch.sigmoid(-b * t)))).clamp_min(floor)
+    return (t * (1 - (1 - ratio) * (1 + k * alike(torch.sigmoid, -b * t)))).clamp_min(floor)
 
 
 def draw_level(law: Proposal, random: StepRandom) -> Tensor:
