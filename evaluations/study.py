@@ -126,7 +126,7 @@ class Runner:
             self.once(f"{name}_levels", partial(errors_by_level, *models))
         if method.edits:
             self.once(f"{name}_edits", partial(self.edits, name))
-        if method.teacher and not method.models and not method.like:
+        if method.teacher and "nfe1" in method.sets and not method.models and not method.like:
             self.points(name, self.checkpoints(name)[:-1])
 
     def points(self, name: str, checkpoints: Iterable[Path]) -> None:

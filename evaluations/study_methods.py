@@ -12,7 +12,7 @@ EVALUATIONS = {MANY: 35}  # of the network for a sample; else the number in the 
 # A study may be so much longer or shorter: flags that count steps
 LENGTHS = (
     *("total_training_steps", "save_interval", "distill_steps_per_iter", "ratio_steps", "tangent_warmup"),
-    "lr_anneal_steps",
+    *("lr_anneal_steps", "teacher_steps_ramp", "split_steps"),
 )
 
 
@@ -95,7 +95,13 @@ METHODS = {
     ),
     "meanflow": Method("MeanFlow", sets=JUMPS),
     "lmd": Method("Lagrangian map distillation", sets=JUMPS),
+    "alphaflow": Method("alpha-Flow", sets=JUMPS),
     "ctm": Method("CTM", sets=GAMMA),
+    # A model for each number of steps
+    **{
+        f"mcd{n}": Method(f"multistep CD, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
+        for n in (1, 2, 4)
+    },
 }
 ONE = {"nfe1": CONSISTENCY["nfe1"]}
 

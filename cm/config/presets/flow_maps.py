@@ -1,4 +1,4 @@
-"""Flow maps: MeanFlow on CIFAR-10, and every cell of the general objective on digits.
+"""Flow maps: MeanFlow on CIFAR-10, every cell of the general objective on digits, some of them on Fashion-MNIST.
 
 MeanFlow's numbers are those of its authors' PyTorch code; that code also augments as EDM does (p 0.12, without
 rotations), which cm_train does not.
@@ -8,7 +8,15 @@ from typing import Any
 
 from cm.config.presets.base import DRAWS, Flags, Preset, Result
 from cm.config.presets.cifar10 import NCSNPP
-from cm.config.presets.small import DIGITS8, SAMPLING, SLOW_CLOCK, TRAINING
+from cm.config.presets.small import (
+    DIGITS8,
+    FASHION,
+    FASHION_SAVES,
+    FASHION_STEPS,
+    SAMPLING,
+    SLOW_CLOCK,
+    TRAINING,
+)
 
 # Noise alone has an infinite level in x0 + sigma n; this one is as good in float32.
 FLOW: Flags = {"network": "ddpmpp_meanflow", "precond": "flow", "sigma_max": 1e6}
@@ -42,21 +50,20 @@ V1: Flags = {"time_law": "capped", "t_mean": -0.6, "t_std": 1.6, "r_mean": -4.0,
 
 # --- digits: minutes on two cores ---
 
+SMALL: Flags = {
+    **TRAINING,
+    "t_mean": -0.4,
+    "t_std": 1.2,
+    "r_mean": -0.4,
+    "r_std": 1.2,
+    "optimizer": "adam",
+    "ema_rate": "0.99",
+}
+
 
 def _digits(mode: str, model: Flags = FLOW, **cell: Any) -> Preset:
-    train = {
-        "training_mode": mode,
-        "init": "random",
-        "t_mean": -0.4,
-        "t_std": 1.2,
-        "r_mean": -0.4,
-        "r_std": 1.2,
-        "optimizer": "adam",
-        "lr": 2e-3,
-        "ema_rate": "0.99",
-        "total_training_steps": 1500,
-    }
-    return _flow_map({**DIGITS8, **model}, {**TRAINING, **train, **cell}, SAMPLING)
+    train = {"training_mode": mode, "init": "random", "lr": 2e-3, "total_training_steps": 1500}
+    return _flow_map({**DIGITS8, **model}, {**SMALL, **train, **cell}, SAMPLING)
 
 
 STUDENT: Flags = {"init": "teacher", "lr": 5e-4, "total_training_steps": 800}
@@ -64,7 +71,18 @@ STUDENT: Flags = {"init": "teacher", "lr": 5e-4, "total_training_steps": 800}
 # compare it with itself outweigh those of the data, and all of these end there. So plain squares, and few such rows.
 SELF: Flags = {"flow_velocity": "self", "norm_p": 0.0, "gap_share": 0.25, "lr": 1e-3}
 HALVES: Flags = {"identity": "progressive", **SELF}
+SHORTCUT: Flags = {**HALVES, "gap_share": 0.125, "time_law": "dyadic"}
 SPLIT: Flags = {"identity": "progressive", "flow_velocity": "data", "split_start": 0.9}
+ALPHA: Flags = {**SPLIT, "split_end": 0.05}
+
+
+# --- Fashion-MNIST: from the teacher's weights, to which the second clock of the network adds nothing at first ---
+
+
+def _fashion(mode: str, **cell: Any) -> Preset:
+    train = {"training_mode": mode, "init": "teacher", "lr": 5e-4, "total_training_steps": FASHION_STEPS}
+    return _flow_map(FASHION, {**SMALL, **FASHION_SAVES, **train, **cell}, SAMPLING)
+
 
 PRESETS: dict[str, Preset] = {
     "cifar10_meanflow": _cifar({}, (Result(1, 2.92, "Geng et al. 2025, MeanFlow"),)),
@@ -73,15 +91,18 @@ PRESETS: dict[str, Preset] = {
     "digits_meanflow_guided": _digits("meanflow", label_dropout=0.1, kappa=0.5),
     "digits_improved_meanflow": _digits("improved_meanflow", label_dropout=0.1, norm_p=1.0),
     # Frans et al. 2025: 7 of 8 rows learn the velocity
-    "digits_shortcut": _digits("flow_map", **{**HALVES, "gap_share": 0.125}, time_law="dyadic"),
+    "digits_shortcut": _digits("flow_map", **SHORTCUT),
     # Boffi et al. 2025
     "digits_esd": _digits("flow_map", **SELF),
     "digits_lsd": _digits("flow_map", identity="lagrangian", **SELF),
     "digits_psd": _digits("flow_map", **HALVES, split_uniform=True),
     # From flow matching of trajectories to nearly MeanFlow
-    "digits_alphaflow": _digits("flow_map", **SPLIT, split_end=0.05, split_steps=1000),
+    "digits_alphaflow": _digits("flow_map", **ALPHA, split_steps=1000),
     "digits_soflow": _digits("flow_map", **SPLIT, split_end=1 / 64, split_steps=1000, gap_power=2.0),
     # From the weights of a teacher, digits_cont_edm
     "digits_lmd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT, identity="lagrangian"),
     "digits_emd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT),
+    "fashion_meanflow": _fashion("meanflow"),
+    "fashion_lmd": _fashion("flow_map_distillation", identity="lagrangian"),
+    "fashion_alphaflow": _fashion("flow_map", **ALPHA, split_steps=2 * FASHION_STEPS // 3),
 }

@@ -10,7 +10,7 @@ from typing import Any
 from cm.config.presets.base import DRAWS, Flags, Preset, Result
 from cm.config.presets.cifar10 import NCSNPP
 from cm.config.presets.released import IMAGENET64 as ADM
-from cm.config.presets.small import DIGITS8, SAMPLING, TRAINING
+from cm.config.presets.small import DIGITS8, FASHION, FASHION_SAVES, FASHION_STEPS, SAMPLING, TRAINING
 
 COSINE: Flags = {"diffusion_schedule": "cosine", "weight_schedule": "snr+1"}
 # w(t) |x^ - x|, without a target network
@@ -38,7 +38,7 @@ def _imagenet(segments: int) -> Preset:
     return _multistep(ADM, segments, train, DRAWS)
 
 
-def _digits(mode: str, segments: int, steps: int, **train: Any) -> Preset:
+def _small(mode: str, segments: int, steps: int, model: Flags = DIGITS8, **train: Any) -> Preset:
     own = {
         "training_mode": mode,
         "teacher_steps": 16,
@@ -48,7 +48,7 @@ def _digits(mode: str, segments: int, steps: int, **train: Any) -> Preset:
         "ema_rate": "0.98",
         "total_training_steps": steps,
     }
-    return _multistep(DIGITS8, segments, {**TRAINING, **own, **train}, SAMPLING)
+    return _multistep(model, segments, {**TRAINING, **own, **train}, SAMPLING)
 
 
 CTM: Flags = {
@@ -59,6 +59,16 @@ CTM: Flags = {
     "ema_rate": "0.999,0.9999",
     "precision": "fp16",
     "total_training_steps": 50000,
+}
+SMALL_CTM: Flags = {
+    **TRAINING,
+    "training_mode": "ctm",
+    "loss_norm": "l2",
+    "start_scales": 18,
+    "max_teacher_steps": 4,
+    "start_ema": 0.9,
+    "lr": 1e-3,
+    "ema_rate": "0.98",
 }
 CTM_PAPER = "Kim et al. 2024, Table 1, without the discriminator"
 
@@ -84,22 +94,15 @@ PRESETS: dict[str, Preset] = {
         {**CTM, "loss_norm": "lpips", "start_scales": 40, "global_batch_size": 1440},
         DRAWS,
     ),
-    "digits_ctm": _trajectories(
-        DIGITS8,
-        {
-            **TRAINING,
-            "training_mode": "ctm",
-            "loss_norm": "l2",
-            "start_scales": 18,
-            "max_teacher_steps": 4,
-            "start_ema": 0.9,
-            "lr": 1e-3,
-            "ema_rate": "0.98",
-            "total_training_steps": 500,
-        },
-        SAMPLING,
+    "digits_ctm": _trajectories(DIGITS8, {**SMALL_CTM, "total_training_steps": 500}, SAMPLING),
+    "fashion_ctm": _trajectories(
+        FASHION, {**SMALL_CTM, **FASHION_SAVES, "total_training_steps": FASHION_STEPS}, SAMPLING
     ),
     **{f"imagenet64_mcd{segments}": _imagenet(segments) for segments in (1, 2, 4, 8, 16)},
-    **{f"digits_mcd{segments}": _digits("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
-    "digits_mct2": _digits("multistep_training", 2, 1500, init="random", ema_rate="0.99"),
+    **{f"digits_mcd{segments}": _small("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
+    **{
+        f"fashion_mcd{n}": _small("multistep_distillation", n, FASHION_STEPS, FASHION, **FASHION_SAVES)
+        for n in (1, 2, 4)
+    },
+    "digits_mct2": _small("multistep_training", 2, 1500, init="random", ema_rate="0.99"),
 }

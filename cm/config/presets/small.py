@@ -132,28 +132,6 @@ def _but(preset: Preset, script: str, **flags: Any) -> Preset:
     return replace(preset, scripts={**preset.scripts, script: {**preset.scripts[script], **flags}})
 
 
-def _fashion_maps(model: Flags, steps: int) -> dict[str, Preset]:
-    """Maps between any two levels, from the teacher's weights: the second clock of their network begins at nothing."""
-    common = {**TRAINING, **FASHION_SAVES, "total_training_steps": steps, "ema_rate": "0.99"}
-    law = {"t_mean": -0.4, "t_std": 1.2, "r_mean": -0.4, "r_std": 1.2, "optimizer": "adam", "lr": 5e-4}
-    ctm = {"loss_norm": "l2", "start_scales": 18, "max_teacher_steps": 4, "start_ema": 0.9, "lr": 1e-3}
-    ways = {
-        "meanflow": ("meanflow", "jumps", {**law, "init": "teacher"}),
-        "lmd": ("flow_map_distillation", "jumps", {**law, "init": "teacher", "identity": "lagrangian"}),
-        "ctm": ("ctm", "gamma", {**ctm, "ema_rate": "0.98"}),
-    }
-    return {
-        n: Preset(
-            model={**model, "weight_schedule": "uniform"} if n == "ctm" else model,
-            scripts={
-                "cm_train": {**common, "training_mode": mode, **train},
-                "image_sample": {**SAMPLING, "training_mode": mode, "sampler": sampler, "steps": 1},
-            },
-        )
-        for n, (mode, sampler, train) in ways.items()
-    }
-
-
 def _fashion(model: Flags, steps: int) -> dict[str, Preset]:
     """One teacher; students at equal images seen. So short a run of CT begins with the teacher's weights."""
     cont_cd = {**CONTINUOUS, "stop_grad": False, "clock": "grid", "lr": 5e-4}
@@ -174,7 +152,6 @@ def _fashion(model: Flags, steps: int) -> dict[str, Preset]:
             n: _consistency(model, mode, steps, {**FASHION_SAVES, **train})
             for n, (mode, train) in ways.items()
         },
-        **_fashion_maps(model, steps),
         # A checkpoint at the end of each stage: models of 4 and 2 steps
         "pd": _but(short_progressive(model, steps // 7), "cm_train", save_interval=steps // 7),
     }
