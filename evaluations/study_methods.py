@@ -96,6 +96,7 @@ METHODS = {
     "meanflow": Method("MeanFlow", sets=JUMPS),
     "lmd": Method("Lagrangian map distillation", sets=JUMPS),
     "alphaflow": Method("alpha-Flow", sets=JUMPS),
+    "shortcut": Method("shortcut model", sets=JUMPS),
     "ctm": Method("CTM", sets=GAMMA),
     # A model for each number of steps
     **{

@@ -105,4 +105,5 @@ PRESETS: dict[str, Preset] = {
     "fashion_meanflow": _fashion("meanflow"),
     "fashion_lmd": _fashion("flow_map_distillation", identity="lagrangian"),
     "fashion_alphaflow": _fashion("flow_map", **ALPHA, split_steps=2 * FASHION_STEPS // 3),
+    "fashion_shortcut": _fashion("flow_map", **SHORTCUT),
 }
