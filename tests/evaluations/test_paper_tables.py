@@ -24,7 +24,7 @@ from evaluations.reports.paper_tables import (
     table_markdown,
 )
 from evaluations.reports.results import best_of, load_results
-from evaluations.study_methods import STUDIES
+from evaluations.study.methods import STUDIES
 
 ROOT = Path(__file__).parents[2]
 TABLES = {data: 1 if data == "cifar10" else 2 for data in DATASETS}

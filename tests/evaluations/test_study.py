@@ -14,11 +14,11 @@ from cm.commands.cli import parse_config
 from cm.config.scripts import SCRIPTS
 from cm.errors import UserError
 from cm.runtime.liveness import write_status
-from evaluations import study as command
-from evaluations import study_edits, study_levels, study_measure
 from evaluations.reports.figures import FIGURES, points
 from evaluations.reports.results import load_results
-from evaluations.study_measure import (
+from evaluations.study import edits, levels, measure
+from evaluations.study import runner as command
+from evaluations.study.measure import (
     Ruler,
     as_rows,
     checkerboard,
@@ -28,7 +28,7 @@ from evaluations.study_measure import (
     prepare,
     search_middle,
 )
-from evaluations.study_methods import (
+from evaluations.study.methods import (
     CONSISTENCY,
     MANY,
     STUDIES,
@@ -38,7 +38,7 @@ from evaluations.study_methods import (
     set_flags,
     training_flags,
 )
-from evaluations.study_report import (
+from evaluations.study.report import (
     bars,
     between,
     distances_table,
@@ -180,27 +180,27 @@ def test_figures_are_drawn_from_a_study(tmp_path):
 def test_errors_along_a_trajectory():
     """Where every image is black, trajectories are straight lines to it; speckle is what a mean takes away."""
     sigmas = torch.tensor([80.0, 3.0, 0.5, 0.0])
-    made = study_levels.trajectory(lambda x, _: torch.full_like(x, -1.0), (1, 4, 4), sigmas)
+    made = levels.trajectory(lambda x, _: torch.full_like(x, -1.0), (1, 4, 4), sigmas)
     noise = made[0] / 80
     for sigma, x in zip(sigmas[:-1], made):
         assert torch.allclose(x, (noise * 80 + 1) * sigma / 80 - 1, atol=1e-3)
     assert torch.allclose(made[-1], torch.full_like(noise, -1.0), atol=1e-5)
     checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
-    assert study_levels.fine(checks[None, None, :, :]) == pytest.approx(8 / 9, rel=0.1)
-    assert study_levels.fine(torch.zeros(1, 1, 8, 8)) == 0
+    assert levels.fine(checks[None, None, :, :]) == pytest.approx(8 / 9, rel=0.1)
+    assert levels.fine(torch.zeros(1, 1, 8, 8)) == 0
 
 
 def test_errors_are_measured_down_to_the_lowest_level_of_a_student(tiny, tmp_path, monkeypatch):
     _, run = tiny
     model = run / "cd" / "checkpoints" / "step_000800" / "model.pt"
     for name, value in {"COUNT": 2, "STEPS": 5, "SHOWN": (0, 2, 4)}.items():
-        monkeypatch.setattr(study_levels, name, value)
-    every = study_levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
+        monkeypatch.setattr(levels, name, value)
+    every = levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
     assert len(every["levels"]) == 5 and every["levels"][-1]["distance"] < 0.01
-    monkeypatch.setattr(study_levels, "lowest_level", lambda _: 1.0)
-    fewer = study_levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
+    monkeypatch.setattr(levels, "lowest_level", lambda _: 1.0)
+    fewer = levels.errors_by_level(model, model, tmp_path / "trajectory.npz")
     assert fewer["levels"] == every["levels"][:3]
-    table = study_levels.levels_table({"a": fewer, "b": every}, {"a": "A", "b": "B"})
+    table = levels.levels_table({"a": fewer, "b": every}, {"a": "A", "b": "B"})
     assert table[0] == "| model | from 80 | from 2.5 | from 0.002 |" and table[2].endswith(" |  |")
 
 
@@ -280,27 +280,27 @@ def test_samples_are_drawn_with_their_classes_and_measured(tiny, monkeypatch):
 
 def test_edits_are_measured_beside_what_needs_no_model(tiny, monkeypatch):
     _, run = tiny
-    monkeypatch.setattr(study_edits, "IMAGES", 12)
-    monkeypatch.setattr(study_edits, "PAIRS", 10)
-    tasks = [edit for edit in study_edits.EDITS if edit.flags["task"] in ("superres", "denoise")]
-    monkeypatch.setattr(study_edits, "EDITS", tasks)
+    monkeypatch.setattr(edits, "IMAGES", 12)
+    monkeypatch.setattr(edits, "PAIRS", 10)
+    tasks = [edit for edit in edits.EDITS if edit.flags["task"] in ("superres", "denoise")]
+    monkeypatch.setattr(edits, "EDITS", tasks)
     model = run / "cd" / "checkpoints" / "step_000800" / "model.pt"
-    found = study_edits.measure_edits(model, run / "test.npz", runner(tiny).ruler.few, run)
+    found = edits.measure_edits(model, run / "test.npz", runner(tiny).ruler.few, run)
     sharper, noisy = (found["tasks"][edit.title] for edit in tasks)
-    assert list(sharper) == ["nearest pixel", "bicubic", study_edits.MODEL]
-    assert list(noisy) == ["the noisy input", study_edits.MODEL]
+    assert list(sharper) == ["nearest pixel", "bicubic", edits.MODEL]
+    assert list(noisy) == ["the noisy input", edits.MODEL]
     # Half a unit of noise where it is not clipped to [-1, 1]; half of it is.
     assert noisy["the noisy input"]["psnr"] == pytest.approx(20 * np.log10(2 / 0.5) + 3, abs=1.5)
     assert found["images"] == 12 and list(found["interpolation"])[1] == "half-way"
-    table = study_edits.edits_table({"cd": found}, {"cd": "CD"})
+    table = edits.edits_table({"cd": found}, {"cd": "CD"})
     assert len(table) == 2 + 3 + 2 and table[4].startswith("|  | CD | ")
-    assert len(study_edits.interpolation_table({"cd": found}, {"cd": "CD"})) == 2 + 3
+    assert len(edits.interpolation_table({"cd": found}, {"cd": "CD"})) == 2 + 3
 
 
 def test_the_level_of_two_steps_is_the_best_of_those_tried(tiny, monkeypatch):
     _, run = tiny
     distances = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(study_measure, "SEARCH_COUNT", 4)
+    monkeypatch.setattr(measure, "SEARCH_COUNT", 4)
     monkeypatch.setattr(Ruler, "to_train", lambda *_: next(distances))
     model = run / "cd" / "checkpoints" / "step_000800" / "model.pt"
     found = search_middle(Ruler(run), model, (0.2, 0.8, 3.2), run / "search")

@@ -11,7 +11,7 @@ from cm.runtime.streams import Screen
 
 ROOT = Path(__file__).parents[2]
 # They read what the same program has written a moment before, or what lies in the package.
-OWN = {"inputs.py", "torture.py", "paper_tables.py", "original_checkout.py", "peers.py", "study_report.py"}
+OWN = {"inputs.py", "torture.py", "paper_tables.py", "original_checkout.py", "peers.py"}
 
 
 def test_json_is_parsed_in_one_place():

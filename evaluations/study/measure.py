@@ -24,7 +24,7 @@ from evaluations.features import load_features
 from evaluations.npz_io import open_images, open_reference
 from evaluations.protocols import PROTOCOLS
 from evaluations.small_classifier import load_classifier, to_network_range, train_classifier
-from evaluations.study_methods import Study
+from evaluations.study.methods import Study
 
 SEARCH_SEED, SEARCH_COUNT = 1000, 500
 BATCH = 250  # samples at a time

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm.data.images import save_json
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import parse_json, read_json
 from cm.storage.filesystem import write_atomic
 from evaluations.reports.figures import FIGURES, draw_figure
 from evaluations.reports.plots import Block, Series, image_page, line_plot
 from evaluations.reports.results import of_study
-from evaluations.study_edits import edits_table, interpolation_table
-from evaluations.study_levels import levels_table
-from evaluations.study_methods import MANY, TEACHER, Method, Study, evaluations_of
+from evaluations.study.edits import edits_table, interpolation_table
+from evaluations.study.levels import levels_table
+from evaluations.study.methods import MANY, TEACHER, Method, Study, evaluations_of
 
 Results = dict[str, dict[str, Any]]
 COLUMNS = ("nfe1", "nfe2", "nfe4", MANY)
@@ -301,7 +301,7 @@ def write_report(name: str, study: Study, run: Path, docs: Path) -> None:
         return
     (docs / "results").mkdir(parents=True, exist_ok=True)
     # Where a run lay on this machine is nobody's business.
-    portable = json.loads(json.dumps(results).replace(str(run), f"runs/{name}"))
+    portable = parse_json(json.dumps(results).replace(str(run), f"runs/{name}"), str(run))
     save_json(docs / "results" / f"{name}.json", portable)
     shown = pictures(name, study, run, results, docs / "pictures")
     page = docs / "study.md"

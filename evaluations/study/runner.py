@@ -1,10 +1,4 @@
-"""Every method on one real data set, from one teacher, at equal images seen: trained, sampled, measured, written up.
-
-    python -m evaluations.study fashion --budget 60
-
-Goes on where it stopped: each start works for --budget minutes at most (the step at hand is finished), until nothing is
-left, and writes what there is by then: a table in docs/study.md, pictures, docs/results/<study>.json.
-"""
+"""One start of a study: what is done already, what is left, and how much time there is."""
 
 import argparse
 import os
@@ -17,23 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cm.config.parsing import at_least
 from cm.data.images import save_json
 from cm.errors import UserError
-from cm.runtime import job
 from cm.runtime.inputs import read_json
 from cm.runtime.liveness import EXIT_UNFINISHED, read_status
 from cm.runtime.provenance import versions
 from evaluations.npz_io import open_images
-from evaluations.study_edits import draw_edits, measure_edits
-from evaluations.study_levels import errors_by_level
-from evaluations.study_measure import Ruler, arrays_of, checkerboard, classifier, draw, prepare, search_middle
-from evaluations.study_methods import (
+from evaluations.study.edits import draw_edits, measure_edits
+from evaluations.study.levels import errors_by_level
+from evaluations.study.measure import Ruler, arrays_of, checkerboard, classifier, draw, prepare, search_middle
+from evaluations.study.methods import (
     CONSISTENCY,
     MANY,
-    STUDIES,
     TEACHER,
     Method,
     Study,
@@ -42,7 +31,6 @@ from evaluations.study_methods import (
     set_flags,
     training_flags,
 )
-from evaluations.study_report import write_report
 
 
 class OutOfTime(Exception):
@@ -99,7 +87,7 @@ class Runner:
             **({"teacher_model_path": self.run / method.teacher} if method.teacher else {}),
             **training_flags(self.study, name, self.scale),
         }
-        script = Path(__file__).parents[1] / "scripts" / f"{method.script}.py"
+        script = Path(__file__).parents[2] / "scripts" / f"{method.script}.py"
         argv = [str(script), *(word for n, v in flags.items() for word in (f"--{n}", str(v)))]
         print(f"python {shlex.join(argv)}", flush=True)
         done = subprocess.run([sys.executable, *argv])
@@ -208,44 +196,3 @@ class Runner:
             "classifier": classifier(self.study, self.run),
             **shared,
         } | versions()
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES, help="the data set")
-    parser.add_argument("--budget", type=float, default=360.0, metavar="MINUTES", help="time of this start")
-    parser.add_argument("--run", type=Path, help="folder of models, samples and results; empty: runs/<study>")
-    parser.add_argument(
-        "--data", default="", help="folder of the IDX files; empty: where Debian's package has them"
-    )
-    parser.add_argument("--samples", type=at_least(50), default=10_000, help="samples of each set and seed")
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="seeds of each set")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="length of all trainings in units of the presets'"
-    )
-    parser.add_argument("--only", default="", help="methods, as a list; empty: all")
-    parser.add_argument(
-        "--docs", type=Path, default=Path("docs"), help="folder of study.md, results, pictures"
-    )
-    args = parser.parse_args()
-    args.run = args.run or Path("runs", args.study)
-    if args.scale <= 0 or args.budget < 0:
-        raise UserError("--scale must be above 0, and --budget not below")
-    study = STUDIES[args.study]
-    if unknown := [n for n in args.only.split(",") if n and n not in study.methods]:
-        raise UserError(f"--only {unknown[0]}: unknown; choose of {', '.join(study.methods)}")
-    args.run.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    runner = Runner(study, args)
-    try:
-        runner.everything()
-        print("finished")
-    except OutOfTime:
-        print("out of time: the same command goes on")
-    finally:
-        write_report(args.study, study, args.run, args.docs)
-
-
-if __name__ == "__main__":
-    job.run_main(main)
