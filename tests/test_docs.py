@@ -175,7 +175,7 @@ def test_the_commands_are_found_and_bad_ones_refused(monkeypatch):
 def test_flags_in_the_running_text_exist():
     """Flags that documents name in `code` are flags of a script, or of a program that they show."""
     known = {name for config in SCRIPTS.values() for name in every_flag(config)}
-    sources = [*ROOT.glob("scripts/*"), *ROOT.glob("evaluations/*.py"), *ROOT.glob("cm/**/*.py")]
+    sources = [*ROOT.glob("scripts/*"), *ROOT.glob("evaluations/**/*.py"), *ROOT.glob("cm/**/*.py")]
     text = "\n".join(path.read_text() for path in sources if path.is_file())
     known |= set(re.findall(r"""["'\s]--([a-z]\w*)""", text))
     for path in DOCUMENTS:

@@ -22,7 +22,7 @@ from evaluations.study.runner import OutOfTime, Runner
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m evaluations.study", description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES, help="the data set")
     parser.add_argument("--budget", type=float, default=360.0, metavar="MINUTES", help="time of this start")
     parser.add_argument("--run", type=Path, help="folder of models, samples and results; empty: runs/<study>")
