@@ -217,7 +217,7 @@ class FlowTimeOptions:
 
     time_law: str = flag(
         "sorted",
-        "how t and r < t are drawn: logit-normal ones, sorted; r cut at t; or gaps of 1/2, 1/4 ...",
+        "how t and r < t are drawn: logit-normal ones, sorted; r cut at t; or gaps of 1, 1/2 ...",
         choices=("sorted", "capped", "dyadic"),
     )
     t_mean: float = flag(-2.0, "mean of ln(t / (1 - t)), which is ln(sigma)")

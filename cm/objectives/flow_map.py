@@ -28,7 +28,7 @@ from cm.diffusion.paths import EDM, LINEAR, VP_COSINE, Path, trigonometric
 from cm.errors import UserError
 from cm.nn import append_dims
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
-from cm.objectives.flow_times import TimeLaw
+from cm.objectives.flow_times import LATEST, TimeLaw
 from cm.objectives.forward_mode import along, in_fp32
 from cm.seeding import StepRandom
 
@@ -211,6 +211,7 @@ def law_of(config: Any) -> TimeLaw:
         config.r_std,
         config.gap_share,
         config.octaves,
+        min(config.sigma_max / (1 + config.sigma_max), LATEST),
     )
 
 

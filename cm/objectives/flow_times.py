@@ -21,7 +21,8 @@ class TimeLaw:
     """How t and r are drawn; share: the rows with r < t. The others have r = t and learn the velocity itself.
 
     sorted: both logit-normal, the larger one is t (MeanFlow, v0). capped: t and r logit-normal, and r is t where it is
-    larger (v1). dyadic: t - r is 1/2, 1/4 ... 2^-octaves and t a multiple of it (shortcut models).
+    larger (v1). dyadic: t - r is 1, 1/2 ... 2^(1-octaves) and t a multiple of it, or, where r = t, of half the smallest
+    (shortcut models: a step over a gap is learned from two over half of it). latest: t at the largest noise level.
     """
 
     kind: str = "sorted"
@@ -31,6 +32,7 @@ class TimeLaw:
     lower_std: float = 2.0
     share: float = 0.75
     octaves: int = 7
+    latest: float = LATEST
 
     def draw(self, random: StepRandom) -> tuple[Tensor, Tensor]:
         """(t, r), each (B,) float32."""
@@ -49,7 +51,9 @@ class TimeLaw:
         return t, torch.where(uniform < 1 - self.share, t, torch.minimum(t, r))
 
     def dyadic(self, octave: Tensor, place: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """By three uniform numbers a row: the gap, where it lies, whether r = t; t is at most `LATEST`."""
-        gap = torch.exp2(-1 - torch.floor(octave * self.octaves))
-        t = gap * (1 + torch.floor(place / gap)).clamp_max(1 / gap)
-        return t.clamp_max(LATEST), torch.where(uniform < 1 - self.share, t.clamp_max(LATEST), t - gap)
+        """By three uniform numbers a row: the gap, where it lies, whether r = t."""
+        at_once = uniform < 1 - self.share
+        gap = torch.exp2(-torch.where(at_once, self.octaves, torch.floor(octave * self.octaves)))
+        end = gap * torch.floor(place / gap)
+        t = (end + gap).clamp_max(self.latest)
+        return t, torch.where(at_once, t, end)

@@ -15,7 +15,7 @@ from cm.diffusion.precond import EDMPrecond, FlowPrecond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Roles
 from cm.objectives.flow_map import FlowMapObjective, Split, eulerian, point, times
-from cm.objectives.flow_times import TimeLaw
+from cm.objectives.flow_times import LATEST, TimeLaw
 from cm.sampling.jumps import sample_jumps
 from cm.sampling.levels import of_jumps
 from cm.seeding import StepRandom
@@ -223,12 +223,26 @@ def test_a_flow_map_is_a_denoiser_and_a_consistency_function():
 
 def test_dyadic_times():
     law = TimeLaw("dyadic", share=0.5, octaves=3)
-    octave, place = torch.tensor([0.0, 0.4, 0.99, 0.1]), torch.tensor([0.7, 0.0, 0.99, 0.2])
-    t, r = law.dyadic(octave, place, torch.tensor([0.9, 0.9, 0.9, 0.1]))
-    torch.testing.assert_close(t, torch.tensor([1.0, 0.25, 1.0, 0.5]), atol=2e-6, rtol=0)
-    torch.testing.assert_close(r, torch.tensor([0.5, 0.0, 0.875, 0.5]), atol=2e-6, rtol=0)
-    t, r = law.draw(StepRandom(0, 0, 0, 512, 512))
-    assert (r <= t).all() and (t <= 1).all() and 0.4 < (r < t).float().mean() < 0.6
+    octave, place = torch.tensor([0.0, 0.4, 0.4, 0.99, 0.1]), torch.tensor([0.7, 0.0, 0.6, 0.99, 0.2])
+    t, r = law.dyadic(octave, place, torch.tensor([0.9, 0.9, 0.9, 0.9, 0.1]))
+    torch.testing.assert_close(t, torch.tensor([1.0, 0.5, 1.0, 1.0, 0.25]), atol=2e-6, rtol=0)
+    torch.testing.assert_close(r, torch.tensor([0.0, 0.0, 0.5, 0.75, 0.25]), atol=0, rtol=0)
+    t, r = law.draw(StepRandom(0, 0, 0, 4096, 4096))
+    learned = r < t
+    assert (r <= t).all() and (t <= 1).all() and 0.47 < learned.float().mean() < 0.53
+    gaps, counts = (t - r)[learned].mul(1024).round().unique(return_counts=True)
+    assert gaps.tolist() == [256, 512, 1024] and counts.min() > 0.9 * counts.max()
+    times, counts = t[~learned].mul(1024).round().unique(return_counts=True)
+    assert times.tolist() == [128 * k for k in range(1, 9)] and counts.min() > 0.7 * counts.max()
+
+
+def test_dyadic_steps_begin_where_samples_do():
+    """One step of a sample is one that was learned: from the model's largest noise level, over the whole gap."""
+    for preset, latest in (("digits_shortcut", LATEST), ("fashion_shortcut", 80 / 81)):
+        config = parse_config(CmTrainConfig, ["--preset", preset, "--data_dir", "d"])
+        law = OBJECTIVES.load("flow_map")(config).law
+        t, r = law.draw(StepRandom(0, 0, 0, 1024, 1024))
+        assert t.max().item() == pytest.approx(latest, rel=1e-6) and ((t == t.max()) & (r == 0)).any()
 
 
 def test_draws_belong_to_rows():
@@ -281,6 +295,8 @@ def test_presets_make_the_cells():
         assert (objective.identity, objective.source, objective.split) == cell, preset
     assert made("digits_soflow").gap_power == 2
     assert made("digits_lmd", "--teacher_model_path", "x").needs_teacher
-    assert made("cifar10_meanflow_v1").law == TimeLaw("capped", -0.6, 1.6, -4.0, 1.6, 0.75)
+    assert made("cifar10_meanflow_v1").law == TimeLaw(
+        "capped", -0.6, 1.6, -4.0, 1.6, 0.75, latest=1e6 / (1 + 1e6)
+    )
     with pytest.raises(UserError, match="--identity lagrangian asks for the velocity where a step ends"):
         made("digits_lsd", "--flow_velocity", "data")
