@@ -33,7 +33,6 @@ from cm.config.derived import (
 )
 from cm.config.fields import flags_of
 from cm.config.parsing import parse_classes
-from cm.config.registry import resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, EditConfig, SampleConfig, changed, configuration_class, configure
 from cm.config.validation import validate
@@ -371,7 +370,8 @@ def evaluate(
     known = library.open_reference(reference)
     paths = [samples] if isinstance(samples, str) else list(samples)
     chosen, strict = library.choose_protocol(protocol, features, known)
-    network = resolve("evaluations.features:load_features")(features, chosen.features, choose_device("auto"))
+    device = choose_device("auto")
+    network, chosen = library.measuring(features, chosen, strict, known, device)
     how = library.Options(chosen, library.parse_metrics(metrics, chosen), **options)
     images = [library.open_images(path) for path in paths]
     return library.evaluate(known, images, network, how, strict=strict, force=force, seeds=len(images))[

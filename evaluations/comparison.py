@@ -110,10 +110,10 @@ def _sampler(config: Mapping[str, Any]) -> str:
     return name if name in ("", "onestep") else f"{name} {config.get('steps', '')}".strip()
 
 
-def comparison_table(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of the table."""
+def comparison_table(models: Sequence[Mapping[str, Any]], features: str) -> list[str]:
+    """The lines of the table of what the network `features` measured."""
     metrics = [m for m in METRICS if any(m in model["metrics"] for model in models)]
-    head = ["model", "sampler", "NFE", "images", *(METRICS[m].title for m in metrics)]
+    head = ["model", "sampler", "NFE", "images", *(METRICS[m].title_in(features) for m in metrics)]
     rows = [head]
     for model in models:
         seeds = f" x {model['seeds']}" if model["seeds"] > 1 else ""

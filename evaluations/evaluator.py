@@ -25,17 +25,18 @@ from cm.config.parsing import at_least, expanded
 from cm.config.rows import METRICS
 from cm.data.images import save_json
 from cm.errors import UserError, choose
+from cm.models.factory import choose_device
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
 from cm.storage.downloads import local_copy
 from evaluations.comparison import compare, comparison_table
 from evaluations.drawn import MOST, is_model, sample_files
-from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
+from evaluations.features import FeatureNetwork, add_feature_flags, current_name, feature_spec
 from evaluations.fid import FrechetReference
 from evaluations.metrics import Measured
 from evaluations.npz_io import ImageSet, Reference, default_json, open_images, open_reference
 from evaluations.pipeline import Extracted, extract, gather_rows, image_batches
-from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol, mismatches
+from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol, measuring, mismatches
 
 _LACKS = {"spatial": "spatial statistics (mu_s, sigma_s)", "images": "images (arr_0)"}
 
@@ -125,7 +126,8 @@ class Evaluator:
         if error:
             raise UserError(error)
         pairs = {m: v if isinstance(v, tuple) else (v, None) for m, v in found.items()}
-        if wrong := [METRICS[m].title for m, (value, _) in pairs.items() if not math.isfinite(value)]:
+        titles = {m: METRICS[m].title_in(self.network.name) for m in pairs}
+        if wrong := [titles[m] for m, (value, _) in pairs.items() if not math.isfinite(value)]:
             raise UserError(
                 f"{samples.path}: {', '.join(wrong)} against {self.reference.path} is no finite number: "
                 "the statistics overflow"
@@ -196,12 +198,13 @@ def _on_main(compute: Callable[[], str]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text for a terminal."""
-    lines = [f"protocol {result['protocol']['name']}, features {result['features']['name']}"]
+    network = result["features"]["name"]
+    lines = [f"protocol {result['protocol']['name']}, features {network}"]
     lines[0] += f" {result['features']['sha256'][:12]}, reference {result['reference']['path']}"
     for run in result.get("runs", [result]):
         lines += ["", f"{run['samples']['path']}: {run['samples']['count']:,} images"]
         for name, value in run["metrics"].items():
-            title, digits = METRICS[name].title, METRICS[name].digits
+            title, digits = METRICS[name].title_in(network), METRICS[name].digits
             extra = ""
             if interval := run["intervals"].get(name):
                 extra = f"  ± {interval['std']:.{digits}f}"
@@ -211,10 +214,11 @@ def table(result: dict[str, Any]) -> str:
                     else ""
                 )
             lines.append(f"  {title:<16}{value:>12.{digits}f}{extra}")
-        lines += [f"  {METRICS[name].title:<16}{'-':>12}  {why}" for name, why in run["not_measured"].items()]
+        missing = {METRICS[name].title_in(network): why for name, why in run["not_measured"].items()}
+        lines += [f"  {title:<16}{'-':>12}  {why}" for title, why in missing.items()]
         lines += [f"  note: {note}" for note in run["notes"]]
     if "models" in result:
-        lines += ["", *comparison_table(result["models"])]
+        lines += ["", *comparison_table(result["models"], network)]
     return "\n".join(lines)
 
 
@@ -293,12 +297,13 @@ def to_measure(args: argparse.Namespace, reference: Reference, protocol: Protoco
 def measure(args: argparse.Namespace, out: Path) -> None:
     """Evaluate as the flags say; rank 0 prints the table and writes the result to `out`."""
     reference = open_reference(str(local_copy(args.reference, flag="REF")))
-    wanted = "inception" if args.inception_path else args.features
-    protocol, strict = choose_protocol(args.protocol, wanted, reference)
+    spec = feature_spec(args)
+    protocol, strict = choose_protocol(args.protocol, spec, reference)
+    device = choose_device(args.device)
+    network, protocol = measuring(spec, protocol, strict, reference, device, sha256=args.weights_sha256)
     drawn = any(map(is_model, args.samples))
     paths = to_measure(args, reference, protocol if strict else None)
     samples = [open_images(str(local_copy(path, flag="SAMPLES"))) for path in paths]
-    network = features_from_flags(args, protocol.features)
     metrics = parse_metrics(args.metrics, protocol)
     options = Options(protocol, metrics, args.batch_size, args.bootstrap, args.seed)
     seeds = 0 if drawn else args.seeds  # what was drawn says which seeds belong together

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cm.config.parsing import at_least
 from cm.errors import UserError
-from cm.models.factory import choose_device
 from cm.storage.weights import tensors_sha256
 from evaluations import inception_v3, own_features, small_classifier
 from evaluations.inception_weights import load_inception
@@ -64,10 +63,8 @@ class InceptionFeatures:
         except UserError as error:
             if location:
                 raise
-            own = f"cm classifier DATA FILE.pt, then --features {small_classifier.NAME}=FILE.pt"
-            raise UserError(
-                f"{error}; features of your own labelled images need no download: {own}"
-            ) from None
+            own = f"--features {small_classifier.NAME} trains a small classifier of REF's own labels"
+            raise type(error)(f"{error}; what needs no download: {own}") from None
         self.sha256 = tensors_sha256(net.state_dict())
         self.net = net.to(device)
         self.device = device
@@ -172,9 +169,8 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
 
 
-def features_from_flags(args: argparse.Namespace, default: str) -> FeatureNetwork:
-    """The network that the flags of `add_feature_flags` ask for."""
+def feature_spec(args: argparse.Namespace) -> str:
+    """The network that the flags of `add_feature_flags` ask for, as `load_features` takes it."""
     if args.inception_path and args.features:
         raise UserError("give --inception_path or --features, not both")
-    spec = f"inception={args.inception_path}" if args.inception_path else args.features
-    return load_features(spec, default, choose_device(args.device), sha256=args.weights_sha256)
+    return f"inception={args.inception_path}" if args.inception_path else args.features

@@ -12,8 +12,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from cm.errors import UserError
-from evaluations.features import FeatureNetwork, current_name
+from cm.runtime import logger
+from cm.storage.downloads import Unreachable
+from evaluations import small_classifier
+from evaluations.features import FeatureNetwork, current_name, load_features
 from evaluations.npz_io import ImageSet, Reference
 from evaluations.own_features import PROTOCOL
 
@@ -97,6 +102,39 @@ def choose_protocol(name: str, features: str, reference: Reference | None = None
     fits = [p for p in PROTOCOLS.values() if p.features == network]
     default = PROTOCOLS[PROTOCOL if network else "adm"]
     return PROTOCOLS.get(made_for, fits[0] if fits else default), False
+
+
+def measuring(
+    spec: str,
+    protocol: Protocol,
+    strict: bool,
+    reference: Reference,
+    device: torch.device,
+    *,
+    sha256: str = "",
+) -> tuple[FeatureNetwork, Protocol]:
+    """The feature network `spec`, "" for the protocol's, and the protocol that it measures by. Collective.
+
+    `classifier` without a file is one of the reference's own labels, trained at its first use. It stands in for
+    Inception where nobody named a network, Inception's weights are neither here nor to be had, and the reference is
+    no more than labelled images; this is said, and the protocol is then `classifier`.
+    """
+    name = small_classifier.NAME
+    if current_name(spec) == name or (not spec and protocol.name == name):
+        if protocol.name != name:
+            raise UserError(
+                f"protocol {protocol.name} needs the file of a classifier: --features {name}=FILE"
+            )
+        spec = f"{name}={small_classifier.of_reference(reference)}"
+    try:
+        return load_features(spec, protocol.features, device, sha256=sha256), protocol
+    except Unreachable as error:
+        plain = reference.images if not (spec or strict or reference.statistics) else None
+        if plain is None or small_classifier.unfit(plain):
+            raise
+        logger.log(f"{error}")
+        file = small_classifier.of_reference(reference)
+        return load_features(f"{name}={file}", name, device, sha256=sha256), PROTOCOLS[name]
 
 
 def mismatches(

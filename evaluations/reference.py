@@ -19,15 +19,23 @@ from cm.commands.common import claimed_output
 from cm.config.parsing import at_least, expanded
 from cm.data.decode import readable
 from cm.errors import UserError
+from cm.models.factory import choose_device
 from cm.runtime import distributed, job
 from cm.runtime.provenance import versions
 from cm.storage import filesystem
 from cm.storage.downloads import local_copy
-from evaluations.features import FeatureNetwork, add_feature_flags, current_name, features_from_flags
-from evaluations.npz_io import ImageSet, array_header, open_images, open_reference, write_reference
+from evaluations.features import FeatureNetwork, add_feature_flags, current_name, feature_spec
+from evaluations.npz_io import (
+    ImageSet,
+    Reference,
+    array_header,
+    open_images,
+    open_reference,
+    write_reference,
+)
 from evaluations.own_features import PROTOCOL
 from evaluations.pipeline import extract, gather_rows, image_batches
-from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol
+from evaluations.protocols import PROTOCOLS, Protocol, choose_protocol, measuring
 
 
 def build_reference(
@@ -147,11 +155,13 @@ def main() -> None:
 
 def build(args: argparse.Namespace, out: Path) -> None:
     """The reference of DATA, as the flags say."""
-    protocol, _ = choose_protocol(args.protocol, args.features)
-    network = features_from_flags(args, protocol.features)
+    spec = feature_spec(args)
+    protocol, _ = choose_protocol(args.protocol, spec)
+    images = open_images(str(local_copy(args.data, flag="DATA")), args.image_size)
+    known, device = Reference(images.path, {}, images, None), choose_device(args.device)
+    network, _ = measuring(spec, protocol, True, known, device, sha256=args.weights_sha256)
     if protocol.features not in (network.name, PROTOCOL):
         raise UserError(f"protocol {protocol.name} uses {protocol.features}, --features gives {network.name}")
-    images = open_images(str(local_copy(args.data, flag="DATA")), args.image_size)
     sizes = {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size}
     meta = build_reference(images, network, protocol, str(out), **sizes)
     if distributed.is_main():

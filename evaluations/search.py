@@ -33,11 +33,11 @@ from cm.sampling.noise import get_generator
 from cm.sampling.search import Points, coarse_to_fine_search, greedy_search, ternary_search
 from cm.storage.downloads import local_copy
 from evaluations.evaluator import Evaluator, Options
-from evaluations.features import FeatureNetwork, load_features
+from evaluations.features import FeatureNetwork
 from evaluations.fid import FrechetReference, bootstrap_distance
 from evaluations.npz_io import open_reference
 from evaluations.pipeline import extract
-from evaluations.protocols import choose_protocol
+from evaluations.protocols import choose_protocol, measuring
 from evaluations.reports.plots import Figure, Series, line_plot
 
 FINALISTS = 3  # candidates of a coarse search that are measured with all samples
@@ -206,7 +206,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     distributed.setup_dist(timeout=60 * config.startup_timeout)
     reference = open_reference(str(local_copy(config.ref_batch, flag="--ref_batch")))
     asked_for = config.protocol if "protocol" in config.explicit else ""
-    protocol, _ = choose_protocol(asked_for, config.features, reference)
+    protocol, strict = choose_protocol(asked_for, config.features, reference)
     model = load_pretrained(config)
     model = replace(model, config=replace(model.config, sampler="multistep"))
     c = model.config
@@ -216,7 +216,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         raise UserError(
             f"--ref_batch {reference.path} has {size}-px images, the model draws {c.image_size}-px images"
         )
-    network = load_features(c.features, protocol.features, model.device)
+    network, protocol = measuring(c.features, protocol, strict, reference, model.device)
     network.check((1, c.image_size, c.image_size, c.in_channels or 3), "the model's samples")
     options = Options(protocol, ("fid",), c.batch_size)
     evaluator = Evaluator(reference, network, options)

@@ -188,15 +188,21 @@ class DataSource(Row):
 class Metric(Row):
     """make(measured) -> value, or (value, interval as a dict): see `evaluations.metrics.Measured`.
 
-    title and digits: how it is printed. needs: what the reference must hold: "pool", "spatial", "images" or "".
+    title and digits: how it is printed; elsewhere: its title in the features of another network than Inception, where
+    that differs. needs: what the reference must hold: "pool", "spatial", "images" or "".
     labels: the samples must say their classes. collective: all ranks call it, and it needs no features at once.
     """
 
     title: str = ""
+    elsewhere: str = ""
     digits: int = 4
     needs: str = ""
     labels: bool = False
     collective: bool = False
+
+    def title_in(self, features: str) -> str:
+        """How it is called when `features` measured it: a distance is a FID in Inception's features only."""
+        return self.title if features == "inception" else self.elsewhere or self.title
 
 
 R = TypeVar("R", bound=Row)

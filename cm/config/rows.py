@@ -371,12 +371,22 @@ DATA_SOURCES: Registry[DataSource] = Registry(
 METRICS: Registry[Metric] = Registry(
     "metric",
     {
-        "inception_score": Metric(make="evaluations.metrics:inception", title="Inception Score"),
-        "fid": Metric(make="evaluations.metrics:fid", title="FID", needs="pool", collective=True),
+        "inception_score": Metric(
+            make="evaluations.metrics:inception", title="Inception Score", elsewhere="Classifier score"
+        ),
+        "fid": Metric(
+            make="evaluations.metrics:fid",
+            title="FID",
+            elsewhere="Fréchet distance",
+            needs="pool",
+            collective=True,
+        ),
         "sfid": Metric(make="evaluations.metrics:sfid", title="sFID", needs="spatial", collective=True),
         "precision": Metric(make="evaluations.metrics:precision", title="Precision", needs="images"),
         "recall": Metric(make="evaluations.metrics:recall", title="Recall", needs="images"),
-        "kid": Metric(make="evaluations.metrics:kid", title="KID", digits=6, needs="images"),
+        "kid": Metric(
+            make="evaluations.metrics:kid", title="KID", elsewhere="Kernel distance", digits=6, needs="images"
+        ),
         "accuracy": Metric(make="evaluations.metrics:accuracy", title="Accuracy", labels=True),
     },
 )

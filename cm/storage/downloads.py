@@ -17,6 +17,10 @@ from cm.storage import filesystem
 from cm.storage.weights import file_sha256
 
 
+class Unreachable(UserError):
+    """A file that is neither here nor can be fetched."""
+
+
 def check_sha256(path: str | Path, expected: str = "") -> str:
     """Hash of `path`; UserError when it does not begin with `expected`.
 
@@ -84,7 +88,7 @@ def _download(url: str, target: Path, sha256: str, flag: str) -> None:
     try:
         fetch(url, target, sha256)
     except (OSError, RuntimeError) as error:  # no connection, no space; another hash
-        raise UserError(
+        raise Unreachable(
             f"{flag}: {target.name} is not here and cannot be fetched from {url} ({error}); "
             f"download it elsewhere and save it as {target}, or give {flag} its path"
         ) from None

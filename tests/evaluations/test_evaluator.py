@@ -1,6 +1,7 @@
 """The evaluator from files to numbers: against the metrics' own functions, over ranks, and its refusals."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import cm
 from cm.config.rows import METRICS
 from cm.errors import UserError
 from cm.runtime.claims import Claim
 from cm.storage.weights import load_weights, save_weights
-from evaluations import evaluator, reference
+from evaluations import evaluator, reference, small_classifier
 from evaluations.evaluator import Options, evaluate, parse_metrics, table
 from evaluations.features import load_features
 from evaluations.fid import frechet_distance
@@ -100,7 +102,7 @@ def test_provenance_and_table(files, network):
         result["versions"]
     )
     text = table(result)
-    for line in ("FID  ", "Inception Score", "Accuracy", "95 %", "sFID", "50 images"):
+    for line in ("Fréchet distance  ", "Classifier score", "Accuracy", "95 %", "sFID", "50 images"):
         assert line in text
 
 
@@ -146,9 +148,8 @@ def test_models_are_compared_in_one_table(files, network, tmp_path):
     assert result["models"][0]["metrics"]["fid"] == pytest.approx((runs[0] + runs[2]) / 2)
     assert "metrics" not in result  # a mean over models says nothing
     lines = table(result).splitlines()[-4:]
-    assert lines[0].split() == ["model", "sampler", "NFE", "images", "FID"] and lines[2].endswith(
-        f"{runs[1]:.4f}"
-    )
+    assert lines[0].split() == ["model", "sampler", "NFE", "images", "Fréchet", "distance"]
+    assert lines[2].endswith(f"{runs[1]:.4f}")
 
 
 def test_models_are_drawn_before_they_are_measured(files, tmp_path, monkeypatch, capsys):
@@ -310,6 +311,77 @@ def test_other_quantisation_and_other_network_are_errors(files, network):
     assert "adm uses inception" in mismatches(PROTOCOLS["adm"], ref, samples, network, False)[0][0]
 
 
+# --- a classifier of the reference's own labels -------------------------------------------------------
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache, and no way to a download. The list of classifiers that were trained."""
+    monkeypatch.setenv("CM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(small_classifier, "EPOCHS", 12)
+    trained, train = [], small_classifier.train_classifier
+    monkeypatch.setattr(
+        small_classifier, "train_classifier", lambda *a, **k: trained.append(k["epochs"]) or train(*a, **k)
+    )
+    return trained
+
+
+def test_labels_of_the_reference_stand_in_for_inception_and_say_so(
+    files, offline, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "r.json"
+    for asked in ((), ("--features", "classifier")):
+        call(monkeypatch, evaluator.main, files["ref"], files["samples"], *asked, "--out", out)
+        said, result = capsys.readouterr().out, json.loads(out.read_text())
+        assert ("no route" in said) == (not asked)
+        assert re.search(r"a small classifier of .*ref\.npz, which reads \d", said)
+        assert "Fréchet distance" in said and "FID" not in said.replace("sFID", "")
+        assert result["protocol"]["name"] == result["features"]["name"] == "classifier"
+        assert result["metrics"]["accuracy"] > 0.5
+    assert offline == [12]  # kept for the second time
+    found = cm.evaluate(files["samples"], files["ref"], batch_size=64)
+    assert found == pytest.approx(result["metrics"]) and offline == [12]
+
+
+@pytest.mark.parametrize(
+    "what, asked, message",
+    [
+        ("labels", (), "no route"),
+        ("statistics", (), "no route"),
+        ("", ("--protocol", "adm"), "no route.*what needs no download: --features classifier"),
+        (
+            "labels",
+            ("--features", "classifier"),
+            r"r\.npz has no labelled images.*--features classifier=FILE",
+        ),
+        ("", ("--features", "classifier", "--protocol", "small"), "small needs the file of a classifier"),
+    ],
+)
+def test_nothing_stands_in_where_it_is_not_meant(files, offline, tmp_path, monkeypatch, what, asked, message):
+    arrays = dict(np.load(files["ref"]))
+    if what == "labels":
+        del arrays["arr_1"]
+    elif what == "statistics":
+        arrays |= {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, evaluator.main, tmp_path / "r.npz", files["samples"], *asked)
+    assert offline == []
+
+
+def test_a_large_set_is_thinned_evenly(files, monkeypatch):
+    images = open_images(files["ref"])
+    monkeypatch.setattr(small_classifier, "MOST_VALUES", 30 * 64)
+    pixels, labels = small_classifier.labelled_pixels(images)
+    expected = np.load(files["ref"])
+    assert np.array_equal(pixels, expected["arr_0"][::3]) and np.array_equal(labels, expected["arr_1"][::3])
+
+
 # --- bad input and the command line ----------------------------------------------------------------
 
 
@@ -381,7 +453,7 @@ def test_reference_without_images_and_flags_out_of_range(files, tmp_path, monkey
     call(monkeypatch, reference.main, *argv, "--num_images", "0")
     assert "arr_0" not in np.load(out).files
     call(monkeypatch, evaluator.main, out, files["samples"], "--features", spec, "--metrics", "fid")
-    assert "FID" in capsys.readouterr().out
+    assert "Fréchet distance" in capsys.readouterr().out
     for flag, value in {
         "--num_images": "-1",
         "--seed": "-1",
@@ -412,7 +484,7 @@ def test_a_device_that_is_not_there(files, monkeypatch):
 def test_the_place_is_tried_before_the_work_and_the_table_is_shown_whatever_happens(
     files, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(evaluator, "features_from_flags", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluator, "measuring", lambda *_: pytest.fail("too late"))
     argv = [files["ref"], files["samples"], "--features", f"classifier={files['weights']}"]
     with pytest.raises(UserError, match=r"--out .* is a folder"):
         call(monkeypatch, evaluator.main, *argv, "--out", tmp_path)

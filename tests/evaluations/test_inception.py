@@ -238,9 +238,7 @@ def test_without_the_weights_and_a_network_another_way_is_named(tmp_path, monkey
         raise OSError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(
-        UserError, match=r"no route.*cm classifier DATA FILE\.pt, then --features classifier=FILE\.pt"
-    ):
+    with pytest.raises(UserError, match=r"no route.*needs no download: --features classifier"):
         load_features("", "inception", CPU)
 
 
