@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import Field
+from unittest import mock
 
 from cm.commands.cli import other_rows
 from cm.config import presets
 from cm.config.derived import AUTO
 from cm.config.fields import flags_of, meta_of
+from cm.config.registry import resolve
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
 from cm.errors import extra
@@ -22,6 +24,8 @@ SCRIPTS_OF = {
     "search": ("ternary_search",),
     "likelihood": ("likelihood",),
 }
+# Programs without flags
+BARE = ("presets", "completion")
 # Whether the objectives of a sub-command need a teacher
 TEACHER = {"train": False, "distill": True}
 
@@ -35,8 +39,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cm")
     commands = top.add_subparsers()
     for name, command in COMMANDS.items():
+        if not command.words and name not in BARE and (own := _parser_of(command.run)):
+            sub = commands.add_parser(name, help=command.help, parents=[own], add_help=False)
+            for action in sub._actions:
+                if action.choices:
+                    action.choices = list(action.choices)  # shtab takes a mapping for sub-commands
+                elif not action.option_strings:
+                    action.complete = shtab.FILE
+            continue
         sub = commands.add_parser(name, help=command.help)
-        sub.add_argument("paths", nargs="*").complete = shtab.FILE
+        if name == "completion":
+            sub.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+        elif name not in BARE:
+            sub.add_argument("paths", nargs="*").complete = shtab.FILE
         if name in TEACHER:
             offered = [n for n, row in OBJECTIVES.items() if row.teacher == TEACHER[name]]
             sub.add_argument("--objective", help="what is trained", choices=offered)
@@ -48,6 +63,26 @@ def parser() -> argparse.ArgumentParser:
             if not choices and flag.endswith(("_dir", "_path", "config", "input")):
                 option.complete = shtab.FILE
     return top
+
+
+class _Found(Exception):
+    """A parser that was about to parse."""
+
+
+def _parser_of(run: str) -> argparse.ArgumentParser | None:
+    """The parser of a program without a configuration; None where it has none, or needs a package that is missing."""
+
+    def found(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Found(self)
+
+    # Programs parse first of all, so that the parser is all that they make.
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", found):
+        try:
+            resolve(run)()
+        except _Found as parser:
+            return parser.args[0]
+        except ImportError:
+            return None
 
 
 def _flags(scripts: tuple[str, ...]) -> Iterator[tuple[str, Field]]:

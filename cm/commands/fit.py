@@ -29,10 +29,16 @@ AS_THE_TEACHER_SAW = ("random_flip", "labels", "composite", "random_crop")
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
-    """The configuration as a run would have it, for --dry_run."""
-    return fit(
-        config, load_teacher(getattr(config, "teacher_model_path", ""), learns_from(config)), run_dir(config)
-    )[0]
+    """The configuration as a run would have it, for --dry_run and plans."""
+    teacher = load_teacher(getattr(config, "teacher_model_path", ""), learns_from(config))
+    config, _ = fit(config, teacher, run_dir(config))
+    facts = describe(config.data_dir, config.labels, config.in_channels)
+    classes = len(facts.classes) if config.class_cond else 0
+    return replace(
+        config,
+        in_channels=config.in_channels or facts.channels,
+        num_classes=config.num_classes or classes,
+    )
 
 
 def fit(config: TrainConfig, teacher: ModelFile | None, directory: str) -> tuple[TrainConfig, list[str]]:

@@ -1,5 +1,6 @@
 """The command `cm`: its sub-commands, what words without a flag mean, and a wheel that has all of it."""
 
+import argparse
 import json
 import os
 import re
@@ -163,7 +164,7 @@ def test_help_needs_no_torch():
 
 def test_completion_offers_objectives_presets_and_the_options_of_all_rows(monkeypatch):
     stub = ModuleType("shtab")
-    stub.FILE = {}
+    stub.FILE, stub.SUPPORTED_SHELLS = {}, ["bash"]
     monkeypatch.setitem(sys.modules, "shtab", stub)
     subs = completion.parser()._subparsers._group_actions[0].choices
     assert subs.keys() == COMMANDS.keys()
@@ -177,6 +178,29 @@ def test_completion_offers_objectives_presets_and_the_options_of_all_rows(monkey
         and "auto" in offered["train"]["--preset"]
     )
     assert offered["train"]["--class_cond"] == ["True", "False"] and "--s_churn" in offered["sample"]
+    # Programs that bring a parser of their own: all of them, with their choices and files
+    for name, option in (("evaluate", "--features"), ("prepare", "--image_size"), ("plan", "--gpus")):
+        assert option in offered[name]
+    assert "small" in offered["evaluate"]["--protocol"]
+    assert all(
+        "-h" in offered[name] and len(offered[name]) > 2 for name in COMMANDS if name not in completion.BARE
+    )
+    files = [a.dest for a in subs["evaluate"]._actions if getattr(a, "complete", None) is stub.FILE]
+    assert files == ["reference", "samples"]
+    assert subs["completion"]._actions[1].choices == ["bash"]
+    assert type(subs["benchmark"]._actions[1].choices) is list
+
+
+def test_a_program_whose_package_is_missing_is_completed_by_its_paths(monkeypatch):
+    def gone():
+        raise ImportError("gone")
+
+    monkeypatch.setattr(completion, "resolve", lambda run: gone)
+    assert completion._parser_of("any:thing") is None
+    monkeypatch.undo()
+    before = argparse.ArgumentParser.parse_known_args
+    assert completion._parser_of("evaluations.evaluator:main").description.startswith("FID, sFID")
+    assert argparse.ArgumentParser.parse_known_args is before
 
 
 @pytest.mark.parametrize("found", [True, False])

@@ -5,21 +5,24 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cm.commands.cli import parse_config
+from cm.commands.fit import fitted
 from cm.config import presets
 from cm.config.derived import has_two_times, stored_config, told_scales, training_mode, with_counts
 from cm.config.scripts import SCRIPTS, CmTrainConfig, changed, configure
 from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
-from cm.tools.planning import devices, report
-from cm.tools.planning.devices import DEVICES, GIB, Cluster, cpu, parse_cluster
+from cm.tools.planning import command, devices, report, run
+from cm.tools.planning.devices import DEVICES, GIB, Cluster, cpu, device_named, parse_cluster
 from cm.tools.planning.estimate import communication, largest_microbatch, plan_step, update_traffic
 from cm.tools.planning.run import evaluations, first_way, plan_images, plan_training, read_measured
 from cm.tools.planning.step import make_network, step_flops, step_trace
@@ -366,6 +369,55 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     first = content["plans"][0]
     assert first["cost"] == pytest.approx(2 * first["gpu_hours"])
     assert first["gpu_hours"] == pytest.approx(2 * 4 * sum(first["step"]["time"].values()) / 3600)
+
+
+@pytest.mark.parametrize(
+    "name, gib, kind",
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "A100-40"),
+        ("Tesla V100-SXM2-16GB", 15.8, "V100-16"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "H100"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX4090"),
+        ("NVIDIA GeForce GT 710", 2.0, ""),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(name, gib, kind):
+    if kind:
+        assert device_named(name, int(gib * GIB)) == kind
+    else:
+        with pytest.raises(UserError, match="GT 710, is unknown: --gpus says"):
+            device_named(name, int(gib * GIB))
+
+
+def test_without_gpus_the_plan_is_for_this_machine(monkeypatch, capsys):
+    monkeypatch.setattr(run, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(run, "product_ceiling", lambda device, dtype: 1e11)
+    monkeypatch.setattr(run, "available", lambda device: 10 * GIB)
+    monkeypatch.setattr(sys, "argv", ["plan", "tiny"])
+    command.main(*command.parse())
+    shown = capsys.readouterr().out
+    assert "| tiny | 1xCPU | fp32 | 8 | 8 |" in shown and "just measured: 100 GFLOP/s" in shown
+    plan = plan_training("tiny", run.cluster_of("1xcpu"))
+    assert plan.fits and plan.cluster.device.memory == 10 * GIB
+    expected = plan_training("tiny", Cluster(cpu(1e11), 1))
+    assert plan.hours == expected.hours
+    # What does not fit into its memory is split, as on a GPU.
+    monkeypatch.setattr(run, "available", lambda device: expected.step.memory.total - 1)
+    plan = plan_training("tiny", run.cluster_of("1xCPU"))
+    assert plan.fits and plan.chosen and plan.step.microbatch == 4
+
+
+def test_a_plan_of_auto_follows_the_data(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.fromarray(np.full((16, 16), 10 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    plan = plan_training("auto", Cluster(cpu(1e11), 1), ["--data_dir", str(tmp_path)])
+    made = fitted(parse_config(SCRIPTS["edm_train"], ["--preset", "auto", "--data_dir", str(tmp_path)]))
+    assert (made.image_size, made.in_channels, made.num_classes) == (16, 1, 2)
+    network = sum(p.numel() for p in make_network(made).parameters())
+    assert plan.step.memory.student == 4 * network and plan.step.images == 20
 
 
 def test_bad_input_is_one_line():

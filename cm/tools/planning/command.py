@@ -1,10 +1,11 @@
 """Memory per GPU, time, GPU-hours and cost of a training run, or of sampling, before it is started.
 
+cm plan PRESET [PRESET ...]                                  on this machine
 cm plan PRESET [PRESET ...] --gpus 8xH200 [--price 2.5] [--json FILE] [FLAGS]
 cm plan PRESET --gpus 8xH200 --images 50000 [FLAGS]
 cm plan PRESET --gpus 8xH100 --measured REPORT.json
 
-PRESET comes first; in its place may stand a file as for --config, or a run: cm plan runs/teacher --gpus 8xH200. Flags
+PRESET comes first; in its place may stand a file as for --config, a run, or auto: cm plan auto --data_dir DATA. Flags
 that are not listed here are passed on to the configuration: --use_checkpoint True --microbatch 32 --precision bf16.
 docs/planning.md says what is counted and what is assumed.
 """
@@ -19,12 +20,12 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     import json
 
     from cm.runtime.files import whole_file, writing
-    from cm.tools.planning import devices, report, run
+    from cm.tools.planning import report, run
 
-    if args.measured:
-        cluster, measured = run.read_measured(args.measured, args.gpus)
-    else:
-        cluster, measured = devices.parse_cluster(args.gpus), None
+    gpus = args.gpus or run.this_machine()
+    cluster, measured = (
+        run.read_measured(args.measured, gpus) if args.measured else (run.cluster_of(gpus), None)
+    )
     slowdown = measured.slowdown if measured else 1.0
     if args.images:
         plans = [run.plan_images(name, cluster, args.images, flags, slowdown) for name in args.presets]
@@ -48,7 +49,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         metavar="PRESET",
         help="cm presets lists all; or FILE.json, FILE.yaml, a run",
     )
-    parser.add_argument("--gpus", required=True, help="number and kind, as 8xH200; 1xCPU with --measured")
+    parser.add_argument("--gpus", default="", help="number and kind, as 8xH200 or 1xCPU; empty: this machine")
     parser.add_argument(
         "--images", type=int, default=0, help="plan sampling of so many images instead of training"
     )

@@ -145,5 +145,19 @@ def parse_cluster(text: str, ceiling: float = 0.0) -> Cluster:
     return Cluster(DEVICES[name], count)
 
 
+def device_named(name: str, memory: int) -> str:
+    """The kind of GPU that a driver calls `name`, such as NVIDIA A100-SXM4-80GB; UserError for one that is not known.
+
+    memory: its bytes, where one kind comes in several sizes.
+    """
+    letters = re.sub(r"\W", "", name).upper()
+    fits = [d for d in DEVICES.values() if d.name.partition("-")[0] in letters]
+    if not fits:
+        raise UserError(
+            f"this machine's GPU, {name}, is unknown: --gpus says what to plan for, of {_names()}"
+        )
+    return min(fits, key=lambda d: abs(d.memory - memory)).name
+
+
 def _names() -> str:
     return ", ".join([*DEVICES, "CPU"])

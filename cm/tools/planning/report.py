@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cm.tools.planning.devices import GIB, MEMORY_SHARE, OVERLAP, PRODUCT_SHARE
 from cm.tools.planning.run import USEFUL, Measured, Plan, first_way
 from cm.tools.profiling.report import markdown
@@ -11,6 +13,11 @@ ASSUMED = (
     f"Speed is ASSUMED, not measured: {PRODUCT_SHARE:.0%} of the data sheet's arithmetic, {MEMORY_SHARE:.0%} of its "
     f"memory bandwidth, {OVERLAP:.0%} of the communication hidden. --measured FILE.json, a report of "
     "scripts/benchmark.py train, replaces that."
+)
+
+ASSUMED_CPU = (
+    "Speed of the CPU: large matrix products, just measured: {:.3g} GFLOP/s with {} thread(s). That other operations "
+    "keep to this is ASSUMED; --measured FILE.json, a report of cm benchmark train, replaces that."
 )
 
 MIB = 2**20
@@ -46,7 +53,9 @@ def text(plans: list[Plan], measured: Measured | None, price: float) -> str:
     blocks = [_summary(plans, price)]
     blocks += [_details(plan) for plan in plans if plan.step]
     if measured is None:
-        blocks.append(ASSUMED if any(plan.cluster.device.is_gpu for plan in plans) else "")
+        device = plans[0].cluster.device
+        threads = torch.get_num_threads()
+        blocks.append(ASSUMED if device.is_gpu else ASSUMED_CPU.format(device.fp32 / 1e9, threads))
     else:
         blocks += [
             f"Speed measured: {measured.path}, {measured.row} ({measured.report.environment.get('device')}); "

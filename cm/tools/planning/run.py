@@ -26,12 +26,14 @@ from cm.config.scripts import (
 )
 from cm.diffusion.denoiser import Denoiser
 from cm.errors import UserError, choose
-from cm.models.factory import create_precond
+from cm.models.factory import choose_device, create_precond
 from cm.models.pretrained import Model
 from cm.sampling.noise import get_generator
-from cm.tools.planning.devices import Cluster, parse_cluster
+from cm.tools.planning.devices import Cluster, device_named, parse_cluster
 from cm.tools.planning.estimate import Sampling, Step, largest_microbatch, plan_sampling, plan_step
 from cm.tools.profiling.report import Report, Row, load_report
+from cm.tools.profiling.timing import product_ceiling
+from cm.training.memory import available
 
 HOUR = 3600
 # A GPU is slow at fewer images at a time than this.
@@ -111,6 +113,24 @@ class Measured:
         return found
 
 
+def this_machine() -> str:
+    """What `--gpus` calls the machine of this process: its GPUs, or 1xCPU. UserError for a GPU that is not known."""
+    device = choose_device("auto")
+    if device.type != "cuda":
+        return "1xCPU"
+    found = torch.cuda.get_device_properties(device)
+    return f"{torch.cuda.device_count()}x{device_named(found.name, found.total_memory)}"
+
+
+def cluster_of(gpus: str) -> Cluster:
+    """What `--gpus` says; of a CPU this machine's, with its free memory and the speed that its products have now."""
+    if not gpus.upper().endswith("CPU"):
+        return parse_cluster(gpus)
+    here = torch.device("cpu")
+    cluster = parse_cluster(gpus, product_ceiling(here, torch.float32))
+    return replace(cluster, device=replace(cluster.device, memory=available(here)))
+
+
 def read_measured(path: str, gpus: str) -> tuple[Cluster, Measured]:
     """(the cluster to plan for, the measurement that calibrates it); UserError where they do not fit."""
     report = load_report(path)
@@ -177,6 +197,8 @@ def _is_file(name: str) -> bool:
 
 
 def _training_script(name: str) -> str:
+    if name == AUTO:
+        return "edm_train"
     if not _is_file(name):
         return presets.get(name).training_script
     content = read_file(name)
