@@ -168,7 +168,9 @@ class FlowMapObjective(Objective):
         def at(z: Tensor, t: Tensor) -> Tensor:
             return u(z, t, t) if roles.teacher is None else velocity(roles.teacher, z, t, self.path, **cond)
 
-        flow = v if self.source == "data" else at(z, t)
+        flow = v
+        if self.source == "teacher" or (self.source, self.identity) == ("self", "eulerian"):
+            flow = at(z, t)
         if self.identity == "progressive":
             a = torch.full_like(t, self.split.share(step)) if share is None else share
             found = progressive(u, z, t, r, a, None if self.source == "self" else flow)
@@ -180,7 +182,7 @@ class FlowMapObjective(Objective):
                 if self.identity == "eulerian"
                 else lagrangian(lambda *a: u(*a, wide), z, t, r, at, pass_on)
             )
-        diagonal = v if roles.teacher is None else flow
+        diagonal = flow if self.source == "teacher" else v
         return torch.where(append_dims(r == t, z.ndim), diagonal, found)
 
     def guided(

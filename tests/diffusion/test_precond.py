@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from cm.config.rows import WEIGHTINGS
-from cm.diffusion.precond import ConsistencyPrecond, EDMPrecond, PiecewisePrecond, boundary_precond
+from cm.diffusion.precond import (
+    ConsistencyPrecond,
+    EDMPrecond,
+    FlowPrecond,
+    PiecewisePrecond,
+    boundary_precond,
+)
 from cm.diffusion.weightings import get_snr, get_weightings
 from cm.errors import UserError
 from tests.helpers import golden_data
@@ -23,6 +29,15 @@ def test_clock_is_quarter_log_sigma_times_the_scale():
     sigma = torch.tensor([2.0])
     assert EDMPrecond(time_scale=1000.0)(sigma).c_noise.item() == pytest.approx(250 * 0.6931472)
     assert EDMPrecond(time_scale=1.0)(sigma).c_noise.item() == pytest.approx(0.25 * 0.6931472)
+
+
+def test_the_second_clock_is_the_first_at_the_lower_level():
+    """Down to 0.002: below, where ln has no end, it stands still."""
+    precond, lower = EDMPrecond(time_scale=1.0), torch.tensor([0.0, 1e-4, 0.002, 3.0])
+    expected = torch.tensor([0.002, 0.002, 0.002, 3.0]).log() / 4
+    torch.testing.assert_close(precond.second(torch.full((4,), 5.0), lower), expected)
+    t, r = torch.tensor([0.9, 0.6]), torch.tensor([0.5, 0.6])
+    torch.testing.assert_close(FlowPrecond().second(t / (1 - t), r / (1 - r)), t - r)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -208,6 +208,8 @@ def test_matching_is_edms_loss_with_a_weight_that_balances_gradients():
     close(balance(first, 0 * second, weight), 1e4)
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     assert last_weight(net) is net[1].weight
+    net.logvar_linear = nn.Linear(3, 1)
+    assert last_weight(net) is net[1].weight, "the head of the uncertainty is no output layer"
 
 
 class Masked(nn.Module):
@@ -252,6 +254,23 @@ def test_draws_do_not_depend_on_the_ranks():
     assert {d.heun_steps for d in ends} > {8, 16} and any(
         (d.r == law.level(d.index + d.heun_steps)).any() for d in ends
     )
+
+
+def test_jumps_begin_and_end_wherever_they_can():
+    """Of one teacher's step on four points: t on each but the last, and s on each from u to the lowest, alike."""
+    law, x0 = TrajectoryGrid(Grid(), 4, most=1), torch.zeros(3000, 1)
+    draw = law.draw(x0, StepRandom(0, 0, 0, 3000, 3000), True)
+    assert draw.heun_steps == 1 and draw.index.unique().tolist() == [0, 1, 2]
+    for index in range(3):
+        ends, counts = draw.r[draw.index == index].unique(return_counts=True)
+        assert torch.equal(ends, law.level(torch.arange(3, index, -1)))
+        assert counts.sum() > 900 and counts.min() > 0.8 * counts.max()
+    log_normal, of_grid = draw.level[:1500], draw.level[1500:]
+    close(log_normal.log().mean(), -1.2, rtol=0, atol=0.1)
+    close(log_normal.log().std(), 1.2, rtol=0, atol=0.1)
+    assert of_grid.max() <= 80 and of_grid.min() > 0.9 * Grid().sigma(torch.tensor(0.7), 1)
+    local = objective(inner="none").draw(x0[:64], 0, StepRandom(0, 0, 0, 64, 64))
+    assert torch.equal(local.r, TrajectoryGrid(Grid(), 18).level(local.index + local.heun_steps))
 
 
 def test_flags_make_the_objective():

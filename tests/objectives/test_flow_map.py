@@ -14,7 +14,7 @@ from cm.diffusion.paths import EDM, LINEAR, VP_COSINE, trigonometric
 from cm.diffusion.precond import EDMPrecond, FlowPrecond
 from cm.errors import UserError
 from cm.objectives.base import Draw, Roles
-from cm.objectives.flow_map import FlowMapObjective, Split, eulerian, point, times
+from cm.objectives.flow_map import Adaptive, FlowMapObjective, Split, eulerian, point, times
 from cm.objectives.flow_times import LATEST, TimeLaw
 from cm.sampling.jumps import sample_jumps
 from cm.sampling.levels import of_jumps
@@ -196,6 +196,42 @@ def test_the_cells_of_the_papers():
     )
     error = (found("data", Split(1e-6, 1e-6)) - u(z, t, r)) / 1e-6
     torch.testing.assert_close(error[r < t], (meanflow - u(z, t, r))[r < t], rtol=1e-4, atol=1e-4)
+
+
+def test_ends_of_steps_are_compared_where_the_gap_has_a_power():
+    """Rows with r = t, whose gap is nothing, count as they do without it."""
+    wrong = FlowMap(lambda z, t, second: gaussian_u(z, t, second=second) + 0.1, FlowPrecond())
+    x0, draw = batch()
+    losses = [
+        FlowMapObjective(law=TimeLaw(), weight=Adaptive(0.0), gap_power=power).forward(
+            Roles(wrong), x0, draw, 0
+        )["loss"]
+        for power in (0.0, 2.0)
+    ]
+    gap = draw.t - draw.r
+    torch.testing.assert_close(losses[1] / losses[0], torch.where(gap > 0, gap**2, 1.0))
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_times_of_a_path_are_the_levels_of_the_linear_one(path):
+    _, draw = batch()
+    for found, drawn in zip(times(path, draw), (draw.t, draw.r)):
+        torch.testing.assert_close(path.level(found), drawn / (1 - drawn))
+
+
+@pytest.mark.parametrize("identity", ["eulerian", "lagrangian", "progressive"])
+def test_every_pass_of_a_target_drops_out_under_the_masks_of_the_one_that_learns(identity):
+    """A map that is constant but for its mask is what it should be, where all its passes have the same mask."""
+    seen = []
+
+    def net(z, t, second):
+        seen.append(torch.rand((), dtype=z.dtype))
+        return seen[-1] + 0 * z
+
+    x0, draw = batch()
+    objective = FlowMapObjective(law=TimeLaw(), identity=identity, source="self", weight=Adaptive(0.0))
+    loss = objective.forward(Roles(FlowMap(net, FlowPrecond())), x0, draw, 0)["loss"]
+    assert len(seen) == 3 and (loss[draw.r < draw.t] < 1e-20).all()
 
 
 def test_any_grid_of_jumps_lands_on_one_image():

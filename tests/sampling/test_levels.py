@@ -30,6 +30,13 @@ def test_published_and_exact_grid():
     assert torch.equal(grid_levels("edm", 18, 0.002, 80.0)[:-1], exact)
 
 
+@pytest.mark.parametrize("spacing", ["linear", "trigonometric"])
+def test_jumps_are_equally_long_in_the_time_of_a_path(spacing):
+    levels = grid_levels("jumps", 4, 0.002, 80.0, options={"spacing": spacing})
+    time = levels / (1 + levels) if spacing == "linear" else torch.atan(levels / 0.5)
+    torch.testing.assert_close(time[:-1] - time[1:], (time[0] / 4).expand(4))
+
+
 def test_own_options():
     schedule = {"diffusion_schedule": "cosine", "ts": None, "sde": VPSDE()}
     cosine = grid_levels("intervals", 4, 0.002, 80.0, options=schedule)
