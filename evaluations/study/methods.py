@@ -115,6 +115,8 @@ def _variation(like: str, title: str, **flags: Any) -> Method:
 EQUAL = {"weight_schedule": "karras"}
 # Pairs mostly from where a student's error arises
 MIDDLE = {"pairs": "lognormal-grid", "p_mean": 0.5, "p_std": 1.5}
+# The settings of plain CD
+SLOW = {"start_ema": 0.9, "lr": 1e-3}
 PAPER = {"p_std": 2.0}
 VARIATIONS = {
     # Why CD misses its bar: rate, target, grid, weight, distance, pairs
@@ -124,7 +126,15 @@ VARIATIONS = {
     "cd_karras": _variation("cd", "CD, weight of EDM", **EQUAL),
     "cd_lognormal": _variation("cd", "CD, weight of EDM, more pairs of middle levels", **EQUAL, **MIDDLE),
     "cd_huber1": _variation("cd", "CD, pseudo-Huber, weight 1", loss_norm="pseudo-huber"),
-    "cd_improved": _variation("cd_huber", "CD, iCT's loss, more pairs of middle levels", **MIDDLE),
+    # What brought CD with iCT's loss to its bar: target, grid, pairs, rate, length
+    "cd_huber_mu9": _variation("cd_huber", "CD, iCT's loss, mu = 0.9, rate 1e-3", **SLOW),
+    "cd_huber_mu9_n12": _variation("cd_huber", "the same, N = 12", **SLOW, start_scales=12),
+    "cd_huber_mu9_n30": _variation("cd_huber", "the same, N = 30", **SLOW, start_scales=30),
+    "cd_huber_mu9_middle": _variation("cd_huber", "the same, more pairs of middle levels", **SLOW, **MIDDLE),
+    "cd_huber_rate1": _variation("cd_huber", "CD, iCT's loss, rate 1e-3", lr=1e-3),
+    "cd_huber_rate1_n30": _variation("cd_huber", "the same, N = 30", lr=1e-3, start_scales=30),
+    "cd_huber_rate4": _variation("cd_huber", "CD, iCT's loss, rate 4e-3", lr=4e-3),
+    "cd_huber_long": _variation("cd_huber", "CD, iCT's loss, twice as long", total_training_steps=1600),
     # Why iCT was behind CT with the paper's pairs: their law, its last N, its first N, its rate
     "ict_paper": _variation("ict", "iCT, pairs from ln(t) ~ N(-1.1, 2) as in the paper", **PAPER),
     "ict_s20": _variation("ict", "the same, N from 10 to 20", **PAPER, end_scales=20),

@@ -63,10 +63,12 @@ def bars(study: Study, results: Results) -> list[Bar]:
     found = [
         Bar("CD, one evaluation / teacher, 35", _ratio(of("cd"), teacher), 1.3),
         Bar("CD with iCT's loss, one evaluation / teacher, 35", _ratio(of("cd_huber"), teacher), 1.3),
+        Bar("the same, trained twice as long", _ratio(of("cd_huber_long"), teacher), 1.3),
         Bar("CT, one evaluation / teacher, 35", _ratio(of("ct"), teacher), 2.5),
         Bar("iCT / CT, one evaluation", _ratio(of("ict"), of("ct")), 1.0),
         Bar("ECT / CT, one evaluation", _ratio(of("ect"), of("ct")), 1.0),
         Bar("CD / PD, one evaluation (Fig. 4)", _ratio(of("cd"), of("pd")), 1.0),
+        Bar("CD with iCT's loss / PD, one evaluation", _ratio(of("cd_huber"), of("pd")), 1.0),
     ]
     students = {n: m for n, m in plain(study).items() if n != TEACHER}
     found += [

@@ -79,7 +79,9 @@ RESULTS = {
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_students_see_equally_many_images(name):
-    assert images_seen(FASHION, name) == pytest.approx(800 * 64, rel=0.01)
+    steps = FASHION.methods[name].flags.get("total_training_steps", 800)
+    assert steps == 800 or name == "cd_huber_long"
+    assert images_seen(FASHION, name) == pytest.approx(steps * 64, rel=0.01)
 
 
 def test_a_study_of_another_length():
