@@ -8,6 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PACKAGE = "consistency-models"
+LONGEST = 1000  # characters of an error
 
 
 class UserError(ValueError):
@@ -64,3 +65,21 @@ def masked(text: str) -> str:
     if ":/" not in text:
         return text
     return _VALUE.sub(r"\1***", _USER.sub(r"\1***@", text))
+
+
+def one_line(text: str) -> str:
+    """The text in one line; what a terminal would obey, from a file's name or content, is escaped.
+
+    Of a very long one, which repeats such content, the ends are kept.
+    """
+    line = " ".join(text.splitlines())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
+    return escaped(line)
+
+
+def escaped(text: str) -> str:
+    """The text with escapes for what a terminal would obey, or nothing can print."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -10,6 +10,7 @@ from cm.config.parsing import expanded
 from cm.config.scripts import SampleConfig, config_hash
 from cm.errors import UserError
 from cm.runtime import distributed
+from cm.runtime.inputs import listed
 
 MOST = 1000  # images drawn of a model unless the protocol or --num_samples says otherwise
 
@@ -18,7 +19,7 @@ def is_model(path: str) -> bool:
     """Whether a local path is a run, a checkpoint or a file of weights."""
     place = Path(expanded(path))
     if place.is_dir():
-        return (place / "checkpoints").is_dir() or any(place.glob("model*.pt"))
+        return (place / "checkpoints").is_dir() or bool(listed(place, "model*.pt"))
     return place.suffix in (".pt", ".pth")
 
 
@@ -29,7 +30,7 @@ def sample_files(path: str, count: int, seeds: int, flags: Sequence[str]) -> lis
     """
     place = Path(expanded(path))
     if not is_model(path):
-        drawn = sorted(map(str, place.glob("samples_*.npz"))) if place.is_dir() else []
+        drawn = [str(file) for file in listed(place, "samples_*.npz")]
         return drawn or [path]
     home = place if place.is_dir() else place.parent
     given = parse(SampleConfig, ["--num_samples", str(count), *flags, "--model_path", path])
@@ -38,7 +39,7 @@ def sample_files(path: str, count: int, seeds: int, flags: Sequence[str]) -> lis
         config = replace(given, seed=seed, overwrite=True)
         folder = home / "samples" / config_hash(config)
         run_image_sample(replace(config, out_dir=str(folder)))
-        if not (found := sorted(folder.glob(f"samples_{config.num_samples}x*.npz"))):
+        if not (found := listed(folder, f"samples_{config.num_samples}x*.npz")):
             raise UserError(f"{folder}: rank {distributed.get_rank()} does not see the samples")
         files.append(str(found[-1]))
     return files

@@ -205,10 +205,11 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of initialisation, order and split")
     parser.add_argument("--epochs", type=at_least(1), default=EPOCHS, help="passes over the data")
     args = parser.parse_args()
-    with claimed_place(args.out, "OUT"), writing(args.out), _one_thread():
+    with claimed_place(args.out, "OUT"), _one_thread():
         pixels, labels = labelled_pixels(open_images(args.data))
         net, meta = train_classifier(pixels, labels, seed=args.seed, epochs=args.epochs, show=True)
-        save_weights(args.out, net.state_dict(), meta)
+        with writing(args.out):
+            save_weights(args.out, net.state_dict(), meta)
     print(
         f"{args.out}: {meta['held_out_accuracy']:.2%} of {meta['held_out_images']} held-out images read right"
     )

@@ -75,6 +75,8 @@ def corner_noise(text: str, shape: tuple[int, int, int]) -> Tensor:
             noise = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"--between {text}: neither a seed nor a .npy file of noise ({error})") from None
+    if not isinstance(noise, np.ndarray):  # a zip of several
+        raise UserError(f"--between {text}: neither a seed nor a .npy file of noise")
     if noise.shape != shape or not np.issubdtype(noise.dtype, np.floating) or not np.isfinite(noise).all():
         raise UserError(
             f"--between {text}: expected finite floats of shape {shape}, got {noise.dtype} {noise.shape}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from cm.errors import UserError, listed, nearest
+from cm.errors import UserError, escaped, listed, nearest
 
 DEFAULT_ATTENTION = "32,16,8"
 LONGEST_PROFILE = 0.2886  # relative length of the plain mean of all weights, 1 / sqrt(12), rounded down
@@ -38,8 +38,29 @@ def str2bool(v: str | bool) -> bool:
 
 
 def expanded(value: Any) -> Any:
-    """Text that begins with ~ as the path it means, which shells leave alone in --flag=~/path; all else as it is."""
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    """Text that begins with ~ as the path it means, which shells leave alone in --flag=~/path; all else as it is.
+
+    UserError where it means none: a folder named ~ would be made, or read.
+    """
+    if not (isinstance(value, str) and value.startswith("~")):
+        return value
+    path = os.path.expanduser(value)
+    if path == value and value.startswith(("~/", "~\\")):
+        raise NoHome(f"{value}: there is no home folder (HOME is not set)")
+    return path
+
+
+def printable(name: str) -> str:
+    r"""The name of a file or class as it is printed and stored: bytes that are no UTF-8 become \xe9, a new line \n."""
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:  # not from a file system of this locale
+        raw = name.encode("utf-8", "backslashreplace")
+    return escaped(raw.decode("utf-8", "backslashreplace"))
+
+
+class NoHome(UserError, argparse.ArgumentTypeError):
+    """A path in a home folder that there is not; argparse shows its text."""
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -173,6 +194,7 @@ def _class_of(word: str, text: str, num_classes: int, names: Sequence[str] | Non
     number = int(word) if word.removeprefix("-").isdecimal() else None
     if number is not None and number >= 0 and (not num_classes or number < num_classes):
         return number
+    word = printable(word)
     if names is None and number is None and word:
         return word
     for candidates, wanted in ((names or (), word), ([n.lower() for n in names or ()], word.lower())):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm.errors import UserError
+from cm.errors import UserError, one_line
 from cm.runtime.files import whole_file, writing
 from cm.storage.filesystem import write_atomic
 
@@ -90,8 +90,8 @@ def make_grid(
 
 
 def _write(draw: Any, place: tuple[int, int], text: str, width: int) -> None:
-    """A text cut to a width in pixels; letters that the built-in font lacks become question marks."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    """A text in one line cut to a width in pixels; letters that the built-in font lacks become question marks."""
+    text = one_line(text).encode("latin-1", "replace").decode("latin-1")
     while text and draw.textlength(text) > width:
         text = text[:-1]
     draw.text(place, text, fill=(0, 0, 0))

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from cm.config.parsing import expanded
+from cm.config.parsing import expanded, printable
 from cm.data import store
 from cm.data.decode import Decoder, read_header
-from cm.data.labels import Labels, printable
+from cm.data.labels import Labels
 from cm.data.sources import Source, StoreSource, open_source
 from cm.errors import UserError
 

@@ -1,6 +1,5 @@
 """Class labels of a data set: from dataset.json, from folders, or from file names."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cm.config.parsing import printable
 from cm.errors import UserError
 
 MAX_CLASSES = 1_000_000
@@ -36,15 +36,6 @@ def from_names(class_names: Sequence[str], origin: str) -> Labels:
     number = {name: index for index, name in enumerate(classes)}
     indices = np.array([number[name] for name in class_names], dtype=np.int64)
     return Labels(indices, tuple(map(printable, classes)), origin)
-
-
-def printable(name: str) -> str:
-    r"""A name that can be printed and stored as UTF-8: bytes of a file name that are none become \xe9."""
-    try:
-        raw = os.fsencode(name)
-    except UnicodeEncodeError:  # not from a file system of this locale
-        raw = name.encode("utf-8", "backslashreplace")
-    return raw.decode("utf-8", "backslashreplace")
 
 
 def from_integers(values: Any, origin: str) -> Labels:

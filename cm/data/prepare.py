@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import cm
+from cm.config.parsing import printable
 from cm.data.archives import Items, Pixels, open_items
 from cm.data.decode import Decoder, readable
-from cm.data.labels import printable
 from cm.data.store import StoreWriter
 from cm.data.transforms import TRANSFORMS
 from cm.errors import UserError

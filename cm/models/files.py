@@ -13,7 +13,7 @@ from cm.config.stored import checked
 from cm.errors import UserError
 from cm.models.wrappers import require_flat
 from cm.runtime import distributed
-from cm.runtime.inputs import read_json
+from cm.runtime.inputs import listed, read_json
 from cm.storage import filesystem, mirror, posthoc
 from cm.storage.checkpoint import newest_checkpoint
 from cm.storage.filesystem import cache_locally, is_remote
@@ -81,7 +81,7 @@ def _find_on_disk(path: str, weights: str, flag: str) -> tuple[str, str]:
         raise UserError(f"{path} holds no complete checkpoint (--{flag})")
     if _is_posthoc(weights):
         return str(checkpoint), weights  # it has no file of its own
-    name, kind = choose_weights((file.name for file in checkpoint.glob("*.pt")), weights, str(checkpoint))
+    name, kind = choose_weights((file.name for file in listed(checkpoint, "*.pt")), weights, str(checkpoint))
     return str(checkpoint / name), kind
 
 

@@ -150,6 +150,10 @@ def _weights_folder(path: str) -> Path:
     from cm.storage.downloads import check_pinned, fetch
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if str(folder).startswith("~"):
+        raise UserError(
+            "no home folder for LPIPS weights (HOME is not set): set TORCH_HOME, or give --lpips_path"
+        )
     with node_first():
         missing = [name for name in URLS if not (folder / name).is_file()]
         try:

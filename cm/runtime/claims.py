@@ -1,11 +1,13 @@
 """Claims: at most one program at a time writes a result, a run directory or a prepared data set, on any host.
 
-A claim is a small file beside what is claimed, made by O_EXCL, which also holds on shared file systems. It says who
-made it (host, process, when), and its holder renews it. Who finds one asks whether its holder is gone: on this host the
-process has ended; of another host, the claim has not been renewed for TAKEOVER seconds by the file system's own clock,
-which a new start waits for, so that a job whose node died can be started again at once.
+A claim is a small file beside what is claimed, made by a link (or O_EXCL, where there are none), of which one succeeds
+also on shared file systems. It says who made it (host, process, when), and its holder renews it. Who finds one asks
+whether its holder is gone: on this host the process has ended; of another host, the claim has not been renewed for
+TAKEOVER seconds by the file system's own clock, which a new start waits for, so that a job whose node died can be
+started again at once.
 """
 
+import errno
 import glob
 import json
 import os
@@ -24,6 +26,8 @@ from cm.runtime.platform import lock, process_birth
 
 RENEWAL, TAKEOVER = 20.0, 120.0
 MAX_BYTES = 4096
+# What file systems without links answer
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
 @contextmanager
@@ -34,8 +38,11 @@ def claimed_place(
 
     Drafts of killed processes are removed; so are, at the end, folders that were made and are empty. UserError before
     anything is written. Yields whether a process was killed that was writing there. flag: what names the place in
-    errors. beside: names of what is written with it. folder: the result is a folder.
+    errors. beside: names of what is written with it. folder: the result is a folder. An empty path claims nothing.
     """
+    if not os.fspath(path):
+        yield False
+        return
     path = Path(path).absolute()
     missing = [each for each in path.parents if not each.exists()]
     try:
@@ -49,6 +56,7 @@ def claimed_place(
                 raise UserError(f"{flag} {_shown(path)} is a folder; a file is written")
             for name in {path.name, *beside}:
                 _remove_drafts(path.parent / name)
+            claim.remove_drafts()
             yield claim.taken_over
     finally:
         with suppress(OSError):
@@ -105,18 +113,38 @@ class Claim:
             self.file.unlink(missing_ok=True)
 
     def _make(self) -> bool:
-        """Make the claim; False when there is one."""
+        """Make the claim; False when there is one.
+
+        It comes by a link, with all that it says: a signal or a kill leaves none of which nobody knows the holder.
+        """
         pid = os.getpid()
         text = json.dumps({"host": socket.gethostname(), "pid": pid, "born": process_birth(pid)})
+        draft = self.file.with_name(f"{self.file.name}.{pid}")
         try:
-            with open(self.file, "x", encoding="utf-8") as file:
-                file.write(text)
+            draft.write_text(text, encoding="utf-8")
+            try:
+                os.link(draft, self.file)
+            except FileNotFoundError:  # cleared away by a start on another host: once more
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                with open(self.file, "x", encoding="utf-8") as file:
+                    file.write(text)
         except FileExistsError:
             return False
-        except OSError:  # a full disk has room for a name
-            self.file.unlink(missing_ok=True)
-            raise
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         return True
+
+    def remove_drafts(self) -> None:
+        """Remove what processes that were killed while they made a claim have left."""
+        for draft in self.file.parent.glob(f"{glob.escape(self.file.name)}.*"):
+            pid = draft.suffix[1:]
+            if pid.isdigit() and not process_birth(int(pid)):
+                with suppress(OSError):
+                    draft.unlink()
 
     def _is_mine(self) -> bool:
         said = json_or_none(self.file, limit=MAX_BYTES) or {}

@@ -7,6 +7,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from cm.errors import UserError
@@ -54,6 +56,20 @@ def open_regular(path: str | os.PathLike, limit: int | None = None) -> BinaryIO:
     except BaseException:  # a signal, too; the file is its descriptor's only owner
         file.close()
         raise
+
+
+def listed(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
+    """What lies in a folder under names of a shell's pattern, sorted; nothing where there is no folder.
+
+    UserError for a folder that cannot be listed, of which Path.glob says that it is empty.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        return []
+    except OSError as error:
+        raise UserError(f"{os.fspath(folder)}: cannot be listed ({error.strerror})") from error
+    return sorted(Path(folder, name) for name in names if fnmatchcase(name, pattern))
 
 
 def check_regular(path: str | os.PathLike) -> None:

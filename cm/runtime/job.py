@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from cm.errors import UserError, masked
+from cm.errors import UserError, masked, one_line
 from cm.runtime import distributed, launch, platform
 from cm.runtime.streams import lasting_streams, screen
 
@@ -23,7 +23,6 @@ ERROR_GRACE, EXIT_GRACE = 1.0, 60.0
 POLL_INTERVAL = 0.02
 # How much longer a failing rank waits for a store that does not answer (seconds).
 UNANSWERED = 5.0
-LONGEST = 1000  # characters of an error
 # What a machine answers that lacks rights, room or a working disk, wherever it is met: no bug, and no traceback.
 _NAMES = (
     "EACCES",
@@ -125,10 +124,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code of the job, and what is to be printed once."""
     error = lost_worker(error) or error
     if isinstance(error, UserError):
-        return 2, f"error: {_one_line(str(error))}\n"
+        return 2, f"error: {one_line(str(error))}\n"
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         where = f": {error.filename}" if error.filename is not None else ""
-        return 2, f"error: {_one_line(f'{error.strerror}{where}')}\n"
+        return 2, f"error: {one_line(f'{error.strerror}{where}')}\n"
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return error.code or 0, ""
@@ -140,19 +139,6 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     place = distributed.current_launch()
     where = f"rank {place.rank} of {place.world_size} failed:\n" if place.world_size > 1 else ""
     return 1, where + "".join(traceback.format_exception(error))
-
-
-def _one_line(text: str) -> str:
-    """The text in one line; what a terminal would obey, from a file's name or content, is escaped.
-
-    Of a very long one, which repeats such content, the ends are kept.
-    """
-    line = " ".join(text.splitlines())
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line
-    )
 
 
 def lost_worker(error: BaseException) -> UserError | None:

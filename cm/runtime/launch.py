@@ -28,6 +28,7 @@ from cm.errors import UserError, extra
 # A process that waits longer for others says so (seconds).
 PATIENCE = 10.0
 POLL_INTERVAL = 0.05
+ATTEMPT = 5.0  # to reach a host that does not answer (seconds)
 # By which variables a launcher is told
 TOLD_BY = {
     "torchrun": "RANK, WORLD_SIZE are set; unset them to run alone",
@@ -92,16 +93,21 @@ def connect(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
 
     Every rank of the job must call it. Raises UserError when the launcher and the libraries do not fit.
     """
+    if not 0 <= launch.rank < launch.world_size:
+        raise UserError(
+            f"this is rank {launch.rank} of {launch.world_size}: ranks count from 0 ({TOLD_BY[launch.kind]})"
+        )
     if launch.kind == "torchrun":
         if "MASTER_PORT" not in os.environ:
             raise UserError(
                 "RANK, WORLD_SIZE and MASTER_ADDR are set but MASTER_PORT is not: start with torchrun"
             )
+        host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has counted the ranks
             with _waiting(launch, lambda: "torchrun's store"):
+                _reach(host, port, launch, f"torchrun's store at {host}:{port}", timeout)
                 store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
             return launch, this_attempt(store, launch, timeout)
-        host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT")
         return launch, _meet(host, port, launch, timeout)
     if launch.kind == "mpi":
         return _connect_mpi(launch, timeout)
@@ -204,11 +210,15 @@ def _meet(host: str, port: int, launch: Launch, timeout: timedelta) -> dist.Stor
 
 
 def _tcp_store(host: str, port: int, launch: Launch, timeout: timedelta) -> dist.TCPStore:
-    _check_name(host)
     is_host = launch.rank == 0
     missing = f"rank 0 at {host}:{port}"
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"MASTER_PORT: {port} is no port")
+    _check_name(host)
     try:
         with _waiting(launch, lambda: missing):
+            if not is_host:
+                _reach(host, port, launch, missing, timeout)
             return dist.TCPStore(
                 host, port, launch.world_size, is_master=is_host, timeout=timeout, wait_for_workers=False
             )
@@ -217,6 +227,19 @@ def _tcp_store(host: str, port: int, launch: Launch, timeout: timedelta) -> dist
             raise _alone(launch, missing, timeout) from None
         cause = str(error).strip().splitlines()[0][:200]
         raise UserError(f"rank 0 cannot listen at port {port} (MASTER_PORT): {cause}") from None
+
+
+def _reach(host: str, port: int, launch: Launch, missing: str, timeout: timedelta) -> None:
+    """Wait until somebody listens there: here, where signals are heard. c10d would wait deaf to them."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ATTEMPT).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise _alone(launch, missing, timeout) from None
+            time.sleep(POLL_INTERVAL)
 
 
 def _check_name(host: str) -> None:

@@ -305,7 +305,7 @@ def grouped(key: str) -> str:
 
 def _identifier(folder: str) -> str:
     """The same for every start of a run in a folder."""
-    return hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.path.abspath(folder).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def duration(seconds: float) -> str:

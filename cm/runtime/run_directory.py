@@ -10,6 +10,7 @@ from cm.errors import UserError
 from cm.runtime import distributed, liveness, logger
 from cm.runtime.claims import Claim
 from cm.runtime.files import whole_file
+from cm.runtime.inputs import listed
 
 # Characters of a path in a message
 LONGEST_SHOWN = 300
@@ -21,9 +22,9 @@ class RunDirectory:
     """A run directory for the length of a with block, which all ranks enter; its path is the block's variable.
 
     One start at a time has it: a second is refused.
-    A UserError before `started` removes what this start made: the directory, if it was not there before, and the
-    folders above it. One that has got checkpoints meanwhile stays. Of one that was there, the names are what they were,
-    and the files of a log's size say what they said.
+    A refusal or a signal before `started` removes what this start made: the directory, if it was not there before, and
+    the folders above it. One that has got checkpoints meanwhile stays. Of one that was there, the names are what they
+    were, and the files of a log's size say what they said.
     """
 
     def __init__(self, path: str):
@@ -38,7 +39,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | OSError | KeyboardInterrupt):  # a mistake, the machine, a signal
             self._remove()
         self._claim.close()
 
@@ -65,7 +66,9 @@ class RunDirectory:
             raise self._unwritable(error) from None
         self._claim.enter_context(Claim(path, folder=path))
         self._made = missing
-        self._before = None if missing else _contents(path)
+        if not missing:
+            with suppress(OSError, UserError):  # what cannot be listed cannot be put back
+                self._before = _contents(path)
 
     def _unwritable(self, error: OSError | ValueError) -> UserError:
         shown = self.path if len(self.path) <= LONGEST_SHOWN else f"{self.path[:LONGEST_SHOWN]}..."
@@ -90,16 +93,17 @@ class RunDirectory:
 def _contents(folder: Path) -> dict[Path, bytes | None]:
     """What lies in a run directory: names, and the content of small files; of folders those in heartbeats."""
     found: dict[Path, bytes | None] = {}
-    with suppress(OSError):
-        for path in [*folder.iterdir(), *folder.glob(f"{liveness.folder(folder).name}/*")]:
-            small = path.is_file() and not path.is_symlink() and path.stat().st_size <= RESTORED
-            found[path] = path.read_bytes() if small else None
+    for path in [*listed(folder), *listed(liveness.folder(folder))]:
+        found[path] = None
+        with suppress(OSError):  # a file that this user may not read has its name
+            if path.is_file() and not path.is_symlink() and path.stat().st_size <= RESTORED:
+                found[path] = path.read_bytes()
     return found
 
 
 def _restore(folder: Path, before: dict[Path, bytes | None]) -> None:
     """Put back what `_contents` found; checkpoints that came from elsewhere stay."""
-    with suppress(OSError):
+    with suppress(OSError, UserError):
         for path in set(_contents(folder)) - set(before):
             if not path.is_dir():
                 path.unlink()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.runtime.files import sync_folder, whole_file
-from cm.runtime.inputs import JSON_LIMIT, read_regular
+from cm.runtime.inputs import JSON_LIMIT, listed, read_regular
 from cm.storage.posthoc import keep_snapshots
 from cm.storage.weights import Damaged, file_sha256, parse_object, save_weights
 
@@ -74,8 +74,8 @@ def _write_json(path: Path, content: dict) -> None:
 
 def checkpoint_directories(run_dir: str | os.PathLike) -> list[Path]:
     """All checkpoint directories of a run, complete or not, oldest first."""
-    found = [path for path in Path(run_dir, "checkpoints").glob("step_*") if _STEP_DIR.search(path.name)]
-    return sorted(found, key=_step_of)
+    found = listed(Path(run_dir, "checkpoints"), "step_*")
+    return sorted((path for path in found if _STEP_DIR.search(path.name)), key=_step_of)
 
 
 def complete_checkpoints(run_dir: str | os.PathLike) -> list[Path]:

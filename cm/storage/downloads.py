@@ -74,7 +74,7 @@ def local_copy(location: str, *, target: Path | None = None, sha256: str = "", f
         with distributed.node_first():
             return Path(filesystem.cache_locally(location))
     name = location.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
-    url_id = hashlib.sha256(location.encode()).hexdigest()[:8]
+    url_id = hashlib.sha256(location.encode(errors="surrogatepass")).hexdigest()[:8]
     target = target or Path(filesystem.cache_folder(), "downloads") / url_id / name
     with distributed.node_first():
         if not target.exists():

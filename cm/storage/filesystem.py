@@ -166,7 +166,8 @@ def cache_locally(path: str | os.PathLike) -> str:
         stat = _remote(path, lambda store: store.stat(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such remote file") from None
-    key = hashlib.sha256(f"{path}\n{stat.size}\n{stat.mtime}".encode()).hexdigest()[:16]
+    version = f"{path}\n{stat.size}\n{stat.mtime}".encode(errors="surrogatepass")
+    key = hashlib.sha256(version).hexdigest()[:16]
     target = os.path.join(cache_folder(), f"{key}-{path.partition('?')[0].rstrip('/').rsplit('/', 1)[-1]}")
     if not os.path.exists(target):
         with locked(target):

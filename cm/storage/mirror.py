@@ -49,7 +49,7 @@ def verified_copy(path: str, sha256: str) -> str:
 def fetch_to_cache(checkpoint: str, files: dict[str, dict], flag: str) -> Path:
     """A local copy of a remote checkpoint directory in the cache; Damaged when its files are not as in its manifest."""
     content = "\n".join([checkpoint, *(f"{name} {files[name]['sha256']}" for name in sorted(files))])
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    key = hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
     target = Path(filesystem.cache_folder(), f"{key}-{checkpoint.rsplit('/', 1)[-1]}")
     with filesystem.locked(target):
         if not target.exists() and fetch(checkpoint, target) is None:

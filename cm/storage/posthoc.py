@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from cm.config.parsing import LONGEST_PROFILE
 from cm.errors import UserError
+from cm.runtime.inputs import listed
 from cm.storage.weights import file_sha256, load_weights
 
 FOLDER = "posthoc"
@@ -92,7 +94,10 @@ def stem(sigma_rel: float, start: int = 0) -> str:
 def find_snapshots(run: str | os.PathLike) -> list[Snapshot]:
     """All snapshots of a run directory, in its checkpoints and beside them, oldest first."""
     run, found = Path(run), {}
-    for path in (*run.glob(f"{FOLDER}/*.pt"), *run.glob("checkpoints/step_*/posthoc_*.pt")):
+    checkpoints = listed(run / "checkpoints", "step_*")
+    for path in chain.from_iterable(
+        listed(folder, "posthoc_*.pt") for folder in (run / FOLDER, *checkpoints)
+    ):
         if match := _FILE.fullmatch(path.name):
             found[path.name] = Snapshot(path, float(match[1]), int(match[3]), int(match[2] or 0))
     return sorted(found.values(), key=lambda s: (s.step, s.sigma_rel))
@@ -100,7 +105,7 @@ def find_snapshots(run: str | os.PathLike) -> list[Snapshot]:
 
 def keep_snapshots(checkpoint: Path, run: str | os.PathLike) -> None:
     """Before a checkpoint is deleted: its snapshots get a second name in the run's folder for them."""
-    for path in checkpoint.glob("posthoc_*.pt"):
+    for path in listed(checkpoint, "posthoc_*.pt"):
         folder = Path(run) / FOLDER
         folder.mkdir(exist_ok=True)
         kept = folder / path.name

@@ -27,6 +27,7 @@ from cm.errors import UserError, extra
 from cm.objectives.lpips import LINEAR_FILE, VGG_FILE
 from cm.runtime import distributed, job, launch, liveness
 from cm.runtime.cpu import usable_cores
+from cm.runtime.inputs import listed
 from cm.storage.filesystem import cache_folder
 
 CORE = ("torch", "numpy", "pillow", "scipy", "tqdm")
@@ -201,7 +202,7 @@ def check_run_dir(path: str) -> list[Check]:
 def check_last_runs(path: str) -> list[Check]:
     """How the latest runs below a folder, or the run that it is, ended: those that did not reach their end."""
     folder = Path(path).expanduser()
-    runs = [run for run in (folder, *folder.glob("*")) if liveness.folder(run).is_dir()]
+    runs = [run for run in (folder, *listed(folder)) if liveness.folder(run).is_dir()]
     runs.sort(key=lambda run: liveness.folder(run).stat().st_mtime, reverse=True)
     ends = [(run.name, liveness.describe_last_run(run)) for run in runs[:RUNS_TO_TELL]]
     orderly = (liveness.PREEMPTED, liveness.TIME, "still going on")
@@ -235,12 +236,20 @@ def examine(run_dir: str, across_ranks: bool) -> list[Check]:
     steps: list[Callable[[], list[Check]]] = [
         *(check_versions, check_mpi, check_devices, check_shared_memory, check_launcher, check_host_name),
         check_weights,
-        lambda: check_run_dir(run_dir),
-        lambda: check_last_runs(run_dir),
     ]
-    # Ranks other than 0 only take part in what all do together.
-    checks = [check for step in steps for check in step()] if distributed.is_main() else []
+    checks = []
+    if distributed.is_main():  # other ranks only take part in what all do together
+        checks = [check for step in steps for check in tried(step)]
+        checks += tried(check_run_dir, run_dir) + tried(check_last_runs, run_dir)
     return checks + (check_ranks() if across_ranks else [])
+
+
+def tried(step: Callable[..., list[Check]], *arguments: str) -> list[Check]:
+    """What a step finds; that it cannot look, for lack of rights or a disk that fails, is a finding, too."""
+    try:
+        return step(*arguments)
+    except (OSError, UserError) as error:
+        return [Check(step.__name__.removeprefix("check_").replace("_", " "), "failed", str(error))]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,6 @@ Sampling does the same by itself: `--model_path runs/edm2 --weights posthoc:0.12
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from cm.config.parsing import expanded
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=expanded, default="", help="model file to write (default: RUN/average_LENGTH_STEP.pt)"
     )
     flags = parser.parse_args(argv)
-    with claimed_place(flags.out, "--out") if flags.out else nullcontext():
+    with claimed_place(flags.out, "--out"):
         state, meta, used = reconstruct(flags.run, flags.sigma_rel, flags.step)
         out = flags.out or str(Path(flags.run, f"average_{flags.sigma_rel:g}_{used[-1][0].step:06d}.pt"))
         with writing(out):

@@ -16,9 +16,9 @@ from typing import Any
 from cm.config.parsing import expanded
 from cm.config.scripts import SCRIPTS
 from cm.config.stored import checked
-from cm.errors import UserError
+from cm.errors import UserError, one_line
 from cm.runtime import liveness
-from cm.runtime.inputs import misfit, read_json, read_json_lines
+from cm.runtime.inputs import listed, misfit, read_json, read_json_lines
 
 CONFIG, LOG = "config.json", "progress.jsonl"
 # Folders below DIR in which runs are looked for
@@ -86,7 +86,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.path.glob("checkpoints/step_*/manifest.json"))
+        return [p for p in listed(self.path / "checkpoints", "step_*") if (p / "manifest.json").exists()]
 
 
 def read_run(path: str | Path) -> Run:
@@ -217,7 +217,7 @@ def program(argv: Sequence[str] | None = None) -> None:
         main(argv)
     except (UserError, OSError) as error:  # a name that is too long, a mount that went away
         said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-        print(f"error: {said[:500]}", file=sys.stderr)
+        print(f"error: {one_line(said)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cm.errors import UserError
 from cm.runtime.inputs import json_or_none, misfit
+from cm.storage.filesystem import list_recursive
 from cm.tools.findings import MEASURED
 
 # What a study's file has beside its results, and a result of a sample set and of a checkpoint
@@ -39,7 +40,8 @@ def load_results(folder: str | Path) -> list[Measurement]:
     if not Path(folder).is_dir():
         raise UserError(f"--results {folder}: no such folder")
     found = []
-    for path in sorted(Path(folder).rglob("*.json"), key=lambda p: (p.lstat().st_mtime, str(p))):
+    files = [Path(folder, name) for name in list_recursive(folder) if name.endswith(".json")]
+    for path in sorted(files, key=lambda p: (p.lstat().st_mtime, str(p))):
         content = json_or_none(path)
         if content and content.keys() >= STUDY:
             found += of_study(path.stem, content)

@@ -124,3 +124,9 @@ def test_writer_refuses_what_does_not_fit(tmp_path):
 def test_save_json(tmp_path):
     save_json(tmp_path / "m.json", {"a": [1, 2]})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": [1, 2]}
+
+
+def test_a_caption_of_several_lines_is_one():
+    image = _samples(1, side=64)
+    one, two = (np.asarray(make_grid(image, captions=[text])) for text in ("a b", "a\nb"))
+    assert np.array_equal(one, two)

@@ -5,17 +5,15 @@ Bounded in time and memory; nothing that was there is changed, nothing half-made
 
 import contextlib
 import hashlib
-import io
 import random
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from cm.commands.main import main
 from cm.runtime import logger
 from cm.tools import demo
+from tests.helpers.commands import run
 from tests.helpers.damage import KINDS, PASSED_OVER, REPORTS, valid_inputs
 from tests.helpers.memory import at_most
 from tests.helpers.mp import ROOT
@@ -55,28 +53,14 @@ def at_most_seconds(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def run(argv: list[str], monkeypatch) -> tuple[int, str]:
-    """(exit code, standard error) of a command in this process; exceptions that it lets through are the test's."""
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(demo, "page", lambda tried: None)  # needs gradio; what is damaged is read before
-    monkeypatch.setattr(demo, "serve", lambda *_: None)
-    try:
-        with at_most_seconds(SECONDS):
-            main(argv)
-    except SystemExit as stop:
-        return stop.code or 0, sys.stderr.getvalue()
-    finally:
-        logger.reset()
-    return 0, sys.stderr.getvalue()
-
-
 def judge(kind: str, number: int, world: Path, folder: Path, monkeypatch) -> int:
     folder.mkdir()
     monkeypatch.chdir(folder)
     argv = [str(word) for word in KINDS[kind](random.Random(f"{kind} {number}"), world, folder)]
     before = fingerprint(folder)
-    with at_most(BYTES):
+    monkeypatch.setattr(demo, "page", lambda tried: None)  # needs gradio; what is damaged is read before
+    monkeypatch.setattr(demo, "serve", lambda *_: None)
+    with at_most(BYTES), at_most_seconds(SECONDS):
         code, text = run(argv, monkeypatch)
     after, what = fingerprint(folder), f"{kind} {number}: {' '.join(argv)}\n{text}"
     # `inspect` answers 1 when some images cannot be read, `doctor` where the machine lacks something.

@@ -3,15 +3,18 @@
 A case is a function of its number; CM_FAULT_CASES in the environment makes it so many of each program and fault.
 """
 
+import contextlib
 import os
 import random
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.programs import GOES_ON, PROGRAMS, TRAINING, Server, command, make_inputs
+from tests.helpers.programs import GOES_ON, MEASURING, PROGRAMS, TRAINING, Server, command
 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 PREEMPTED = 75
@@ -24,18 +27,16 @@ QUICK = [
     ("together", "convert to diffusers"),
     ("full disk", "reference"),
     ("full disk", "convert to safetensors"),
+    ("small disk", "interpolate"),
 ]
 
 
 class World:
     """The inputs, the server, and what each program leaves, in how long, when nobody disturbs it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, inputs: Path):
         self.server = Server()
-        self.folder = folder
-        self.inputs = folder / "inputs"
-        self.inputs.mkdir()
-        make_inputs(self.inputs)
+        self.folder, self.inputs = folder, inputs
         self._undisturbed: dict[str, tuple[set[str], float, int]] = {}
         self._count = 0
 
@@ -128,17 +129,46 @@ def out_of_room(world: World, program: str, r: random.Random) -> None:
     goes_on(world, program, out)
 
 
+def on_a_small_disk(world: World, program: str, r: random.Random) -> None:
+    """A file system of a few pages, or of a few names: one line, and room again for what was begun."""
+    largest = world.undisturbed(program)[2]
+    out = world.empty()
+    size = f"size={4096 + int(2 * largest * r.random() ** 2)}"
+    with small_disk(out, r.choice([size, f"nr_inodes={r.randrange(2, 8)}"])) as disk:
+        done = world.run(program, out)
+        found, what = names(out), f"{program}, {disk}: {done}"
+        assert done["codes"][0] in (0, 2) and not done["left"] and not temporary(found), f"{what}\n{found}"
+        assert "Traceback" not in done["texts"][0], what
+        if done["codes"] == [2]:
+            assert sum(line.startswith("error: ") for line in done["texts"][0].splitlines()) == 1, what
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=0", out], check=True)
+        goes_on(world, program, out)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, option: str) -> Iterator[str]:
+    """In the body, a new file system in memory lies in the folder."""
+    mount = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", folder]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield option
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 FAULTS = {
     "signal": ended_by_a_signal,
     "kill": killed,
     "together": started_together,
     "full disk": out_of_room,
+    "small disk": on_a_small_disk,
 }
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("programs"))
+def world(tmp_path_factory, program_inputs) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("programs"), program_inputs)
     yield world
     world.server.close()
 
@@ -152,11 +182,20 @@ def test_a_few_faults(world, fault, program):
     case(world, fault, program, 0)
 
 
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("program", MEASURING)
+def test_a_signal_to_what_measures_leaves_nothing(world, program, number):
+    out = world.empty()
+    done = world.run(program, out, number=number, delay=0.5)
+    assert done["codes"] == [128 + number] and not done["left"] and not names(out), done
+    assert done["texts"][0].splitlines()[-1] in ("interrupted", f"ended by {number.name}"), done
+
+
 PAIRS = [
     (program, fault)
     for i, program in enumerate(PROGRAMS)
     for j, fault in enumerate(FAULTS)
-    if MORE or i % len(FAULTS) == j
+    if MORE or (i % len(FAULTS) == j and program not in MEASURING)
 ]
 
 

@@ -51,13 +51,17 @@ PROGRAMS = {
     "convert to diffusers": "convert @model.pt OUT --to diffusers",
     "average": "average @edm --sigma_rel 0.08 --out OUT.pt",
     "report": "report @edm --out OUT.html",
+    "plan": "plan @edm --gpus 1xA100-40 --json OUT.json",
+    "benchmark": "benchmark host --repeats 1 --warmup 0 --out OUT.json",
 }
 TRAINING = {"train", "distill"}
+MEASURING = ("plan", "benchmark")  # which take longer than the others
 PRELOADED = (
     "cm.commands.edit", "cm.commands.interpolate", "cm.commands.likelihood", "cm.commands.prepare",
     "cm.commands.sample", "cm.commands.train", "cm.tools.convert.formats", "cm.tools.posthoc_ema", "cm.training.setup",
     "evaluations.evaluator", "evaluations.reference", "evaluations.search", "evaluations.small_classifier",
-    "evaluations.reports.run_report.command", "safetensors.torch",
+    "evaluations.reports.run_report.command", "safetensors.torch", "cm.tools.bench.host", "cm.tools.planning.report",
+    "cm.tools.planning.run", "cm.tools.profiling.report",
 )  # fmt: skip
 # What these leave after an end is what the next start goes on with.
 GOES_ON = {**dict.fromkeys(TRAINING, "OUT/"), "search": "OUT/search_memo.json"}

@@ -1,7 +1,9 @@
 """Claims: one writer at a time, also when processes start together, and takeover of what a killed one left."""
 
+import errno
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -160,6 +162,19 @@ def test_a_signal_while_it_is_taken_leaves_no_claim(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             Claim(tmp_path / "x").__enter__()
     assert list(tmp_path.iterdir()) == []
+    link = os.link
+    for made in (False, True):  # in the instant before it is made, and after
+
+        def interrupted_link(source, target, made=made):
+            if made:
+                link(source, target)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", interrupted_link)
+            with pytest.raises(KeyboardInterrupt):
+                Claim(tmp_path / "x").__enter__()
+        assert list(tmp_path.iterdir()) == []
     file = tmp_path / ".x.claim"
     file.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "born": 1}))
     with monkeypatch.context() as patched:
@@ -167,3 +182,27 @@ def test_a_signal_while_it_is_taken_leaves_no_claim(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             Claim(tmp_path / "x").__enter__()
     assert file.exists()  # another's stays
+
+
+def test_where_there_are_no_links_one_of_two_has_it(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    with Claim(tmp_path / "x"), pytest.raises(UserError, match="is being written by"):
+        Claim(tmp_path / "x").__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_never_stands_without_its_holder(tmp_path, monkeypatch):
+    """A process that is killed at any moment leaves none, or one that the next start takes over at once."""
+    for moment in ("write_text", "link", "unlink"):
+        if (child := os.fork()) == 0:
+            owner = os if moment == "link" else pathlib.Path
+            monkeypatch.setattr(owner, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            Claim(tmp_path / moment).__enter__()
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        with claimed_place(tmp_path / moment):
+            pass
+        assert not list(tmp_path.iterdir())

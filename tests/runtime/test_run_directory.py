@@ -1,5 +1,6 @@
 """A refused start leaves nothing that was not there; what was there stays as it is."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -111,6 +112,28 @@ def test_a_directory_that_was_there_stays_as_it_is(inputs, tmp_path, images, tea
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("failing", ["the list of names", "one file"])
+def test_what_could_not_be_read_at_the_start_is_not_taken_away(tmp_path, monkeypatch, failing):
+    """A mount that fails for a moment: what was not seen is no work of this start."""
+    for name in ("config.json", "log.txt", "mine/a.txt", "zzz.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = snapshot(tmp_path)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(UserError), monkeypatch.context() as patch:
+        if failing == "one file":
+            patch.setattr(Path, "read_bytes", stale)
+        else:
+            patch.setattr("os.listdir", stale)
+        with RunDirectory(str(tmp_path)):
+            patch.undo()
+            raise UserError("no")
+    assert snapshot(tmp_path) == before
+
+
 def refuse(
     place: RunDirectory, error: Exception, *, started: bool = False, checkpoints: bool = False
 ) -> None:
@@ -128,6 +151,8 @@ def test_only_refusals_before_the_start_remove_the_directory(tmp_path):
         "refused": (UserError("no"), {}, False),
         "started": (UserError("no"), {"started": True}, True),
         "fetched": (UserError("no"), {"checkpoints": True}, True),
+        "without a right": (PermissionError(13, "no"), {}, False),
+        "interrupted": (KeyboardInterrupt(), {}, False),
         "crashed": (RuntimeError("no"), {}, True),
     }
     for name, (error, more, stays) in cases.items():

@@ -1,6 +1,8 @@
 """A process that waits for other ranks says so, and ends in one line."""
 
+import datetime
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import time
 
 import pytest
 
+from cm.errors import UserError
+from cm.runtime import launch
 from tests.helpers import mp
 
 PROGRAM = """
@@ -28,10 +32,10 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(env: dict) -> subprocess.Popen:
+def start(env: dict, program: str = PROGRAM) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     env = {"OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, cwd=mp.ROOT, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", program], env=env, cwd=mp.ROOT, text=True, **pipes)
 
 
 def end(env: dict) -> tuple[int, list[str]]:
@@ -83,3 +87,37 @@ def test_ranks_that_meet_say_nothing():
     env = torchrun(0)
     both = [start(env | {"RANK": rank}) for rank in "01"]
     assert [process.communicate(timeout=60)[0] for process in both] == ["0 2\n", "1 2\n"]
+
+
+@pytest.mark.parametrize(
+    ("env", "number"),
+    [
+        (torchrun(1), signal.SIGTERM),
+        (torchrun(1) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, signal.SIGINT),
+    ],
+)
+def test_a_rank_that_waits_hears_a_signal(env, number):
+    process = start(env, PROGRAM.replace("3.0", "600.0"))
+    assert " waits for " in process.stderr.readline()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (
+        128 + number,
+        "interrupted\n" if number == signal.SIGINT else "ended by SIGTERM\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"RANK": "2"}, "this is rank 2 of 2: ranks count from 0"),
+        ({"RANK": "-1"}, "this is rank -1 of 2: ranks count from 0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT: 99999 is no port"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT: -1 is no port"),
+    ],
+)
+def test_variables_that_make_no_sense(change, problem, monkeypatch):
+    for name, value in (torchrun(0) | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=problem):
+        launch.connect(launch.detect(), datetime.timedelta(seconds=1))

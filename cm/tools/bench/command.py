@@ -10,6 +10,7 @@ Under mpiexec or torchrun, train also measures communication.
 
 import argparse
 import os
+from contextlib import ExitStack
 
 from cm.config.parsing import expanded
 from cm.config.registry import resolve
@@ -28,6 +29,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Measure, print the table, write the file."""
     from cm.models.factory import choose_device
     from cm.runtime import distributed
+    from cm.runtime.claims import claimed_place
     from cm.tools.bench.runs import Options
     from cm.tools.profiling import report
 
@@ -36,12 +38,14 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         return
     distributed.setup_dist()
     options = Options(args.preset, args.device, tuple(args.case), args.warmup, args.repeats, tuple(flags))
-    rows = resolve(SUITES[args.what])(options)
-    found = report.Report(rows, report.environment(choose_device(args.device)))
-    if distributed.is_main():
-        print(found.table())
-        if args.out:
-            found.save(args.out)
+    with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(claimed_place(args.out, "--out")))
+        rows = resolve(SUITES[args.what])(options)
+        found = report.Report(rows, report.environment(choose_device(args.device)))
+        if distributed.is_main():
+            print(found.table())
+            if args.out:
+                found.save(args.out)
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -19,23 +19,25 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Plan and print."""
     import json
 
+    from cm.runtime.claims import claimed_place
     from cm.runtime.files import whole_file, writing
     from cm.tools.planning import report, run
 
-    gpus = args.gpus or run.this_machine()
-    cluster, measured = (
-        run.read_measured(args.measured, gpus) if args.measured else (run.cluster_of(gpus), None)
-    )
-    slowdown = measured.slowdown if measured else 1.0
-    if args.images:
-        plans = [run.plan_images(name, cluster, args.images, flags, slowdown) for name in args.presets]
-    else:
-        plans = [run.plan_training(name, cluster, flags, slowdown) for name in args.presets]
-    print(report.text(plans, measured, args.price))
-    if args.json:
-        text = json.dumps(report.document(plans, measured, args.price), indent=1) + "\n"
-        with writing(args.json), whole_file(args.json) as file:
-            file.write(text.encode())
+    with claimed_place(args.json, "--json"):
+        gpus = args.gpus or run.this_machine()
+        cluster, measured = (
+            run.read_measured(args.measured, gpus) if args.measured else (run.cluster_of(gpus), None)
+        )
+        slowdown = measured.slowdown if measured else 1.0
+        if args.images:
+            plans = [run.plan_images(name, cluster, args.images, flags, slowdown) for name in args.presets]
+        else:
+            plans = [run.plan_training(name, cluster, flags, slowdown) for name in args.presets]
+        print(report.text(plans, measured, args.price))
+        if args.json:
+            text = json.dumps(report.document(plans, measured, args.price), indent=1) + "\n"
+            with writing(args.json), whole_file(args.json) as file:
+                file.write(text.encode())
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -53,7 +55,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--images", type=int, default=0, help="plan sampling of so many images instead of training"
     )
-    parser.add_argument("--measured", default="", help="report of cm benchmark train on such a GPU")
+    parser.add_argument(
+        "--measured", type=expanded, default="", help="report of cm benchmark train on such a GPU"
+    )
     parser.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
     parser.add_argument("--json", type=expanded, default="", help="file to write all numbers to")
     args, flags = parser.parse_known_args()

@@ -21,7 +21,8 @@ from cm.config.rows import METRICS, OBJECTIVES
 from cm.config.scripts import SCRIPTS, configuration_class
 from cm.errors import UserError, extra
 from cm.runtime import job, liveness
-from cm.runtime.inputs import json_or_none, misfit, open_regular, read_regular
+from cm.runtime.claims import claimed_place
+from cm.runtime.inputs import json_or_none, listed, misfit, open_regular, read_regular
 from cm.storage.filesystem import write_atomic
 from cm.tools.findings import Finding, find_results, metric_names
 from cm.tools.runs import Run, number, read_run, since
@@ -276,12 +277,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--previews must be at least 2, got {options.previews}")
     runs = distinct(read_run(path) for path in options.runs)
     out = Path(options.out or (runs[0].path / "report.html" if len(runs) == 1 else "report.html"))
-    if missing := [folder for folder in options.results if not Path(folder).is_dir()]:
-        raise UserError(f"--results {missing[0]}: no such folder")
-    html = page(runs, results=options.results, previews=options.previews)
+    for folder in options.results:
+        if not Path(folder).is_dir():
+            raise UserError(f"--results {folder}: no such folder")
+        listed(folder)  # what lies in it may be passed over, but not the whole
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    write_atomic(out, html.encode())
+    with claimed_place(out, "--out"):
+        html = page(runs, results=options.results, previews=options.previews)
+        write_atomic(out, html.encode(errors="backslashreplace"))  # names that are not UTF-8
     print(f"report: {out} ({len(html) / 2**20:.1f} MiB)")
 
 
