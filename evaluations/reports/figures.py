@@ -211,9 +211,10 @@ def draw_figure(path: Path, name: str, size: str, measurements: Sequence[Measure
         series.append(Series(curve.label, [x for x, _ in found], [m.metrics["fid"] for _, m in found]))
     if any(s.x for s in series):
         x_label = {"step": "training steps", "N": "N", "nfe": "network evaluations"}[fig.x]
-        line_plot(
-            path, series, title=f"{fig.title} ({size})", x_label=x_label, y_label="FID", log_x=fig.x == "N"
-        )
+        # Miniatures are measured in other features than Inception's.
+        distance = "Fréchet distance" if size in MINIATURES else "FID"
+        title = f"{fig.title} ({size})"
+        line_plot(path, series, title=title, x_label=x_label, y_label=distance, log_x=fig.x == "N")
     return missing
 
 
