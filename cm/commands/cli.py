@@ -41,7 +41,14 @@ FORMER = {
     *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
 }
 # Flags of earlier versions under the names that they have now; None: gone
-RENAMED = {"classifier_path": "guide", "classifier_scale": "guidance", "classifier_noise_schedule": None}
+RENAMED = {
+    "classifier_path": "guide",
+    "classifier_scale": "guidance",
+    "classifier_noise_schedule": None,
+    "shard_optimizer": "shard",
+}
+# What values of flags that were renamed are called now
+FORMER_VALUES = {("shard_optimizer", False): "none", ("shard_optimizer", True): "optimizer"}
 # What --dry_run and a run's config.json add to the flags, and what belongs to one command line alone
 NOT_FROM_FILE = {"num_parameters", "dry_run", "config", "script", "plugins", "class_names"}
 
@@ -190,7 +197,8 @@ def read_config(content: Mapping[str, Any], path: str, cls: type[Config]) -> dic
         if name in NOT_FROM_FILE or name in FORMER or (RENAMED.get(name, "") is None and not value):
             continue
         if new := RENAMED.get(name):
-            name, value = new, f"{value:g}" if isinstance(value, float) else value
+            value = f"{value:g}" if isinstance(value, float) else FORMER_VALUES.get((name, value), value)
+            name = new
         if name in flags:
             values[name] = _converted(name, value, type(flags[name].default), path)
             continue

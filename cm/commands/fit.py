@@ -146,7 +146,7 @@ def fit_memory(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if fits == 0:
         raise UserError(
             f"a network of --num_channels {config.num_channels} for {config.image_size}-px images does not fit: "
-            f"{free_gib}; a smaller one, --use_checkpoint True or --shard_optimizer True takes less"
+            f"{free_gib}; a smaller one, --use_checkpoint True or --shard optimizer takes less"
         )
     if fits >= asked:
         return config, []

@@ -39,6 +39,7 @@ from cm.training.roles import (
     load_teacher,
     resolve_config,
     training_format,
+    with_format,
 )
 from cm.training.trainer import Trainer
 
@@ -89,9 +90,10 @@ def _train(config: TrainConfig, directory: RunDirectory, stopper: Stopper, signa
         logger.log(note)
     limits = {name: 60 * getattr(config, name) for name in ("startup_timeout", "step_timeout")}
     with supervised(run, limits) as heartbeat:
+        saver = create_saver(config, run, dataset.fingerprint, mirror)
+        config = with_format(config, device, checkpoint)
         objective, roles = create_roles(config, teacher, device)
         del teacher  # gigabytes that the networks hold now
-        saver = create_saver(config, run, dataset.fingerprint, mirror)
         trainer = build_trainer(config, objective, roles, saver, Supervision(stopper, heartbeat))
         if checkpoint is not None:
             trainer.load(checkpoint, verified=True)
@@ -213,8 +215,8 @@ def log_summary(config: TrainConfig, trainer: Trainer, dataset: ImageData) -> No
         f"{trainer.total_steps or 'no limit on'} steps, from step {trainer.state.step}, "
         f"precision {trainer.optimization.precision}, {trainer.device}"
     )
-    if config.shard_optimizer and trainer.state.ema.partition.parts == 1:
-        logger.log("note: --shard_optimizer has no effect on one process")
+    if config.shard != "none" and trainer.state.ema.partition.parts == 1:
+        logger.log(f"note: --shard {config.shard} has no effect on one process")
     if trainer.objective.num_scales(0) is not None and trainer.objective.stage(0) is None:
         logger.log(
             "note: the consistency loss is no measure of quality: it grows with the number of scales N(k)"

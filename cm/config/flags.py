@@ -292,9 +292,8 @@ class OptimFlags:
         choices=("auto", "cpu"),
         result=False,
     )
-    shard_optimizer: bool = flag(
-        False, "share the optimizer's moments and the averages out over the ranks; same numbers", result=False
-    )
+    # optimizer: moments and averages; fsdp: weights and gradients, too
+    shard: str = flag("none", "what the ranks share out", choices=("none", "optimizer", "fsdp"), result=False)
     fp16_scale_growth: float = flag(
         1e-3, "growth of log2 of the fp16 loss scale", unit="per good step", low=0
     )

@@ -104,6 +104,10 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError(
             f"--lr_schedule {config.lr_schedule} needs --lr_anneal_steps or --total_training_steps"
         )
+    if config.shard == "fsdp" and config.compile:
+        raise UserError(
+            "--shard fsdp gathers a block at a time, which --compile True cannot follow: choose one"
+        )
     if config.keep_every and not config.keep_last:
         raise UserError("--keep_every needs --keep_last: without it all checkpoints are kept")
 

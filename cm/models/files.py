@@ -17,7 +17,8 @@ from cm.runtime.inputs import listed, read_json
 from cm.storage import filesystem, mirror, posthoc
 from cm.storage.checkpoint import newest_checkpoint
 from cm.storage.filesystem import cache_locally, is_remote
-from cm.storage.weights import file_sha256, load_weights, map_tensors, without_loss
+from cm.storage.shards import INDEX, load_part, names_of, read_index
+from cm.storage.weights import file_sha256, map_tensors, tensors_sha256, without_loss
 
 _EMA_FILE = re.compile(r"^ema_(.+)_(\d+)\.pt$")
 
@@ -36,6 +37,8 @@ class ModelFile:
         """Hash of the file's bytes, for provenance."""
         if _is_posthoc(self.kind):
             return posthoc.fingerprint(*_average(self.path, self.kind))
+        if not is_remote(self.path) and not os.path.exists(self.path):  # put together from shards
+            return tensors_sha256(self.state)
         return file_sha256(cache_locally(self.path))
 
 
@@ -81,7 +84,8 @@ def _find_on_disk(path: str, weights: str, flag: str) -> tuple[str, str]:
         raise UserError(f"{path} holds no complete checkpoint (--{flag})")
     if _is_posthoc(weights):
         return str(checkpoint), weights  # it has no file of its own
-    name, kind = choose_weights((file.name for file in listed(checkpoint, "*.pt")), weights, str(checkpoint))
+    names = (*(file.name for file in listed(checkpoint, "*.pt")), *names_of(read_index(checkpoint)))
+    name, kind = choose_weights(names, weights, str(checkpoint))
     return str(checkpoint / name), kind
 
 
@@ -90,6 +94,10 @@ def _find_in_bucket(path: str, weights: str, flag: str) -> tuple[str, str]:
     if not filesystem.isdir(path):
         return _single_file(path, weights, flag)
     checkpoint, files = mirror.newest_checkpoint(path, flag)
+    if INDEX in files:
+        raise UserError(
+            f"{checkpoint} holds the shards of several ranks: copy the run to this machine (--{flag})"
+        )
     name, kind = choose_weights(files, weights, checkpoint)
     mirror.verified_copy(f"{checkpoint}/{name}", files[name]["sha256"])
     return f"{checkpoint}/{name}", kind
@@ -126,7 +134,7 @@ def _read(path: str, kind: str) -> ModelFile:
     if _is_posthoc(kind):
         state, meta, _ = posthoc.reconstruct(*_average(path, kind))
         return ModelFile(path, kind, without_loss(state), _stored(meta, path))
-    state, meta = load_weights(path)
+    state, meta = load_part(path)
     config = _stored(meta, path)
     return ModelFile(
         path, kind, require_flat(without_loss(state), path, described=config is not None), config

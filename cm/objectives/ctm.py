@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cm.diffusion.ddim import ddim
 from cm.diffusion.flow_maps import FlowMap
 from cm.diffusion.grid import Grid, karras_sigma
+from cm.errors import UserError
 from cm.nn import append_dims, mean_flat
 from cm.objectives.base import Draw, Objective, Roles, bare, replayed_rng, rng_state
 from cm.objectives.consistency import heun_step
@@ -236,6 +237,11 @@ def balance(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
 def trajectories(config: Any) -> Objective:
     """Rows ctm and ctm_training (self-learning)."""
     distillation = distils(config)
+    if config.dsm_adaptive and config.dsm_weight and getattr(config, "shard", "none") == "fsdp":
+        raise UserError(
+            "--shard fsdp leaves no rank the whole weight by whose gradients --dsm_adaptive True weighs the losses: "
+            "give --dsm_adaptive False or --shard optimizer"
+        )
     return TrajectoryObjective(
         schedule_of(config),
         distance_of(config),

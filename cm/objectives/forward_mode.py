@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from cm.errors import UserError
 
+ROUNDED = "rounded_when_gathered"  # attribute of networks that FSDP gathers in half precision
 LINEAR_IN_INPUT = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
 
 
@@ -65,7 +66,15 @@ def along(
 
 
 def in_fp32(net: nn.Module) -> Callable[..., Tensor]:
-    """The network with its half-precision weights widened, if it has any: tangents overflow fp16 and fade in bf16."""
+    """The network with its half-precision weights widened, if it has any: tangents overflow fp16 and fade in bf16.
+
+    UserError for one whose weights are rounded only when FSDP gathers them.
+    """
+    if getattr(net, ROUNDED, False):
+        raise UserError(
+            "--shard fsdp in half precision has no fp32 pass for this loss's derivative: give --precision fp32 or "
+            "--shard optimizer"
+        )
     narrow = (
         {n: p for n, p in net.named_parameters() if p.element_size() < 4}
         if isinstance(net, nn.Module)

@@ -33,27 +33,41 @@ def step_directory(run_dir: str | os.PathLike, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:06d}"
 
 
-def write_checkpoint(
-    run_dir: str | os.PathLike, step: int, files: dict[str, dict[str, Tensor]], state: dict, meta: dict
-) -> Path:
-    """Write one checkpoint directory: weights files by name, `state` and `meta` as JSON, and the manifest last.
-
-    An interrupted write leaves only a directory with a temporary name, which the next write removes. OSError when
-    the storage fails; whatever was complete before is so still.
-    """
+def begin_checkpoint(run_dir: str | os.PathLike, step: int) -> Path:
+    """The empty directory, under a temporary name, in which a checkpoint is made; what others left goes away."""
     final = step_directory(run_dir, step)
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".tmp_*"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = final.parent / f".tmp_{final.name}"
     temporary.mkdir()
+    return temporary
+
+
+def write_checkpoint(
+    run_dir: str | os.PathLike,
+    step: int,
+    files: dict[str, dict[str, Tensor]],
+    state: dict,
+    meta: dict,
+    begun: Path | None = None,
+) -> Path:
+    """Write one checkpoint directory: weights files by name, `state` and `meta` as JSON, and the manifest last.
+
+    begun: of `begin_checkpoint`, where other files, such as shards, are there already. An interrupted write leaves only
+    a directory with a temporary name, which the next write removes. OSError when the storage fails; whatever was
+    complete before is so still.
+    """
+    final = step_directory(run_dir, step)
+    temporary = begun or begin_checkpoint(run_dir, step)
+    there = sorted(path.name for path in temporary.iterdir())
     try:
         for name, content in files.items():
             save_weights(temporary / name, content, meta)
         _write_json(temporary / STATE, {**state, **meta})
         manifest = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
-            for name in (*files, STATE)
+            for name in (*there, *files, STATE)
         }
         _write_json(temporary / MANIFEST, {"step": step, "files": manifest})
         if final.exists():

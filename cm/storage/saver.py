@@ -12,8 +12,9 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.runtime import distributed, logger
 from cm.runtime.provenance import versions
-from cm.storage.checkpoint import complete_checkpoints, prune_checkpoints, write_checkpoint
+from cm.storage.checkpoint import begin_checkpoint, complete_checkpoints, prune_checkpoints, write_checkpoint
 from cm.storage.mirror import Mirror
+from cm.storage.shards import save_shards
 from cm.storage.weights import map_tensors
 
 
@@ -72,6 +73,27 @@ class Saver:
         if not self.background:
             self.check()
 
+    def save_shards(self, shards: dict[str, Tensor], files: dict[str, dict], scalars: dict) -> None:
+        """As `save`, with tensors of which each rank has a part and writes it. Returns when all is on disk."""
+        self.wait()
+        try:
+            begun = distributed.on_main(lambda: self._begin(scalars["step"]))
+            save_shards(begun, shards)
+        except UserError as error:  # on all ranks
+            if distributed.is_main():
+                self._fail_save(scalars["step"], error)
+        else:
+            if distributed.is_main():
+                self._write(files, scalars, begun)
+        self.check()
+
+    def _begin(self, step: int) -> Path:
+        try:
+            os.stat(self._folder)
+            return begin_checkpoint(self.run_dir, step)
+        except OSError as error:
+            raise UserError(str(error)) from None
+
     def catch_up(self) -> None:
         """Give the mirror the newest complete checkpoint if it lacks it; a failure is one of a save."""
         if self.mirror is None:
@@ -108,17 +130,17 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, files: dict[str, dict], scalars: dict) -> None:
+    def _write(self, files: dict[str, dict], scalars: dict, begun: Path | None = None) -> None:
         step, self._problem = scalars["step"], None
         try:
             # Where a mount has gone, the folder must not be made anew on the disk below it.
             os.stat(self._folder)
-            path = write_checkpoint(self.run_dir, step, files, scalars, self.meta)
+            path = write_checkpoint(self.run_dir, step, files, scalars, self.meta, begun)
             logger.log(f"saved {path}")
             if self.mirror is not None:
                 self.mirror.push(path)
         except (OSError, UserError) as error:
-            self._fail(f"could not save step {step} under {self.run_dir}: {error}{self._remaining()}")
+            self._fail_save(step, error)
             return
         except Exception:
             self._problem = RuntimeError(f"could not save step {step}:\n{traceback.format_exc()}")
@@ -127,6 +149,9 @@ class Saver:
             prune_checkpoints(self.run_dir, self.keep_last, self.keep_every)
         except (OSError, UserError) as error:
             logger.warn(f"warning: an old checkpoint could not be deleted: {error}")
+
+    def _fail_save(self, step: int, error: Exception) -> None:
+        self._fail(f"could not save step {step} under {self.run_dir}: {error}{self._remaining()}")
 
     def _fail(self, text: str) -> None:
         self._problem = UserError(text)

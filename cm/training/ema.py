@@ -79,7 +79,7 @@ class EmaBank:
         own = dict(zip(self.partition.indices, self.copies[number], strict=True))
         for i, tensor in items:
             if i in own:
-                own[i].copy_(tensor)
+                own[i].copy_(self.partition.mine(i, tensor))
 
     def whole(self, number: int) -> list[Tensor] | None:
         """Average `number` of all parameters; sharded, copied to rank 0's host memory, and None elsewhere.

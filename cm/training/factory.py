@@ -41,6 +41,6 @@ def create_optimization(config: TrainConfig) -> Optimization:
         ema_warmup=config.ema_warmup,
         ema_profiles=config.ema_profiles,
         ema_device=config.ema_device,
-        shard_optimizer=config.shard_optimizer,
+        shard=config.shard,
         max_bad_steps=config.max_bad_steps,
     )

@@ -1,6 +1,6 @@
 """Mixed precision: fp32 master weights of a network with a half-precision torso, and fp16's dynamic loss scale."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
@@ -9,6 +9,7 @@ from torch import Tensor
 from cm.config.choices import PRECISIONS
 from cm.errors import UserError
 from cm.nn import update_ema
+from cm.runtime import distributed
 
 MIN_LG_LOSS_SCALE = -10.0
 
@@ -18,7 +19,10 @@ class MasterWeights:
 
     The copies are made before the torso is converted, so that they are not rounded to half precision first. Weights
     that never change need none: with `keep_fp32` False the converted parameters are all there is.
+    divided: a rank has a part of them only.
     """
+
+    divided = False
 
     def __init__(self, module: nn.Module, precision: str = "fp32", *, keep_fp32: bool = True):
         dtype = PRECISIONS.load(precision)
@@ -28,15 +32,20 @@ class MasterWeights:
         self.shared = dtype == torch.float32 or not keep_fp32
         copies = [] if self.shared else [p.detach().float().clone() for p in module.parameters()]
         if dtype != torch.float32:
-            if not hasattr(module, "convert_torso"):
-                raise UserError(
-                    f"{type(module).__name__} has no half-precision torso for {precision}: use fp32 (--precision)"
-                )
-            module.convert_torso(dtype)
+            self.convert(module, precision)
         for p in copies:
             p.requires_grad_(True)
         self.model_params = list(module.parameters())
         self.master_params = self.model_params if self.shared else copies
+
+    @staticmethod
+    def convert(module: nn.Module, precision: str) -> None:
+        """Convert a module's torso; UserError where it has none."""
+        if not hasattr(module, "convert_torso"):
+            raise UserError(
+                f"{type(module).__name__} has no half-precision torso for {precision}: use fp32 (--precision)"
+            )
+        module.convert_torso(PRECISIONS.load(precision))
 
     @torch.no_grad()
     def to_model(self) -> None:
@@ -61,6 +70,35 @@ class MasterWeights:
         update_ema(self.master_params, source, rate)
         self.to_model()
 
+    def synchronize(self) -> None:
+        """Give every rank the weights and buffers of rank 0."""
+        distributed.sync_params([*self.master_params, *self.module.buffers()])
+        self.to_model()
+
+    def collect_gradients(self) -> None:
+        """Give the master weights their gradients, widened."""
+        if not self.shared:
+            for master, p in zip(self.master_params, self.model_params, strict=True):
+                if p.grad is not None:
+                    master.grad = p.grad.to(master.dtype)
+
+    def norm(self, tensors: list[Tensor | None]) -> Tensor:
+        """Euclidean norm of all entries of one tensor per parameter, or None."""
+        found = [t for t in tensors if t is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+
+    def own_tensors(self) -> list[Tensor]:
+        """What the module keeps on this rank."""
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    def fp32_copies(self) -> list[Tensor]:
+        """The master weights, where they are not the module's own."""
+        return [] if self.shared else self.master_params
+
+    def mine(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank keeps of a whole tensor of the state dict: all of it."""
+        return tensor
+
     def state_dict(self, params: list[Tensor] | None = None) -> dict[str, Tensor]:
         """The module's state dict in fp32, from the master weights or from other tensors in parameter order."""
         state = self.module.state_dict()
@@ -73,7 +111,7 @@ class MasterWeights:
         """Copy an fp32 state dict, given tensor by tensor, into the master weights and the module."""
         places = self.module.state_dict() | dict(zip(self.names, self.master_params, strict=True))
         for name, tensor in items:
-            places.pop(name).copy_(tensor)
+            places.pop(name).copy_(self.mine(name, tensor))
         if places:
             raise ValueError(f"no values for {', '.join(places)}")
         self.to_model()
@@ -96,8 +134,9 @@ class MixedPrecisionTrainer:
         initial_lg_loss_scale: float = 20.0,
         precision: str | None = None,
         grad_clip: float = 0.0,
+        weights: Callable[[nn.Module, str], MasterWeights] = MasterWeights,
     ):
-        self.weights = MasterWeights(model, precision or ("fp16" if use_fp16 else "fp32"))
+        self.weights = weights(model, precision or ("fp16" if use_fp16 else "fp32"))
         self.model = model
         self.use_fp16 = self.weights.precision == "fp16"
         self.fp16_scale_growth = fp16_scale_growth
@@ -132,8 +171,8 @@ class MixedPrecisionTrainer:
         Reads one flag from the device. `grad_norm` and `param_norm` (before the step) stay on the device.
         """
         grads = self._master_grads()
-        self.grad_norm = _norm(grads)
-        self.param_norm = _norm(self.master_params)
+        self.grad_norm = self.weights.norm([p.grad for p in self.master_params])
+        self.param_norm = self.weights.norm(self.master_params)
         if not bool(torch.isfinite(self.grad_norm)):
             if self.use_fp16:
                 self.lg_loss_scale = max(self.lg_loss_scale - 1, MIN_LG_LOSS_SCALE)
@@ -152,10 +191,7 @@ class MixedPrecisionTrainer:
 
     def _master_grads(self) -> list[Tensor]:
         """fp32 gradients of all parameters, unscaled, attached to the master weights."""
-        if not self.weights.shared:
-            for master, p in zip(self.master_params, self.model_params, strict=True):
-                if p.grad is not None:
-                    master.grad = p.grad.to(master.dtype)
+        self.weights.collect_gradients()
         grads = [p.grad for p in self.master_params if p.grad is not None]
         if self.use_fp16:
             torch._foreach_mul_(grads, 2**-self.lg_loss_scale)
@@ -168,8 +204,3 @@ class MixedPrecisionTrainer:
     def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Tensor]:
         """fp32 tensors in parameter order, detached from the state dict."""
         return [state_dict[name].detach().float().clone() for name in self.weights.names]
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all entries of all tensors."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

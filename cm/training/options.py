@@ -33,9 +33,7 @@ class Optimization:
     ema_warmup: bool = False
     ema_profiles: str = ""  # relative lengths of power-function averages
     ema_device: str = "auto"  # where the averages are kept; auto: beside the weights
-    shard_optimizer: bool = (
-        False  # ZeRO-1: each rank keeps moments and averages of its part of the parameters
-    )
+    shard: str = "none"  # what ranks share out: optimizer (moments and averages, ZeRO-1), fsdp (everything)
     max_bad_steps: int = 100
 
 

@@ -27,7 +27,7 @@ SECOND_EVALUATION = 0.6
 
 
 class Preview:
-    """Draws `preview_count` images into <run>/previews/step_<n>_<sampler>.png; rank 0 draws, the others wait."""
+    """Draws `preview_count` images into <run>/previews/step_<n>_<sampler>.png; rank 0 draws, others wait or help."""
 
     def __init__(self, config: TrainConfig, directory: str):
         self.config = config
@@ -35,20 +35,25 @@ class Preview:
 
     def __call__(self, trainer: Trainer) -> None:
         """Draw and save the grids of the current step; every rank must call it."""
-        ema = trainer.state.ema
-        average = ema.whole(ema.rates.index(ema.slowest))
-        if distributed.is_main():
-            self.folder.mkdir(exist_ok=True)
+        ema, divided = trainer.state.ema, trainer.state.divided
+        number = ema.rates.index(ema.slowest)
+        average = ema.copies[number] if divided else ema.whole(number)
+        if divided or distributed.is_main():  # blocks are gathered from all ranks
             with weights_replaced(trainer, average):
                 for name, images in self.samples(trainer):
-                    path = self.folder / f"step_{trainer.state.step:06d}_{name}.png"
-                    try:
-                        save_grid(path, to_uint8(images))
-                        logger.log(f"preview: {path}")
-                        logger.log_picture(name, path, trainer.state.step)
-                    except UserError as error:  # not finite: what becomes of the run is the trainer's to say
-                        logger.log(f"warning: no preview {path.name}: {error}")
+                    if distributed.is_main():
+                        self._save(name, images, trainer.state.step)
         distributed.barrier()
+
+    def _save(self, name: str, images: Tensor, step: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step_{step:06d}_{name}.png"
+        try:
+            save_grid(path, to_uint8(images))
+            logger.log(f"preview: {path}")
+            logger.log_picture(name, path, step)
+        except UserError as error:  # not finite: what becomes of the run is the trainer's to say
+            logger.log(f"warning: no preview {path.name}: {error}")
 
     def samples(self, trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
         """(name, images in [-1, 1]) of each way to sample that suits the objective."""
@@ -98,15 +103,13 @@ class Preview:
 
 @contextmanager
 def weights_replaced(trainer: Trainer, weights: list[Tensor]) -> Iterator[None]:
-    """The student carries other weights within the body, in eval mode."""
-    params = trainer.state.student.model_params
-    own = [p.detach().clone() for p in params]
+    """The student carries other weights, like its masters, within the body, in eval mode."""
+    student = trainer.state.student.weights
+    own = [p.detach().clone() for p in student.master_params]
     try:
-        with torch.no_grad():
-            torch._foreach_copy_(params, weights)
+        student.copy_from(weights)
         trainer.model.eval()
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, own)
+        student.copy_from(own)
         trainer.model.train()

@@ -1,6 +1,7 @@
 """The networks of a run, from its configuration, its data and its teacher: student, target, teacher."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from cm.networks.second_clock import widened
 from cm.objectives.base import Objective, Roles
 from cm.runtime import distributed
 from cm.seeding import derive_seed
+from cm.storage.checkpoint import read_state
 from cm.storage.weights import check_matching
 from cm.training.factory import create_objective, trains_consistency
 
@@ -100,6 +102,21 @@ def training_format(config: TrainConfig, device: torch.device) -> torch.memory_f
     local = global_batch(config, world := distributed.get_world_size()) // world
     micro = config.microbatch if config.microbatch > 0 else local
     return memory_format(config, device, training=True, images=max(min(micro, local), 1))
+
+
+def with_format(config: TrainConfig, device: torch.device, checkpoint: Path | None) -> TrainConfig:
+    """The configuration with --channels_last auto decided: as the run computed so far on such a device, else anew.
+
+    Kernels of the two formats round differently, so that a run must not change them on the way. All ranks must call it.
+    """
+    if config.channels_last != "auto":
+        return config
+    said = distributed.on_main(lambda: read_state(checkpoint).get("memory_format")) if checkpoint else None
+    said = said if isinstance(said, dict) and said.get("device") == device.type else {}
+    known = said.get("channels_last")
+    if type(known) is not bool:
+        known = training_format(config, device) == torch.channels_last
+    return replace(config, channels_last=str(known))
 
 
 def initial_weights(config: TrainConfig) -> str:

@@ -25,18 +25,26 @@ def initial_state(roles: Roles, objective: Objective, optimization: Optimization
     """The state before the first step, equal on all ranks; the networks get their precision and their mode."""
     o = optimization
     _check_roles(roles, objective)
+    make = MasterWeights
+    if o.shard == "fsdp" and distributed.get_world_size() > 1:
+        from cm.training.fsdp import ShardedWeights as make
     student = MixedPrecisionTrainer(
         model=roles.student.net.train(),
         precision=o.precision,
         fp16_scale_growth=o.fp16_scale_growth,
         grad_clip=o.grad_clip,
+        weights=make,
     )
     # The target keeps its dropout (student and target share masks); the teacher predicts without.
-    target = roles.target and MasterWeights(_frozen(roles.target).train(), o.precision)
+    target = roles.target and make(_frozen(roles.target).train(), o.precision)
     # A teacher that no stage replaces never changes.
     replaced = objective.stage(0) is not None
-    teacher = roles.teacher and MasterWeights(_frozen(roles.teacher).eval(), o.precision, keep_fp32=replaced)
-    partition = Partition(student.master_params, sharded=o.shard_optimizer)
+    teacher = roles.teacher and make(_frozen(roles.teacher).eval(), o.precision, keep_fp32=replaced)
+    partition = (
+        student.weights.layout
+        if student.weights.divided
+        else Partition(student.master_params, sharded=o.shard == "optimizer")
+    )
     kept = {"partition": partition, "device": o.ema_device}
     lengths = parse_ema_profiles(o.ema_profiles)
     new_optimizer = partial(_new_optimizer, optimization=o, partition=partition)
@@ -84,8 +92,7 @@ def synchronize(state: TrainState) -> None:
     """Give every rank the weights and buffers of rank 0, in all roles; the averages start from them."""
     for weights in (state.student.weights, state.target, state.teacher):
         if weights is not None:
-            distributed.sync_params([*weights.master_params, *weights.module.buffers()])
-            weights.to_model()
+            weights.synchronize()
     state.restart_averages()
 
 

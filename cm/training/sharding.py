@@ -41,6 +41,7 @@ class Partition:
 
     def __init__(self, params: Sequence[Tensor], *, sharded: bool = False):
         self.device = params[0].device if params else torch.device("cpu")
+        self.shapes = [p.shape for p in params]
         self.parts = distributed.get_world_size() if sharded else 1
         self.owners = assign_parts([p.numel() for p in params], self.parts)
         mine = distributed.get_rank() if self.parts > 1 else 0
@@ -54,6 +55,10 @@ class Partition:
     def own(self, items: Sequence[T]) -> list[T]:
         """Of one item per parameter, those of this rank's part."""
         return [items[i] for i in self.indices]
+
+    def mine(self, number: int, tensor: Tensor) -> Tensor:
+        """What the owner of parameter `number` keeps of a whole tensor like it: all of it."""
+        return tensor
 
     def broadcast(self) -> None:
         """Give every rank the parameters as their owners have them."""
@@ -140,7 +145,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer | ShardedOptimizer) -> dict
     for (i, key), value in found.items():
         state[i][key] = value
     [group] = own["param_groups"]
-    return {"state": state, "param_groups": [group | {"params": list(range(len(partition.owners)))}]}
+    return {"state": state, "param_groups": [group | {"params": list(range(len(partition.shapes)))}]}
 
 
 def load_moments(
@@ -158,8 +163,12 @@ def load_moments(
     for (number, key), value in items:
         if number in position:
             # Step counters belong on the host, unless the optimizer itself moves them.
-            scalar = isinstance(value, Tensor) and value.ndim == 0
-            state.setdefault(position[number], {})[key] = value.cpu() if scalar else value
+            if isinstance(value, Tensor):
+                if value.ndim == 0:
+                    value = value.cpu()
+                elif sharded:
+                    value = optimizer.partition.mine(number, value)
+            state.setdefault(position[number], {})[key] = value
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
 
 

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from cm.objectives.base import Objective
 from cm.runtime import distributed, logger
 from cm.storage.checkpoint import STATE, read_state
 from cm.storage.saver import Snapshot
-from cm.storage.weights import check_matching, load_weights
+from cm.storage.shards import load_part, load_shards, names_of, read_index
+from cm.storage.weights import check_matching
 from cm.training.ema import EmaBank
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.optimizers import state_per_parameter
@@ -31,11 +32,13 @@ class Part:
     """One file of a checkpoint.
 
     write() is its content; on ranks other than 0 it may be empty, but all ranks call it. read(path) restores the part
-    from a file on rank 0, or from the student's weights, or not at all, where there is no file.
+    from a file on rank 0, or from the student's weights, or not at all, where there is no file. shards() is this rank's
+    part of the content by name, in place, where FSDP divides it.
     """
 
     write: Callable[[], dict]
     read: Callable[[Path | None], None]
+    shards: Callable[[], dict[str, Tensor]] | None = None
 
 
 @dataclass
@@ -79,7 +82,9 @@ class TrainState:
         averages = {f"ema_{rate}_": self._average(self.ema, i) for i, rate in enumerate(self.ema.rates)}
         if self.profiles is not None:
             stems = self.profiles.stems()
-            averages |= {stem: self._average(self.profiles, i) for i, stem in enumerate(stems)}
+            # Their files outlive the checkpoint: never shards.
+            snapshots = {stem: self._average(self.profiles, i) for i, stem in enumerate(stems)}
+            averages |= {stem: replace(part, shards=None) for stem, part in snapshots.items()}
         # Only a teacher that stages replace cannot be had again from where it came.
         staged = self.objective.stage(step) is not None
         table = {
@@ -87,18 +92,36 @@ class TrainState:
             **averages,
             "target_model": self.target and self._weights(self.target),
             "teacher_model": self.teacher and staged and self._weights(self.teacher),
-            "opt": Part(lambda: self._snapshot(optimizer_state(self.optimizer)), self._read_optimizer),
+            "opt": Part(
+                lambda: self._snapshot(optimizer_state(self.optimizer)),
+                self._read_optimizer,
+                self._moments if self.divided else None,
+            ),
             "objective": self.objective.state_dict()
             and Part(self.objective.state_dict, self._read_objective),
         }
         return {stem: part for stem, part in table.items() if part}
 
-    def files(self) -> dict[str, dict]:
-        """Weights and tensors of a checkpoint by file name.
+    @property
+    def divided(self) -> bool:
+        """Whether a rank has a part of the weights only (--shard fsdp)."""
+        return self.student.weights.divided
+
+    def files(self, *, whole: bool = True) -> dict[str, dict]:
+        """Weights and tensors of a checkpoint by file name; not `whole`: without what `shards` has.
 
         All ranks must call it. What is sharded is gathered on rank 0; those files are empty elsewhere.
         """
-        return {f"{stem}{self.step:06d}.pt": part.write() for stem, part in self.parts(self.step).items()}
+        parts = self._named_parts().items()
+        return {name: part.write() for name, part in parts if whole or part.shards is None}
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's part of what FSDP divides, in place, by FILE/NAME."""
+        parts = {name: part for name, part in self._named_parts().items() if part.shards}
+        return {f"{file}/{name}": t for file, part in parts.items() for name, t in part.shards().items()}
+
+    def _named_parts(self) -> dict[str, Part]:
+        return {f"{stem}{self.step:06d}.pt": part for stem, part in self.parts(self.step).items()}
 
     def _weights(self, weights: MasterWeights) -> Part:
         def read(path: Path | None) -> None:
@@ -107,7 +130,7 @@ class TrainState:
             else:
                 weights.load(self._tensors(weights.module, path))
 
-        return Part(weights.state_dict, read)
+        return Part(weights.state_dict, read, weights.shards if weights.divided else None)
 
     def _average(self, bank: EmaBank, number: int) -> Part:
         def write() -> dict[str, Tensor]:
@@ -122,7 +145,19 @@ class TrainState:
                 items = self._tensors(self.student.model, path)
                 bank.load(number, ((index[name], tensor) for name, tensor in items if name in index))
 
-        return Part(write, read)
+        def shards() -> dict[str, Tensor]:
+            return self.student.weights.shards(bank.copies[number])
+
+        return Part(write, read, shards if self.divided else None)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """This rank's part of the moments, by NUMBER/NAME."""
+        layout, state = self.student.weights.layout, self.optimizer.state
+        return {
+            f"{i}/{key}": layout.spread(i, value)
+            for i, p in enumerate(self.student.master_params)
+            for key, value in state.get(p, {}).items()
+        }
 
     def _snapshot(self, content: dict) -> dict:
         """What was gathered is a copy already."""
@@ -131,12 +166,12 @@ class TrainState:
     def held(self) -> dict[str, list[Tensor]]:
         """The tensors that this rank keeps from step to step, by kind; gradients are as large as what is listed."""
         student = self.student.weights
-        masters = [] if student.shared else student.master_params
+        masters = student.fp32_copies()
         banks = (self.ema, self.profiles)
         found = {
-            "parameters": [*student.module.parameters(), *student.module.buffers()],
+            "parameters": student.own_tensors(),
             "fp32 parameters": masters,
-            "gradients": [*student.model_params, *masters],
+            "gradients": student.master_params if student.divided else [*student.model_params, *masters],
             "optimizer": [
                 t
                 for moments in self.optimizer.state.values()
@@ -147,8 +182,7 @@ class TrainState:
         }
         for role, weights in (("target", self.target), ("teacher", self.teacher)):
             if weights is not None:
-                kept = [*weights.module.parameters(), *weights.module.buffers()]
-                found[role] = kept + ([] if weights.shared else weights.master_params)
+                found[role] = [*weights.own_tensors(), *weights.fp32_copies()]
         return {kind: tensors for kind, tensors in found.items() if tensors}
 
     def scalars(self) -> dict:
@@ -174,8 +208,11 @@ class TrainState:
             self.student.lg_loss_scale = scalars["lg_loss_scale"]
         if self.profiles is not None:
             self.profiles.start = scalars.get("profiles_start", 0)
-        distributed.on_main(lambda: self._require_files(path))
-        self._read_parts(lambda name: path / name)
+        index = distributed.on_main(lambda: self._require_files(path))
+        if index and self.divided:
+            self._load_shards(path, index)
+        held = names_of(index) if self.divided else []
+        self._read_parts(lambda name: path / name, leave=held)
 
     def _read_scalars(self, path: Path) -> dict:
         """The JSON part of a checkpoint directory, checked."""
@@ -189,12 +226,32 @@ class TrainState:
             raise UserError(f"{path / STATE}: lg_loss_scale should be a number, not {scale!r}")
         return scalars
 
-    def _require_files(self, path: Path) -> None:
-        for stem in self.parts(self.step):
-            name = f"{stem}{self.step:06d}.pt"
-            if not (path / name).is_file():
+    def _require_files(self, path: Path) -> dict[str, Any]:
+        """The index of the checkpoint's shards, empty where it has none."""
+        index = read_index(path)
+        for name in self._named_parts():
+            if not (path / name).is_file() and name not in names_of(index):
                 flags = "--ema_rate, --ema_profiles, --training_mode"
                 raise UserError(f"{path} has no {name}: its run had other averages or objectives ({flags})")
+        return index
+
+    def _load_shards(self, path: Path, index: dict[str, Any]) -> None:
+        """Restore this rank's parts from what any number of ranks has saved of theirs."""
+        layout, opt = self.student.weights.layout, f"opt{self.step:06d}.pt/"
+        self.optimizer.state.clear()
+        moments: dict[tuple[int, str], Tensor] = {}
+        for name in index:
+            if name.startswith(opt):
+                number, _, key = name.removeprefix(opt).partition("/")
+                like = self.student.master_params[int(number)]
+                scalar = not index[name]["size"] and like.ndim
+                moments[int(number), key] = torch.zeros(()) if scalar else torch.zeros_like(like)
+        tensors = self.shards() | {f"{opt}{i}/{key}": layout.spread(i, t) for (i, key), t in moments.items()}
+        load_shards(path, tensors, index)
+        load_moments(self.optimizer, iter(moments.items()))
+        for weights in (self.student.weights, self.target, self.teacher):
+            if weights is not None:
+                weights.to_model()
 
     def load_original(self, model_path: str) -> None:
         """Go on from a run of the original repository, given its model%06d.pt; siblings are found beside it."""
@@ -219,9 +276,9 @@ class TrainState:
 
         self._read_parts(find)
 
-    def _read_parts(self, find: Callable[[str], Path | None]) -> None:
-        """Restore every part from the file that find(name) names on rank 0."""
-        parts = {f"{stem}{self.step:06d}.pt": part for stem, part in self.parts(self.step).items()}
+    def _read_parts(self, find: Callable[[str], Path | None], leave: Iterable[str] = ()) -> None:
+        """Restore every part but some from the file that find(name) names on rank 0."""
+        parts = {name: part for name, part in self._named_parts().items() if name not in leave}
         paths = distributed.on_main(lambda: {name: find(name) for name in parts})
         for name, part in parts.items():
             part.read(paths[name])
@@ -230,7 +287,7 @@ class TrainState:
         """Names and tensors of a file that rank 0 reads and checks against the module."""
 
         def read() -> dict[str, Tensor]:
-            state, _ = load_weights(path)
+            state, _ = load_part(path)
             check_matching(module, state, str(path))
             return state
 
@@ -239,10 +296,10 @@ class TrainState:
     def _read_optimizer(self, path: Path | None) -> None:
         if path is None:
             return
-        shapes = [p.shape for p in self.student.master_params]
+        shapes = self.ema.partition.shapes
 
         def read() -> dict[tuple[int, str], Any]:
-            state, _ = load_weights(path)
+            state, _ = load_part(path)
             try:
                 moments = state_per_parameter(state["state"], shapes)
                 return {(i, key): value for i, own in moments.items() for key, value in own.items()}
@@ -257,4 +314,4 @@ class TrainState:
 
     def _read_objective(self, path: Path | None) -> None:
         if path is not None:
-            self.objective.load_state_dict(distributed.on_main(lambda: load_weights(path)[0]))
+            self.objective.load_state_dict(distributed.on_main(lambda: load_part(path)[0]))

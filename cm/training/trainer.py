@@ -72,9 +72,9 @@ class Trainer:
         self.total_steps = total_steps
         self.seed = seed
         self.model = roles.student.net
-        self.device = next(self.model.parameters()).device
         self.state = initial_state(roles, objective, optimization)
-        self.ddp_model = distribute(self.model)
+        self.device = self.state.student.master_params[0].device
+        self.ddp_model = self.model if self.state.divided else distribute(self.model)
         self.roles = replace(roles, student=replace(roles.student, net=self.ddp_model))
         networks = [role.net for role in (self.roles.student, roles.target, roles.teacher) if role]
         # A teacher in training mode drops out too, under the student's masks.
@@ -235,6 +235,8 @@ class Trainer:
             )
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
+        if self.state.divided:
+            return self.state.student.weights.no_sync()
         return contextlib.nullcontext() if self.ddp_model is self.model else self.ddp_model.no_sync()
 
     def update_ema(self) -> None:
@@ -309,8 +311,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; every rank must call it, and every rank fails if the write fails."""
         self._enter("save")
-        scalars = {**self.state.scalars(), "unread_means": self.meter.state()}
-        self.saver.save(self.state.files(), scalars)
+        memory_format = {"device": self.device.type, "channels_last": self.execution.channels_last}
+        scalars = {**self.state.scalars(), "unread_means": self.meter.state(), "memory_format": memory_format}
+        if self.state.divided and not self.finished:
+            self.saver.save_shards(self.state.shards(), self.state.files(whole=False), scalars)
+        else:
+            self.saver.save(self.state.files(), scalars)
         self.clock.saved_step = self.state.step
 
     def load(self, checkpoint: Path, *, verified: bool = False) -> None:

@@ -23,12 +23,19 @@ from cm.errors import UserError
 from cm.tools.bench.runs import Options, train_config, training
 from cm.tools.planning import command, devices, report, run
 from cm.tools.planning.devices import DEVICES, GIB, Cluster, cpu, device_named, parse_cluster
-from cm.tools.planning.estimate import communication, largest_microbatch, plan_step, update_traffic
+from cm.tools.planning.estimate import (
+    communication,
+    exchange_of_blocks,
+    largest_microbatch,
+    plan_step,
+    update_traffic,
+)
 from cm.tools.planning.run import evaluations, first_way, plan_images, plan_training, read_measured
 from cm.tools.planning.step import make_network, step_flops, step_trace
 from cm.tools.profiling.report import Report, Row
 from cm.tools.profiling.timing import interleaved, peak_memory, product_ceiling
 from cm.tools.profiling.trace import between, traced
+from cm.training.blocks import blocks_of
 from tests.helpers.mp import ROOT
 
 TINY = parse_config(CmTrainConfig, ["--preset", "tiny"])
@@ -187,12 +194,34 @@ def test_lpips_brings_its_weights():
 
 
 def test_shards_divide_moments_and_averages_only():
-    whole, sharded = (plan_step(replace(TINY, shard_optimizer=s), GPU, microbatch=1) for s in (False, True))
+    whole, sharded = (plan_step(replace(TINY, shard=s), GPU, microbatch=1) for s in ("none", "optimizer"))
     assert sharded.memory.moments == whole.memory.moments / 8
     assert sharded.memory.averages == whole.memory.averages / 8
     for name in ("student", "target", "teacher", "gradients"):
         assert getattr(sharded.memory, name) == getattr(whole.memory, name)
     assert sharded.time.communication > whole.time.communication
+
+
+def test_fsdp_divides_everything_but_the_blocks_at_work():
+    p = 4 * 827_491
+    plain, divided = (
+        plan_step(replace(TINY, shard=s, global_batch_size=16), GPU, microbatch=2) for s in ("none", "fsdp")
+    )
+    for name in ("student", "target", "teacher", "gradients", "moments", "averages"):
+        assert getattr(divided.memory, name) == getattr(plain.memory, name) / 8
+    block = max(sum(q.numel() for q in b.parameters()) for b in blocks_of(make_network(TINY)))
+    assert divided.memory.gathered == 2 * 8 * block  # two blocks with their gradients
+    pieces = plan_step(replace(TINY, shard="fsdp", global_batch_size=16), GPU, microbatch=1)
+    assert pieces.memory.gathered == divided.memory.gathered + p
+    traced = step_trace(TINY, 2, keep_gradients=False)
+    # two norms, 22 for RAdam, an average and the target, all of an eighth
+    assert update_traffic(replace(TINY, shard="fsdp"), traced, 8) == pytest.approx((2 + 22 + 3 + 3) * p / 8)
+    slow = Cluster(replace(DEVICES["A100-80"], link=1e6), 8)
+    flops = traced.trace.flops_by_phase()
+    passes = 2 + (flops["target"] + flops["teacher"]) / flops["student"]
+    once = slow.all_reduce(p) / 2  # gathering, or averaging into rows
+    assert exchange_of_blocks(traced, slow, 3, 0.0) == pytest.approx((3 * passes + 1) * once)
+    assert exchange_of_blocks(traced, slow, 1, 1e9) == pytest.approx(once * 4 * block / p)
 
 
 def test_averages_in_host_memory_leave_the_gpu():
@@ -251,7 +280,7 @@ def test_lsun_fits_eight_images_on_80_gb_with_checkpointing_and_sharding_saves_w
     step = plan_step(config, GPU, microbatch=8)
     assert step.fits(GPU.device)
     assert largest_microbatch(config, GPU) >= 8
-    sharded = plan_step(replace(config, shard_optimizer=True), GPU, microbatch=8)
+    sharded = plan_step(replace(config, shard="optimizer"), GPU, microbatch=8)
     # moments and three averages of 526,304,771 parameters, 7 of 8 parts
     assert step.memory.total - sharded.memory.total == pytest.approx(5 * 4 * 526_304_771 * 7 / 8, rel=0.01)
 
@@ -269,8 +298,7 @@ def test_the_largest_microbatch_is_the_largest():
     assert first_way(plan).flags == "--microbatch alone"
     small = Cluster(replace(DEVICES["RTX4090"], memory=8 * GIB), 8)
     assert (
-        first_way(plan_training("imagenet64_cd_l2", small)).flags
-        == "--use_checkpoint True --shard_optimizer True"
+        first_way(plan_training("imagenet64_cd_l2", small)).flags == "--use_checkpoint True --shard optimizer"
     )
 
 

@@ -13,10 +13,10 @@ from cm.commands.cli import parse
 from cm.commands.train import run_train
 from cm.config.scripts import CmTrainConfig
 from cm.runtime import cpu, logger
-from cm.storage.checkpoint import complete_checkpoints
+from cm.storage.checkpoint import complete_checkpoints, read_state
 from cm.storage.weights import load_weights
 from cm.tools.torture import compare
-from cm.training import compilation
+from cm.training import compilation, roles
 from cm.training.trainer import Trainer
 from tests.helpers.models import TINY_FLAGS
 from tests.helpers.mp import ROOT
@@ -82,6 +82,23 @@ def test_channels_last_goes_on_bitwise(data, tmp_path):
         run_training(data, tmp_path / "cut", "--channels_last", "True", "--max_hours", "1e-9")
     cut = run_training(data, tmp_path / "cut", "--channels_last", "True")
     compare(cut, whole)
+
+
+def test_auto_goes_on_in_the_format_that_the_run_began_in(data, tmp_path, monkeypatch):
+    """Whatever a measurement would say on another day; on another kind of device it is asked anew."""
+    whole = run_training(data, tmp_path / "whole", "--channels_last", "True")
+    monkeypatch.setattr(roles, "training_format", lambda config, device: torch.channels_last)
+    with pytest.raises(SystemExit):
+        run_training(data, tmp_path / "cut", "--max_hours", "1e-9")
+    monkeypatch.setattr(roles, "training_format", lambda config, device: torch.preserve_format)
+    cut = run_training(data, tmp_path / "cut")
+    compare(cut, whole)
+    newest = complete_checkpoints(cut)[-1]
+    assert read_state(newest)["memory_format"] == {"device": "cpu", "channels_last": True}
+    config = parse(CmTrainConfig, [*FLAGS.split(), "--data_dir", str(data)])
+    known = [roles.with_format(config, torch.device(name), newest).channels_last for name in ("cpu", "cuda")]
+    assert known == ["True", "False"]
+    assert roles.with_format(config, torch.device("cpu"), None).channels_last == "False"
 
 
 def test_compiled_networks_give_the_same_training(data, plain, tmp_path, monkeypatch):

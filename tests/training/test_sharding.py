@@ -53,7 +53,7 @@ def make_trainer(name, run_dir, sharded, student=None):
         data=batches(),
         batch=BatchSize(GLOBAL_BATCH),
         optimization=Optimization(
-            optimizer=optimizer, precision=precision, shard_optimizer=sharded, **options
+            optimizer=optimizer, precision=precision, shard="optimizer" if sharded else "none", **options
         ),
         saver=Saver(run_dir, background=sharded),
         reports=Reports(log_interval=100, save_interval=-1),
@@ -123,14 +123,14 @@ def resaved(folder, target, sharded, piece):
 
 
 def read_calls(module):
-    """Names of the files that this rank reads from now on through a module's load_weights."""
-    calls, original = [], module.load_weights
+    """Names of the files that this rank reads from now on through a module's load_part."""
+    calls, original = [], module.load_part
 
     def counted(path, *args, **kwargs):
         calls.append(str(path))
         return original(path, *args, **kwargs)
 
-    module.load_weights = counted
+    module.load_part = counted
     return calls
 
 
@@ -207,7 +207,7 @@ def scripts(folder):
     distributed.barrier()
     reads = [read_calls(module) for module in (files, state)]
     for sharded in ("False", "True"):
-        flags = ("--shard_optimizer", sharded, "--ema_device", "cpu")
+        flags = ("--shard", {"False": "none", "True": "optimizer"}[sharded], "--ema_device", "cpu")
         script("edm", folder, f"{folder}/edm{sharded}", *flags)
         cd = ("--teacher_model_path", f"{folder}/edmFalse", "--loss_norm", "l2", "--start_ema", "0.5")
         script("cd", folder, f"{folder}/cd{sharded}", *cd, *flags)
@@ -230,8 +230,8 @@ def test_scripts_take_the_flags_and_previews_are_the_same(tmp_path):
 
 def test_one_process_has_nothing_to_divide(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((8, 8, 8, 1), np.uint8))
-    script("edm", tmp_path, str(tmp_path / "run"), "--shard_optimizer", "True")
-    assert "note: --shard_optimizer" in capsys.readouterr().out
+    script("edm", tmp_path, str(tmp_path / "run"), "--shard", "optimizer")
+    assert "note: --shard optimizer" in capsys.readouterr().out
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from cm.networks.attention import AttentionBlock
 from cm.networks.unet import ResBlock
 from cm.nn import append_dims, mean_flat
 from cm.runtime.cpu import keep_freed_memory
+from cm.runtime.torchvision_operators import declare_missing_operators
 from cm.tools.bench.runs import Options, randomized
 from cm.tools.convert.diffusers import to_diffusers, unet_config
 from cm.tools.profiling.kernels import COUNTED, time_shares
@@ -208,6 +209,7 @@ class DiffusersNetwork(nn.Module):
 
 def diffusers_network(net: nn.Module, config: Config) -> nn.Module:
     """diffusers' network with the weights of ours, on its device, in fp32; ImportError where there is none."""
+    declare_missing_operators()  # it imports torchvision, where that is installed
     from diffusers import UNet2DModel
 
     flags = {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -1,4 +1,4 @@
-"""Peers of a whole training step, with the same weights, images and loss as the trainer that they stand beside.
+"""Peers of a whole training step or of a batch of samples, with the same weights as what they stand beside.
 
 `original`: the arithmetic of the original's loop (Song et al. 2023, released code), written anew: torch's memory
 format, blocks operation by operation, RAdam tensor by tensor, every average in a Python loop, in half precision two
@@ -12,14 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cm.commands.sample import noise_levels
 from cm.config.choices import PRECISIONS
 from cm.config.derived import precision
+from cm.config.scripts import Config, SampleConfig
 from cm.diffusion.denoiser import Denoiser
 from cm.models.factory import create_network
 from cm.objectives.base import Roles
@@ -27,6 +30,9 @@ from cm.seeding import StepRandom
 from cm.tools.bench.network import diffusers_network, make_plain
 from cm.tools.bench.runs import TrainConfig
 from cm.training.trainer import Trainer
+
+T = TypeVar("T")
+Convert = Callable[[nn.Module, Config], nn.Module]
 
 LG_LOSS_SCALE = 20.0  # of fp16, as a run begins
 CHECKOUT_PROGRAM = Path(__file__).with_name("original_checkout.py")
@@ -121,23 +127,59 @@ def _spread(masters: list[Tensor], params: list[Tensor]) -> None:
 
 def peer_loops(trainer: Trainer, config: TrainConfig) -> tuple[dict[str, PlainLoop], dict[str, str]]:
     """(loops by name, why others were left out by name)."""
-    loops, left_out = {}, {}
-    for name, make in (("original", _plain_network), ("diffusers", diffusers_network)):
+    scale = 2.0**LG_LOSS_SCALE if precision(config) == "fp16" else 1.0
+
+    def loop(name: str, convert: Convert) -> PlainLoop:
+        roles = _roles_of(trainer, lambda net: convert(net, config))
+        return PlainLoop(trainer, roles, foreach=name != "original", scale=scale)
+
+    return _possible(loop, config)
+
+
+def peer_batches(
+    denoiser: Denoiser, config: SampleConfig
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """(functions that draw a batch as `plain_batch` by name, why others were left out by name)."""
+
+    def batch(name: str, convert: Convert) -> Callable[[], Tensor]:
+        net = convert(denoiser.net, config).eval()
+        return lambda: plain_batch(replace(denoiser, net=net), config)
+
+    return _possible(batch, config)
+
+
+def _possible(make: Callable[[str, Convert], T], config: Config) -> tuple[dict[str, T], dict[str, str]]:
+    made, left_out = {}, {}
+    for name, convert in (("original", _plain_network), ("diffusers", diffusers_network)):
         if name == "diffusers" and precision(config) != "fp32":
             left_out[name] = "is compared in fp32 only: its half precision is another one"
             continue
         try:
-            roles = _roles_of(trainer, lambda net, make=make: make(net, config))
-        except (
-            Exception
-        ) as error:  # a missing package, a broken one, or an architecture that it does not have
+            made[name] = make(name, convert)
+        except Exception as error:  # a missing package, a broken one, an architecture that it does not have
             left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-            continue
-        half = precision(config) == "fp16"
-        loops[name] = PlainLoop(
-            trainer, roles, foreach=name != "original", scale=2.0**LG_LOSS_SCALE if half else 1.0
-        )
-    return loops, left_out
+    return made, left_out
+
+
+@torch.no_grad()
+def plain_batch(denoiser: Denoiser, config: SampleConfig) -> Tensor:
+    """A batch as the original's loop draws it, uint8 (B, H, W, C) on the host: one step, or Heun's method."""
+    device = next(denoiser.net.parameters()).device
+    shape = (config.batch_size, config.in_channels, config.image_size, config.image_size)
+    levels = noise_levels(config).to(device)
+    x = torch.randn(*shape, device=device) * levels[0]
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - denoiser(x, sigma * x.new_ones([len(x)])).clamp(-1, 1)) / sigma
+
+    if config.sampler == "onestep":
+        x = denoiser(x, levels[0] * x.new_ones([len(x)])).clamp(-1, 1)
+    else:
+        for sigma, below in pairwise(levels):
+            d = slope(x, sigma)
+            ahead = x + d * (below - sigma)
+            x = ahead if below == 0 else x + (d + slope(ahead, below)) / 2 * (below - sigma)
+    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def _roles_of(trainer: Trainer, convert: Callable[[nn.Module], nn.Module]) -> Roles:
@@ -154,7 +196,7 @@ def _roles_of(trainer: Trainer, convert: Callable[[nn.Module], nn.Module]) -> Ro
     return replace(roles, **{name: copied(getattr(roles, name)) for name in ("student", "target", "teacher")})
 
 
-def _plain_network(net: nn.Module, config: TrainConfig) -> nn.Module:
+def _plain_network(net: nn.Module, config: Config) -> nn.Module:
     """A copy of the network in torch's memory format, its blocks written operation by operation."""
     device = next(net.parameters()).device
     plain = make_plain(create_network(config)).to(device)

@@ -187,5 +187,5 @@ def randomized(network: nn.Module) -> nn.Module:
 def description(config: Any) -> dict[str, Any]:
     """The flags of a configuration that matter to a reader of the row."""
     keys = ("preset", "precision", "compile", "channels_last", "use_checkpoint", "batch_size", "microbatch")
-    keys += ("shard_optimizer", "ema_device")
+    keys += ("shard", "ema_device")
     return {**{k: getattr(config, k) for k in keys if hasattr(config, k)}, **result_flags(config)}

@@ -15,10 +15,11 @@ from cm.config.scripts import SampleConfig
 from cm.sampling.editing import LinearEdit, colorize, inpaint, superres
 from cm.sampling.generate import local_batches
 from cm.sampling.noise import get_generator
+from cm.tools.bench.peers import peer_batches
 from cm.tools.bench.runs import Options, description, random_model, sample_config
 from cm.tools.planning.step import call_trace
 from cm.tools.profiling.report import Row
-from cm.tools.profiling.timing import Timing, interleaved, peak_memory, product_ceiling, timed
+from cm.tools.profiling.timing import Timing, beside_peers, interleaved, peak_memory, product_ceiling, timed
 
 # Samplers of --preset tiny: case -> flags; a preset's own sampler otherwise
 CONSISTENCY = ("--training_mode", "consistency_distillation", "--steps", "40")
@@ -27,6 +28,7 @@ TINY_CASES = {
     "multistep": (*CONSISTENCY, "--sampler", "multistep", "--ts", "0,22,39"),
     "heun": ("--training_mode", "edm", "--sampler", "heun", "--steps", "10"),
 }
+COMPARED = ("onestep", "heun")  # with the loops of others
 # Noise: shape of a draw, --num_samples, --generator
 NOISE_SHAPE = (16, 3, 64, 64)
 NOISE_COUNTS = (1_000, 1_000_000)
@@ -62,11 +64,17 @@ def sample_row(case: str, config: SampleConfig, options: Options) -> Row:
             pass
 
     device = model.device
-    timing = interleaved({"batch": batch}, device, warmup=options.warmup, repeats=options.repeats)["batch"]
+    peers, left_out = {}, {}
+    if case in COMPARED:
+        peers, left_out = peer_batches(model.denoiser, config)
+    timings = interleaved({"cm": batch, **peers}, device, warmup=options.warmup, repeats=options.repeats)
+    timing = timings["cm"]
+    peers.clear()
     flops = counter.per_batch * call_trace(config, config.batch_size)[0].flops
     ceiling = product_ceiling(device, PRECISIONS.load(precision(config)))
     figures = {
-        **timing.summary(),
+        **(beside_peers(timings) if len(timings) > 1 else timing.summary()),
+        **({"left_out": left_out} if left_out else {}),
         "images_per_second": config.batch_size / timing.median,
         "evaluations": counter.per_batch,
         "peak_memory_mib": peak_memory(batch, device) / 2**20,

@@ -211,7 +211,7 @@ def communication(trainer: Trainer, step: Timing, repeats: int) -> dict[str, Any
     flat = [torch.zeros(size, dtype=dtype, device=trainer.device) for dtype, size in sizes.items()]
 
     def without() -> None:
-        with trainer.ddp_model.no_sync():
+        with trainer._no_sync():
             trainer.run_step(*next(trainer.data))
 
     def exchange() -> None:

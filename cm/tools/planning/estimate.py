@@ -25,6 +25,7 @@ class Memory:
     gradients: float = 0
     moments: float = 0
     averages: float = 0
+    gathered: float = 0  # by FSDP: whole blocks, their gradients, and what several microbatches add up
     activations: float = 0  # of a microbatch, with what comes and goes beside them
     workspace: float = 0
     context: float = 0
@@ -77,14 +78,18 @@ def plan_step(config: TrainConfig, cluster: Cluster, *, microbatch: int = 0, slo
     size = min(microbatch or (config.microbatch if config.microbatch > 0 else images), images)
     alone = cluster.count == 1 and size == images
     traced = step_trace(config, size, keep_gradients=alone)
-    memory, peak = step_memory(config, cluster, traced, gradients_in_trace=alone)
+    memory, peak = step_memory(config, cluster, traced, gradients_in_trace=alone, in_pieces=size < images)
     peak += memory.gradients if cluster.count == 1 else 0  # several: DDP keeps them between steps
     one = forward_seconds(traced.trace, cluster.device) + backward_seconds(traced.trace, cluster.device)
     passes = slowdown * one * images / size
     flops = traced.trace.flops * images / size
     update = slowdown * cluster.device.traffic(update_traffic(config, traced, cluster.count))
     time = Time(passes, update + host_copies(config, traced.weights, cluster))
-    exposed = communication(config, traced, cluster, slowdown) if cluster.count > 1 else 0.0
+    exposed = 0.0
+    if is_divided(config, cluster.count):
+        exposed = exchange_of_blocks(traced, cluster, math.ceil(images / size), passes)
+    elif cluster.count > 1:
+        exposed = communication(config, traced, cluster, slowdown)
     return Step(images, size, memory, replace(time, communication=exposed), peak, flops)
 
 
@@ -100,28 +105,51 @@ def backward_seconds(trace: Trace, device: Device) -> float:
 
 def shards(config: TrainConfig, count: int) -> int:
     """Over how many GPUs moments and averages are divided."""
-    return count if config.shard_optimizer else 1
+    return 1 if config.shard == "none" else count
+
+
+def is_divided(config: TrainConfig, count: int) -> bool:
+    """Whether FSDP divides weights and gradients, too."""
+    return config.shard == "fsdp" and count > 1
+
+
+def gathered(weights: Weights, in_pieces: bool) -> float:
+    """Bytes that FSDP has whole at a time: a block, the next one, and the gradients of both on their way.
+
+    in_pieces: several microbatches add their gradients up before these are averaged, in fp32, all of them.
+    """
+    width = weights.nbytes / weights.parameters
+    return 2 * (width + FP32) * weights.block + FP32 * weights.parameters * in_pieces
 
 
 def step_memory(
-    config: TrainConfig, cluster: Cluster, traced: StepTrace, *, gradients_in_trace: bool
+    config: TrainConfig,
+    cluster: Cluster,
+    traced: StepTrace,
+    *,
+    gradients_in_trace: bool,
+    in_pieces: bool = False,
 ) -> tuple[Memory, float]:
-    """(memory at the peak, bytes of it that come and go within a step)."""
+    """(memory at the peak, bytes of it that come and go within a step). in_pieces: by several microbatches."""
     w = traced.weights
     fp32, masters = FP32 * w.parameters, FP32 * w.parameters if w.halved else 0
     parts = shards(config, cluster.count)
+    divided = is_divided(config, cluster.count)
     # At the optimizer: fp32 gradients of what is in half precision, and the root of the second moments.
-    updating = FP32 * w.halved + fp32 / parts
+    updating = FP32 * w.halved * (not divided) + fp32 / parts
     updating += w.nbytes if gradients_in_trace else 0
     peak = max(traced.trace.peak, updating)
     gpu = cluster.device.is_gpu
     on_host = gpu and config.ema_device == "cpu"
+    # FSDP keeps rows in fp32 alone; a teacher that never changes stays as converted.
+    network, fixed = (fp32 / parts, w.nbytes / parts) if divided else (w.nbytes + masters, w.nbytes)
     memory = Memory(
-        student=w.nbytes + masters,
-        target=(w.nbytes + masters) * traced.target,
-        teacher=(w.nbytes + masters * traced.teacher_follows) * traced.teacher,
+        student=network,
+        target=network * traced.target,
+        teacher=(network if traced.teacher_follows else fixed) * traced.teacher,
         distance=traced.distance,
-        gradients=0 if gradients_in_trace else w.nbytes,
+        gradients=0 if gradients_in_trace else fp32 / parts if divided else w.nbytes,
+        gathered=gathered(w, in_pieces) if divided else 0,
         moments=2 * fp32 / parts,
         averages=0 if on_host else count_averages(config) * fp32 / parts,
         activations=peak * (1 + FRAGMENTS if gpu else 1),
@@ -142,9 +170,13 @@ def update_traffic(config: TrainConfig, traced: StepTrace, count: int) -> float:
     In units of fp32 weights: 2 for the two norms, 22 for an update by RAdam, operation by operation, 3 for an average.
     """
     w, parts = traced.weights, shards(config, count)
+    divided = is_divided(config, count)
     rates = 0 if config.ema_device == "cpu" else count_averages(config)
     units = 2 + 22 / parts + 2 * bool(config.grad_clip) + 3 * rates / parts + 3 * traced.target
     units += 2 * (precision(config) == "fp16")  # the loss scale is taken out
+    if divided:  # rows only, whose norms and target are cut, too, and no second copy
+        units = units - (2 + 2 * bool(config.grad_clip) + 3 * traced.target) * (1 - 1 / parts)
+        return units * FP32 * w.parameters
     to_module = (FP32 * w.parameters + w.nbytes) * bool(w.halved) * (1 + traced.target)
     return units * FP32 * w.parameters + (FP32 + 2) * w.halved + to_module
 
@@ -161,8 +193,23 @@ def communication(config: TrainConfig, traced: StepTrace, cluster: Cluster, slow
     nbytes = traced.weights.nbytes
     backward = slowdown * backward_seconds(traced.trace, cluster.device)
     whole, last = cluster.all_reduce(nbytes), cluster.all_reduce(min(nbytes, DDP_BUCKET))
-    exchange = cluster.broadcast(FP32 * traced.weights.parameters) if config.shard_optimizer else 0.0
+    exchange = cluster.broadcast(FP32 * traced.weights.parameters) if config.shard == "optimizer" else 0.0
     return max(whole - OVERLAP * backward, last) + exchange
+
+
+def exchange_of_blocks(traced: StepTrace, cluster: Cluster, microbatches: int, passes: float) -> float:
+    """Seconds of FSDP's traffic that `passes` seconds of computing do not hide.
+
+    For each microbatch every network gathers its weights in each pass through it, the student once more on the way
+    back; gradients are averaged once, in fp32.
+    """
+    w, flops = traced.weights, traced.trace.flops_by_phase()
+    forward = flops.get("student", 0.0) or 1.0
+    evaluations = 2 + sum(flops.get(role, 0.0) / forward for role in ("target", "teacher"))
+    weights = microbatches * evaluations * cluster.broadcast(w.nbytes)
+    whole = weights + cluster.broadcast(FP32 * w.parameters)
+    first = cluster.broadcast(w.nbytes / w.parameters * w.block)  # nothing runs before it is there
+    return max(whole - OVERLAP * passes, first)
 
 
 def largest_microbatch(config: TrainConfig, cluster: Cluster) -> int:

@@ -41,10 +41,12 @@ USEFUL = 8
 # What saves memory at a price, the cheapest first
 LEVERS: tuple[dict[str, Any], ...] = (
     {},
-    {"shard_optimizer": True},
+    {"shard": "optimizer"},
     {"use_checkpoint": True},
-    {"use_checkpoint": True, "shard_optimizer": True},
-    {"use_checkpoint": True, "shard_optimizer": True, "ema_device": "cpu"},
+    {"use_checkpoint": True, "shard": "optimizer"},
+    {"use_checkpoint": True, "shard": "optimizer", "ema_device": "cpu"},
+    {"use_checkpoint": True, "shard": "fsdp"},
+    {"use_checkpoint": True, "shard": "fsdp", "ema_device": "cpu"},
 )
 
 
@@ -217,7 +219,7 @@ def _ways(config: TrainConfig, cluster: Cluster, slowdown: float) -> list[Way]:
     ways, seen = [], []
     for lever in LEVERS:
         new = {name: value for name, value in lever.items() if getattr(config, name) != value}
-        alone = "shard_optimizer" in new and cluster.count == 1
+        alone = "shard" in new and cluster.count == 1
         if new in seen or alone or ("use_checkpoint" in new and needs_whole_graph(config)):
             continue
         seen.append(new)

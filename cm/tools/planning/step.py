@@ -20,6 +20,7 @@ from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.lpips import FEATURES, Lpips, _compare, assemble, meta_vgg
 from cm.seeding import StepRandom
 from cm.tools.profiling.trace import Trace, Tracer, between, traced
+from cm.training.blocks import blocks_of
 from cm.training.factory import create_objective, trains_consistency
 
 META = torch.device("meta")
@@ -40,11 +41,15 @@ UNTRACED = ("total_training_steps", "distill_steps_per_iter", "teacher_model_pat
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one network: parameters, their bytes in the network's precision, and how many are not fp32 there."""
+    """Of one network: parameters, their bytes in the network's precision, how many are not fp32 there.
+
+    block: parameters of the largest piece that FSDP gathers at a time.
+    """
 
     parameters: int
     nbytes: int
     halved: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ def weigh(network: nn.Module) -> Weights:
     """Parameters and bytes of a network."""
     params = list(network.parameters())
     halved = sum(p.numel() for p in params if p.element_size() < 4)
-    return Weights(sum(p.numel() for p in params), sum(p.nbytes for p in params), halved)
+    total = sum(p.numel() for p in params)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
+    largest = max([*blocks, total - sum(blocks)])
+    return Weights(total, sum(p.nbytes for p in params), halved, largest)
 
 
 def step_trace(config: TrainConfig, images: int, *, keep_gradients: bool) -> StepTrace:
