@@ -50,12 +50,14 @@ def test_a_step_reads_one_flag(case, precision):
     assert len(waits) == steps, waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_on_the_gpu_is_training_on_the_cpu(case):
     here, there = (losses(config(case, device=device), 10) for device in (DEVICE, "cpu"))
     torch.testing.assert_close(here, there, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision_overlays(case, precision):
@@ -68,7 +70,7 @@ def test_half_precision_overlays(case, precision):
     "flags",
     [
         ("--channels_last", "True"),
-        ("--compile", "True"),
+        pytest.param(("--compile", "True"), marks=pytest.mark.slow),
         ("--use_checkpoint", "True"),
         ("--microbatch", "3"),
     ],

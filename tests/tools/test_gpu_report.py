@@ -90,3 +90,20 @@ def test_every_part_measures_something_that_is_known(tiny):
         assert (config.batch_size, precision(config)) == (2 if tiny else batch, "bf16")
     aimed = {(part, row.partition("/")[2]) for part, row, _ in AIMS if part in parts.STEPS}
     assert aimed == {("cd", "bf16"), ("cd_compiled", "bf16, compiled")}
+
+
+def test_tests_are_told_one_by_one(monkeypatch, tmp_path):
+    """Those for a GPU stand in one file, and each leaves its row before the next one begins."""
+    assert parts.gpu_tests() == ["tests/test_cuda.py"]
+    path = tmp_path / "test_two.py"
+    path.write_text("def test_a():\n    pass\n\n\ndef test_b():\n    assert False\n")
+    monkeypatch.setattr(parts, "gpu_tests", lambda: [str(path)])
+    rows = []
+    with pytest.raises(RuntimeError, match="pytest ended with 1"):
+        for row in parts._tests("not slow")(Setup("cpu")):
+            rows.append(row)
+    assert [(row.name, row.figures.get("outcome")) for row in rows[:2]] == [
+        ("test_a", "PASSED"),
+        ("test_b", "FAILED"),
+    ]
+    assert rows[2].figures["failed"] and rows[2].figures["exit_code"] == 1

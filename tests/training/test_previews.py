@@ -16,6 +16,7 @@ from cm.diffusion.denoiser import Denoiser
 from cm.objectives.base import Roles
 from cm.runtime import distributed
 from cm.training.ema import EmaBank
+from cm.training.mixed_precision import MasterWeights
 from cm.training.previews import Preview
 from tests.helpers.analytic import free
 from tests.helpers.mp import run_ranks
@@ -52,7 +53,9 @@ def fake_trainer(num_scales=None, step=STEP):
         copies[0].fill_(value)
     return SimpleNamespace(
         model=net,
-        state=SimpleNamespace(ema=ema, step=step, student=SimpleNamespace(model_params=params)),
+        state=SimpleNamespace(
+            ema=ema, step=step, divided=False, student=SimpleNamespace(weights=MasterWeights(net))
+        ),
         objective=SimpleNamespace(num_scales=num_scales or (lambda step: None)),
         roles=Roles(Denoiser(net, free)),
         device=torch.device("cpu"),

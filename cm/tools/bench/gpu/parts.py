@@ -5,6 +5,7 @@ A part is sized for a GPU of minutes; `tiny` shrinks everything to seconds on a 
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -70,17 +71,48 @@ def _environment(setup: Setup) -> Iterator[Row]:
     yield Row("environment", {}, device_facts(choose_device(setup.device)) | {"not installed": missing})
 
 
-def _tests(setup: Setup) -> Iterator[Row]:
-    """pytest -m gpu; figures: its last line, and the names of what failed."""
-    where = "tests/test_cuda.py" if setup.tiny else "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", where]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    figures = {"exit_code": done.returncode, "summary": lines[-1] if lines else "", "failed": failed}
-    yield Row("pytest -m gpu", {"where": where}, figures)
-    if done.returncode not in (0, 5):  # 5: none was selected
-        raise RuntimeError("\n".join([f"pytest ended with {done.returncode}", *lines[-40:]]))
+def _tests(marks: str) -> Callable[[Setup], Iterator[Row]]:
+    """pytest -m MARKS; figures: its last line, and the names of what failed."""
+
+    def run(setup: Setup) -> Iterator[Row]:
+        """A row after every test, so that one which does not end takes none of the others with it."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-m",
+            marks,
+            "-p",
+            "no:cacheprovider",
+            "-rfE",
+            *gpu_tests(),
+        ]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        )
+        lines, begin = [], time.monotonic()
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            name, _, outcome = line.partition(" ")
+            if "::" in name and (word := outcome.split(" ")[0]) in ("PASSED", "FAILED", "ERROR"):
+                seconds, begin = time.monotonic() - begin, time.monotonic()
+                yield Row(name.partition("::")[2], {}, {"median_ms": 1e3 * seconds, "outcome": word})
+        code = process.wait()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        figures = {"exit_code": code, "summary": lines[-1] if lines else "", "failed": failed}
+        yield Row(f"pytest -m '{marks}'", {}, figures)
+        if code not in (0, 5):  # 5: none was selected
+            raise RuntimeError("\n".join([f"pytest ended with {code}", *lines[-40:]]))
+
+    return run
+
+
+def gpu_tests() -> list[str]:
+    """The files that have tests for a GPU: to collect all of them would take longer than to run these."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def _ceiling(setup: Setup) -> Iterator[Row]:
@@ -179,7 +211,7 @@ def _profile(setup: Setup) -> Iterator[Row]:
 
 PARTS: dict[str, Part] = {
     "environment": Part("Environment", 20, _environment),
-    "tests": Part("pytest -m gpu", 120, _tests, ("pytest",)),
+    "tests": Part("Tests on a GPU, the quick ones", 60, _tests("gpu and not slow"), ("pytest",)),
     "ceiling": Part("Matrix ceiling", 20, _ceiling),
     "cd": Part(
         "CD step, ImageNet-64, batch 64, LPIPS",
@@ -201,5 +233,6 @@ PARTS: dict[str, Part] = {
     "profile": Part("Profile", 60, _profile),
     "learning": Part("Learning", 120, lambda s: learn(s.device, s.data, seconds=s.seconds, tiny=s.tiny)),
     "data": Part("Reading images", 20, _data, ("PIL",)),
+    "tests_slow": Part("Tests on a GPU, the others", 300, _tests("gpu and slow"), ("pytest",)),
     "noise": Part("Noise", 20, lambda s: noise_rows(Options("tiny", s.device, (), 1, 1 if s.tiny else 3))),
 }
