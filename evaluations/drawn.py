@@ -30,7 +30,7 @@ def sample_files(path: str, count: int, seeds: int, flags: Sequence[str]) -> lis
     """
     place = Path(expanded(path))
     if not is_model(path):
-        drawn = [str(file) for file in listed(place, "samples_*.npz")]
+        drawn = [str(file) for file in listed(place, "samples_*.npz")] if place.is_dir() else []
         return drawn or [path]
     home = place if place.is_dir() else place.parent
     given = parse(SampleConfig, ["--num_samples", str(count), *flags, "--model_path", path])

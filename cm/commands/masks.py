@@ -88,13 +88,13 @@ def _picture(path: str, height: int, width: int, resize: bool) -> Tensor:
     import numpy as np
 
     from cm.data.decode import Decoder
+    from cm.data.sources import MAX_MEMBER_BYTES
     from cm.data.transforms import center_crop_arr
-    from cm.storage.filesystem import exists, open_file
+    from cm.storage.filesystem import exists, read_file
 
     if not exists(path):
         raise UserError(f"--mask {path}: no such file, and none of {', '.join(MASKS)}")
-    with open_file(path, "rb") as file:
-        image = Decoder(channels=1)(file.read(), f"--mask {path}")
+    image = Decoder(channels=1)(read_file(path, MAX_MEMBER_BYTES), f"--mask {path}")
     if image.size != (width, height) and resize:
         # Generated from a quarter on: a pixel that is known in part would show what is to go.
         return torch.from_numpy(center_crop_arr(image, height) >= 64).float()

@@ -10,11 +10,13 @@ import struct
 
 import numpy as np
 
+from cm.config.parsing import printable
 from cm.data import labels as label_modes
 from cm.data.decode import readable
 from cm.data.labels import Labels
 from cm.data.sources import ArraySource
 from cm.errors import UserError
+from cm.runtime.inputs import JSON_LIMIT
 from cm.storage import filesystem
 
 MARK = "images-idx3-ubyte"
@@ -46,8 +48,8 @@ class IdxSource(ArraySource):
         file = f"{_folder(self.path)}{CLASSES}"
         if not filesystem.exists(file):
             return found
-        with filesystem.open_file(file, "rb") as text:
-            names = [line.strip() for line in text.read().decode().splitlines() if line.strip()]
+        text = filesystem.read_file(file, JSON_LIMIT).decode(errors="surrogateescape")
+        names = [printable(line.strip()) for line in text.splitlines() if line.strip()]
         if len(names) < found.num_classes:
             raise UserError(f"{file}: names {len(names)} classes, the labels {found.num_classes}")
         return Labels(found.indices, tuple(names), CLASSES)

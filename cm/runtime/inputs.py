@@ -65,9 +65,11 @@ def listed(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
     """
     try:
         names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+    except (FileNotFoundError, ValueError):  # ValueError: a null byte
         return []
     except OSError as error:
+        if isinstance(error, NotADirectoryError) and not os.path.lexists(folder):
+            return []
         raise UserError(f"{os.fspath(folder)}: cannot be listed ({error.strerror})") from error
     return sorted(Path(folder, name) for name in names if fnmatchcase(name, pattern))
 

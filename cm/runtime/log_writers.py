@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from cm.errors import UserError, extra
 from cm.runtime.files import whole_file
-from cm.runtime.inputs import LINES_LIMIT, open_regular, parse_json, read_regular
+from cm.runtime.inputs import LINES_LIMIT, check_regular, open_regular, parse_json, read_regular
 from cm.runtime.streams import screen
 
 
@@ -56,6 +56,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def __init__(self, filename_or_file: str | os.PathLike | IO[str]):
         self.target = filename_or_file
+        if isinstance(self.target, str | os.PathLike):
+            check_regular(self.target)  # a pipe would wait for a reader
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
         cells = {

@@ -71,3 +71,10 @@ def test_picture_is_inverted_once(tmp_path):
 def test_bad_masks_name_the_flag(text):
     with pytest.raises(UserError, match="--mask"):
         known_mask(text, 8, 8)
+
+
+def test_a_picture_of_40_gb_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "m.png", "wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(UserError, match=r"m\.png has 42,949,672,960 bytes"):
+        known_mask(str(tmp_path / "m.png"), 8, 8)

@@ -111,6 +111,14 @@ def test_wider_listing_keeps_the_order(listing):
     assert {"a_1.webp", "sub/a_0.bmp"} < set(names)
 
 
+def test_load_data_takes_hidden_names_as_the_original_did(tmp_path):
+    for name in ("a.png", ".b.png", "__MACOSX/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    with pytest.raises(UserError, match="3 images for this rank are fewer than the batch of 4"):
+        load_data(data_dir=str(tmp_path), batch_size=4, image_size=8)
+
+
 def test_load_data_shuffles_by_seed_and_augments_plain_indices(tmp_path):
     for number in range(6):
         Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8) // (number + 1)).save(

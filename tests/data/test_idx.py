@@ -70,3 +70,12 @@ def test_labels_and_names_must_fit(folder):
     write(folder / "training-images-idx3-ubyte", np.zeros((2, 2, 2)))
     with pytest.raises(UserError, match="several"):
         open_source(str(folder))
+
+
+def test_names_of_classes_are_printable_and_no_endless_file(folder):
+    (folder / "classes.txt").write_bytes(b"caf\xe9\nbag\ncoat\n")
+    assert open_source(str(folder)).labels("auto").classes == ("caf\\xe9", "bag", "coat")
+    with open(folder / "classes.txt", "wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(UserError, match=r"classes\.txt has 42,949,672,960 bytes"):
+        open_source(str(folder))

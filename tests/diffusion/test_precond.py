@@ -1,5 +1,7 @@
 """Preconditionings and weightings against formulas and golden tables."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,6 +31,11 @@ def test_clock_is_quarter_log_sigma_times_the_scale():
     sigma = torch.tensor([2.0])
     assert EDMPrecond(time_scale=1000.0)(sigma).c_noise.item() == pytest.approx(250 * 0.6931472)
     assert EDMPrecond(time_scale=1.0)(sigma).c_noise.item() == pytest.approx(0.25 * 0.6931472)
+
+
+def test_the_clock_at_zero_is_that_of_the_smallest_normal_number():
+    at = EDMPrecond(time_scale=1.0)(torch.tensor([0.0, torch.finfo(torch.float32).tiny, 1e-37])).c_noise
+    assert at[0] == at[1] == pytest.approx(0.25 * math.log(2.0**-126)) and at[2] > at[1]
 
 
 def test_the_second_clock_is_the_first_at_the_lower_level():

@@ -236,6 +236,12 @@ def test_training_stops_at_its_step_count_and_saves_once(make, run_dir):
     assert [p.name for p in complete_checkpoints(run_dir)] == ["step_000002", "step_000004", "step_000005"]
 
 
+@pytest.mark.parametrize("make", [small_loop, small_cm_loop])
+def test_an_interval_of_minus_one_saves_at_the_end_only(make, run_dir):
+    make(total_training_steps=2, save_interval=-1).run_loop()
+    assert [p.name for p in complete_checkpoints(run_dir)] == ["step_000002"]
+
+
 def test_anneal_steps_end_training_too():
     loop = small_loop(lr_anneal_steps=3)
     loop.run_loop()

@@ -265,6 +265,12 @@ def test_the_optimizer_step_ends_with_weights_of_unit_size(precision):
     torch.testing.assert_close(model.detach().float(), weight.detach(), rtol=1e-2, atol=1e-3)
 
 
+def test_a_missing_label_is_an_error():
+    g = later("edm2_net")
+    with pytest.raises(ValueError, match=r"needs labels of .* classes, but y is missing"):
+        golden_network(g)(g.tensor("net/x_t"), g.tensor("net/sigma").log() / 4)
+
+
 def test_half_precision_follows_single():
     net = tiny()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([-1.0, 1.0])

@@ -1,6 +1,7 @@
 """A refused start leaves nothing that was not there; what was there stays as it is."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -195,10 +196,13 @@ def directory(path: Path) -> None:
         ("progress.csv", lambda path: path.write_bytes(b"caf\xe9,step\n1,2\n")),
         ("progress.jsonl", lambda path: path.write_bytes(b"caf\xe9\n")),
         ("heartbeats", lambda path: path.write_bytes(b"")),
+        ("log.txt", os.mkfifo),
+        ("progress.csv", os.mkfifo),
+        ("checkpoints", lambda path: path.write_bytes(b"")),
     ],
 )
 def test_an_odd_file_in_the_run_directory_is_one_line_that_names_it(inputs, tmp_path, name, make):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
     make(tmp_path / "run" / name)
     with pytest.raises(UserError) as error:
         edm_train(tmp_path / "run", inputs / "images.npz")
