@@ -28,7 +28,9 @@ from cm.runtime.platform import processor
 from cm.storage.filesystem import cache_folder, write_atomic
 
 FILE = "memory_formats.json"
-IMAGES = {"cpu": 4, "cuda": 32}  # at most, of a measured pass
+# Of a measured pass, at most. On a CPU torch takes other kernels from 16 images on than for fewer.
+IMAGES = {"cpu": 16, "cuda": 32}
+FEW, SECONDS = 4, 2.5  # so many images where a pass of all would take longer than that
 REPEATS = 2
 FORMATS = {"default": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -68,8 +70,9 @@ def _measured(config: Config, device: torch.device, training: bool, images: int)
             faster = seconds["channels-last"] < seconds["default"]
             what = "forward and backward" if training else "forward"
             logger.log(
-                f"memory format: {'channels-last' if faster else 'default'} ({what} of {images} images: channels-last "
-                f"{1e3 * seconds['channels-last']:.0f} ms, default {1e3 * seconds['default']:.0f} ms; --channels_last)"
+                f"memory format: {'channels-last' if faster else 'default'} ({what} of up to {images} images: "
+                f"channels-last {1e3 * seconds['channels-last']:.0f} ms, default {1e3 * seconds['default']:.0f} ms; "
+                "--channels_last)"
             )
             known = _read() | {key: faster}
             _write(known)
@@ -103,22 +106,33 @@ def _facts(config: Config, device: torch.device, training: bool, images: int) ->
 def measure(config: Config, device: torch.device, *, training: bool, images: int) -> dict[str, float]:
     """Seconds of one pass in each format, the fastest of a few in turns; leaves no trace.
 
-    On a CPU processor seconds per thread, which other programs disturb less.
+    images: of a pass, or FEW, where the network is too slow for them. On a CPU processor seconds per thread, which
+    other programs disturb less.
     """
     channels = config.in_channels or 3
     with torch.random.fork_rng(devices=[]):
         x = torch.randn(images, channels, config.image_size, config.image_size).to(device)
-        runs = {}
+        nets = {}
         for name, layout in FORMATS.items():
             net = create_network(config, two_times=False).train(
                 training
             )  # a second clock costs next to nothing
             if precision(config) != "fp32":
                 net.convert_torso(PRECISIONS.load(precision(config)))
-            labelled = config.class_cond and "y" in inspect.signature(net.forward).parameters
-            y = {"y": torch.zeros(images, dtype=torch.int64, device=device)} if labelled else {}
-            net = net.to(device, memory_format=layout)
-            runs[name] = _pass(net, x.contiguous(memory_format=layout), y, training)
+            nets[name] = net.to(device, memory_format=layout)
+        labelled = config.class_cond and "y" in inspect.signature(net.forward).parameters
+
+        def passes(count: int) -> dict[str, Callable[[], None]]:
+            y = {"y": torch.zeros(count, dtype=torch.int64, device=device)} if labelled else {}
+            cut = {name: x[:count].contiguous(memory_format=layout) for name, layout in FORMATS.items()}
+            return {name: _pass(net, cut[name], y, training) for name, net in nets.items()}
+
+        few = min(images, FEW)
+        for _ in range(2):  # the first one warms up
+            begin = _clock(device)
+            passes(few)["default"]()
+            taken = _clock(device) - begin
+        runs = passes(images if taken * images / few < SECONDS else few)
         best = dict.fromkeys(runs, float("inf"))
         for k in range(1 + REPEATS):  # the first one warms up
             for name, run in runs.items():

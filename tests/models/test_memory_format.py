@@ -43,11 +43,11 @@ def forget(monkeypatch):
 def test_the_faster_format_is_taken_and_said(seconds, expected, asked, capsys):
     asked.seconds = {"channels-last": seconds, "default": 2.0}
     assert chosen() == expected
-    assert asked == [{"device": "cpu", "training": True, "images": 4}]
+    assert asked == [{"device": "cpu", "training": True, "images": 16}]
     text = capsys.readouterr().out
     assert (
         f"channels-last {1e3 * seconds:.0f} ms, default 2000 ms" in text
-        and "forward and backward of 4" in text
+        and "forward and backward of up to 16" in text
     )
 
 
@@ -104,6 +104,16 @@ def test_a_gpu_is_asked_unless_it_compiles(asked, monkeypatch):
     assert chosen(**cuda, precision="bf16") == torch.preserve_format
     assert asked == [{"device": "cuda", "training": True, "images": 32}]
     assert chosen() == torch.preserve_format and asked[1]["device"] == "cpu", "an answer for each device"
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(2.5, 16), (0.0, 4)])
+def test_a_network_that_is_slow_is_timed_with_few_images(seconds, expected, monkeypatch):
+    """Torch's kernels for 16 images are others than for 4, so that as many are timed as the time allows."""
+    monkeypatch.setattr(formats, "SECONDS", seconds)
+    counts, make = [], formats._pass
+    monkeypatch.setattr(formats, "_pass", lambda net, x, *rest: counts.append(len(x)) or make(net, x, *rest))
+    formats.measure(configure(SampleConfig, **SMALL), CPU, training=False, images=16)
+    assert counts[-1] == expected and counts[0] == 4
 
 
 @pytest.mark.parametrize("training", [False, True])
