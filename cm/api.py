@@ -32,6 +32,7 @@ from cm.config.derived import (
     with_two_steps,
 )
 from cm.config.fields import flags_of
+from cm.config.inherit import check_sampler
 from cm.config.parsing import parse_classes
 from cm.config.rows import OBJECTIVES
 from cm.config.scripts import SCRIPTS, EditConfig, SampleConfig, changed, configuration_class, configure
@@ -178,6 +179,7 @@ class Model:
                 made, {**(self._model.file.config or {}), "searched": searched_points(c.model_path)}
             )
         validate(made)
+        check_sampler(made, c.model_path)
         return made
 
     @torch.no_grad()

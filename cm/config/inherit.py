@@ -128,11 +128,8 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     if isinstance(merged, SearchConfig) and lowest and "end" not in config.explicit:
         merged = replace(merged, end=str(last_known(merged, merged.steps)))
     validate(merged)
-    if SAMPLERS[getattr(merged, "sampler", "heun")].reads == "jumps" and not has_two_times(merged):
-        raise UserError(
-            f"--sampler {merged.sampler} needs a flow map, a model of two times; {source} was trained with "
-            f"{merged.training_mode}"
-        )
+    if isinstance(merged, SampleConfig):
+        check_sampler(merged, source)
     guided = getattr(merged, "guide", "")
     _check_told_scale(merged, source)
     steering = {"guide"} if told_guidance(merged) or merged.told_scales else {"guidance", "guide"}
@@ -141,6 +138,15 @@ def inherit(config: ModelUser, stored: dict[str, Any], source: str) -> ModelUser
     if getattr(merged, "classes", "") and not merged.class_cond and not guided:
         raise UserError(f"--classes needs a class-conditional model; {source} has no classes")
     return merged
+
+
+def check_sampler(config: SampleConfig, source: str) -> None:
+    """UserError for a sampler that jumps to any level with a model of one time."""
+    if SAMPLERS[config.sampler].reads == "jumps" and not has_two_times(config):
+        raise UserError(
+            f"--sampler {config.sampler} needs a flow map, a model of two times; {source} was trained with "
+            f"{config.training_mode}"
+        )
 
 
 def _check_told_scale(config: ModelUser, source: str) -> None:
@@ -172,7 +178,10 @@ def _objective(config: SampleConfig | SearchConfig, stored: dict[str, Any], sour
     if given or mode is None:
         mode = config.training_mode
     taken = {"training_mode": mode, "sampler": OBJECTIVES[mode].sampler}
-    if "steps" in stored:
+    sampler = config.sampler if "sampler" in config.explicit else taken["sampler"]
+    jumps = isinstance(config, SampleConfig) and SAMPLERS[sampler].reads == "jumps"
+    # Of a flow map they are its jumps, no points of the grid that editing, search and other samplers walk along.
+    if "steps" in stored and (jumps or not OBJECTIVES[mode].two_times):
         taken["steps"] = stored["steps"]
         taken["end"] = str(stored["steps"] - 1)
     flags = flags_of(type(config))

@@ -70,8 +70,11 @@ class Objective(Row):
 
     @property
     def teaches(self) -> str:
-        """What its models are to a student: `denoiser`, `consistency`, `flow map`, or nothing."""
-        return self.kind if self.draws else ""
+        """What its models are to a student: `denoiser`, `consistency`, `flow map`, or nothing.
+
+        A multistep model leads to the start of a segment: what it predicts is no clean image.
+        """
+        return self.kind if self.draws and not self.segments else ""
 
 
 @dataclass(frozen=True, kw_only=True)

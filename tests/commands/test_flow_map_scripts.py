@@ -1,5 +1,6 @@
 """Flow maps from flags to results, in one process: training, resuming, sampling, teachers, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from cm.api import load
-from cm.config.scripts import CmTrainConfig, EdmTrainConfig
+from cm.config.inherit import inherit
+from cm.config.rows import OBJECTIVES
+from cm.config.scripts import CmTrainConfig, EditConfig, EdmTrainConfig, SampleConfig, SearchConfig
 from cm.diffusion.flow_maps import FlowMap
 from tests.helpers.small_runs import refuses, sample, train
 
@@ -53,6 +56,25 @@ def test_a_flow_map_trains_and_samples(meanflow, tmp_path):
     assert np.array_equal(pixels(drawn), four)
     for sampler in ("heun", "onestep"):
         sample(meanflow, tmp_path / sampler, "--sampler", sampler, "--sigma_max", "80")
+
+
+@pytest.mark.parametrize("mode", ["ctm", "meanflow"])
+def test_jumps_of_a_flow_map_are_no_points_of_a_grid(mode):
+    """Its file's steps are for its own sampler; editing, search and samplers along a grid keep theirs."""
+    stored = {"training_mode": mode, "steps": 1, "network": "adm"}
+
+    def steps(config, **changes):
+        asked = replace(config, **changes, explicit=frozenset(changes))
+        return inherit(asked, stored, "f").steps
+
+    own = OBJECTIVES[mode].sampler
+    assert steps(SampleConfig()) == steps(SampleConfig(), sampler=own) == 1
+    grid = {steps(SampleConfig(), sampler=name) for name in ("heun", "multistep")}
+    assert grid == {steps(EditConfig()), steps(SearchConfig())} == {40}
+    assert (
+        inherit(EditConfig(), {**stored, "training_mode": "consistency_training", "steps": 18}, "f").steps
+        == 18
+    )
 
 
 def test_resuming_changes_nothing(meanflow, data_dir, tmp_path):
@@ -154,6 +176,10 @@ def test_what_does_not_fit_is_one_line(meanflow, teacher, data_dir, tmp_path):
     refuses(
         "--sampler jumps needs a flow map, a model of two times",
         lambda: sample(teacher, tmp_path, "--sampler", "jumps"),
+    )
+    refuses(
+        "--sampler jumps needs a flow map, a model of two times",
+        lambda: load(teacher).sample(1, sampler="jumps", steps=2),
     )
     refuses(
         "contradicts .* trained with meanflow", lambda: sample(meanflow, tmp_path, "--training_mode", "edm")

@@ -17,7 +17,10 @@ def test_denoisers_teach(tmp_path, mode):
     assert load_teacher("") is None
 
 
-@pytest.mark.parametrize("mode", ["consistency_training", "continuous_distillation", "classifier"])
+@pytest.mark.parametrize(
+    "mode",
+    ["consistency_training", "continuous_distillation", "classifier", "ctm", "multistep_distillation"],
+)
 def test_other_models_do_not(tmp_path, mode):
     path = tmp_path / "model.pt"
     save_weights(path, {"w": torch.ones(2)}, {"config": {"training_mode": mode}})
