@@ -9,6 +9,7 @@ Images are float tensors (n, C, H, W) in [-1, 1]; a shape that does not fit is a
 """
 
 import importlib
+import operator
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +50,8 @@ from cm.sampling.finite import FiniteWatch
 from cm.sampling.levels import spread
 from cm.sampling.noise import IndexedGenerator
 
-Classes = Sequence[int | str] | int | str | None
+Classes = Sequence[int | str] | Tensor | int | str | None
+ROUNDING = 1e-3  # by which images may leave [-1, 1]
 
 
 def load(path: str, *, weights: str = "", device: str = "auto", **flags: Any) -> "Model":
@@ -131,9 +133,7 @@ class Model:
         """
         if output not in ("tensor", "pil"):
             raise ValueError(f"output must be 'tensor' or 'pil', got {output!r}")
-        for name, number, low in (("n", n, 0), ("steps", steps, 0), ("batch_size", batch_size, 1)):
-            if type(number) is not int or number < low:
-                raise ValueError(f"{name} must be a whole number from {low} up, got {number!r}")
+        n, steps, batch_size = _whole("n", n), _whole("steps", steps), _whole("batch_size", batch_size, 1)
         options |= {
             "guidance": f"{guidance:g}" if isinstance(guidance, float | int) else guidance,
             "guide": guide,
@@ -190,7 +190,7 @@ class Model:
 
         x (n, C, H, W); sigma a number or (n,); classes: one for all, or one per image. Same shape and device as x.
         """
-        self._check(x)
+        self._check(x := _floats(x, "x"))
         x_here = x.to(self.device)
         levels = torch.as_tensor(sigma, dtype=torch.float32, device=self.device)
         if not (levels.isfinite() & (levels > 0)).all():
@@ -250,21 +250,27 @@ class Editor:
 
     def inpaint(self, image: Tensor, mask: Tensor, *, classes: Classes = None, seed: int = 0) -> Tensor:
         """Draw anew what the mask covers: mask (H, W), true or 1 where pixels are to be generated."""
-        side = self._model.config.image_size
+        side, mask = self._model.config.image_size, torch.as_tensor(mask).float()
         if tuple(mask.shape[-2:]) != (side, side):
             raise ValueError(f"a mask of shape {tuple(mask.shape)} for images of {side} x {side}")
-        return self._run(image, "inpaint", inpaint(1 - mask.float()), classes, seed)
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"a mask is 0 or 1, got values from {mask.min():g} to {mask.max():g}")
+        mask = mask[:, None] if mask.ndim == 3 and len(mask) > 1 else mask  # one for each image
+        return self._run(_floats(image), "inpaint", inpaint(1 - mask), classes, seed)
 
     def colorize(self, image: Tensor, *, classes: Classes = None, seed: int = 0) -> Tensor:
         """Draw the colours of an image of which only the luma is known; it has three channels or one."""
+        image = _floats(image)
         if image.ndim < 3 or image.shape[-3] not in (1, 3):
             raise ValueError(f"an image of shape {tuple(image.shape)}, colorize takes ([n,] 1 or 3, H, W)")
+        if self._model.image_shape[0] != 3:
+            raise ValueError("colorize needs a model of colour images, this one's are grey")
         image = image if image.shape[-3] == 3 else image.expand(*image.shape[:-3], 3, *image.shape[-2:])
         return self._run(image, "colorize", colorize(), classes, seed)
 
     def superres(self, image: Tensor, factor: int, *, classes: Classes = None, seed: int = 0) -> Tensor:
         """Draw the detail of an image `factor` times smaller than the model's, or of which only patch means count."""
-        side = self._model.config.image_size
+        side, factor, image = self._model.config.image_size, _whole("factor", factor), _floats(image)
         if factor < 1 or side % factor:
             raise ValueError(f"a factor of {factor} does not divide the model's {side} pixels")
         if tuple(image.shape[-2:]) == (side // factor,) * 2:
@@ -273,11 +279,11 @@ class Editor:
 
     def interpolate(self, first: int, second: int, frames: int = 9, *, classes: Classes = None) -> Tensor:
         """(frames, C, H, W) on the way between the samples of two seeds."""
-        if frames < 2:
+        if _whole("frames", frames) < 2:
             raise ValueError(f"frames must be 2 or more, got {frames}")
         shape = self._model.image_shape
         ends = []
-        for seed in (first, second):
+        for seed in (_whole("first", first), _whole("second", second)):
             generator = IndexedGenerator(seed)
             generator.set_rows([0])
             ends.append(generator.randn(1, *shape).expand(frames, *shape))
@@ -300,11 +306,15 @@ class Editor:
             )
         images = image[None] if image.ndim == 3 else image
         model._check(images)
-        images = images.to(model.device)
+        if (images.abs() > 1 + ROUNDING).any():
+            raise ValueError(
+                f"images have values from {images.min():g} to {images.max():g}, expected [-1, 1]"
+            )
+        images = images.to(model.device, torch.float32)
         sigmas = editing.noise_levels(self._config(task))
         if task == "interpolate":
             sigmas = torch.tensor([model.config.sigma_max, model.config.sigma_min], dtype=torch.float64)
-        generator = IndexedGenerator(seed, "edit")
+        generator = IndexedGenerator(_whole("seed", seed), "edit")
         generator.set_rows(range(len(images)) if noise is None else [0] * len(images))
         x = None if noise is None else float(sigmas[0]) * noise.to(model.device)
         watch = FiniteWatch()
@@ -374,6 +384,8 @@ def evaluate(
     chosen, strict = library.choose_protocol(protocol, features, known)
     device = choose_device("auto")
     network, chosen = library.measuring(features, chosen, strict, known, device)
+    if wrong := [name for name in options if name not in ("batch_size", "bootstrap", "seed")]:
+        raise TypeError(f"evaluate has no option {wrong[0]}: batch_size, bootstrap or seed")
     how = library.Options(chosen, library.parse_metrics(metrics, chosen), **options)
     images = [library.open_images(path) for path in paths]
     return library.evaluate(known, images, network, how, strict=strict, force=force, seeds=len(images))[
@@ -398,9 +410,35 @@ def _check_options(config: SampleConfig, given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
 
+def _whole(name: str, value: Any, low: int = 0) -> int:
+    """A whole number, numpy's and torch's too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low:
+        raise ValueError(f"{name} must be a whole number from {low} up, got {value!r}")
+    return number
+
+
+def _floats(x: Any, what: str = "images") -> Tensor:
+    """Images as floats: of integers one could not tell the range."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{what} must be a tensor, got {type(x).__name__}") from None
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{what} are {x.dtype}, expected floats: cm.data.images.from_uint8 takes (n, H, W, C)"
+        )
+    return x
+
+
 def _listed(classes: Classes) -> str:
     if classes is None:
         return ""
+    if isinstance(classes, Tensor | np.ndarray):
+        classes = classes.tolist()
     return ",".join(map(str, classes)) if not isinstance(classes, int | str) else str(classes)
 
 

@@ -32,8 +32,8 @@ def sample_files(path: str, count: int, seeds: int, flags: Sequence[str]) -> lis
     if not is_model(path):
         drawn = [str(file) for file in listed(place, "samples_*.npz")] if place.is_dir() else []
         return drawn or [path]
-    home = place if place.is_dir() else place.parent
     given = parse(SampleConfig, ["--num_samples", str(count), *flags, "--model_path", path])
+    home = Path(given.out_dir) if given.out_dir else place if place.is_dir() else place.parent
     files = []
     for seed in range(given.seed, given.seed + seeds):
         config = replace(given, seed=seed, overwrite=True)

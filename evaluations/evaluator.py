@@ -300,6 +300,7 @@ def measure(args: argparse.Namespace, out: Path) -> None:
     spec = feature_spec(args)
     protocol, strict = choose_protocol(args.protocol, spec, reference)
     device = choose_device(args.device)
+    parse_metrics(args.metrics, protocol)  # a mistake is known before anything is trained or drawn
     network, protocol = measuring(spec, protocol, strict, reference, device, sha256=args.weights_sha256)
     drawn = any(map(is_model, args.samples))
     paths = to_measure(args, reference, protocol if strict else None)

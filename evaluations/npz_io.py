@@ -1,7 +1,7 @@
 """Sets of images and reference statistics on disk.
 
-Images: an npz with `arr_0` uint8 (N, H, W, C) and optional labels `arr_1`, a folder, a zip, or a prepared store.
-They are streamed: only the batch in hand is in memory. Statistics: an npz with `mu`, `sigma` (pooled features) and
+Images: an npz with `arr_0` uint8 (N, H, W, C) and optional labels `arr_1`, or under usual names
+(`cm.data.npz_names`), a folder, a zip, or a prepared store. They are streamed: only the batch in hand is in memory. Statistics: an npz with `mu`, `sigma` (pooled features) and
 optionally `mu_s`, `sigma_s` (spatial features) and `arr_0`, the layout of guided-diffusion's reference batches; files
 written here also carry `meta`, a JSON text that says where the numbers come from.
 """
@@ -19,7 +19,8 @@ import numpy as np
 
 from cm.data.dataset import sampled_channels
 from cm.data.decode import Decoder, readable
-from cm.data.sources import Source, open_source
+from cm.data.npz_names import IMAGES, first_of, is_named_npz
+from cm.data.sources import Source, open_source, wrong_type
 from cm.data.transforms import center_crop_arr
 from cm.errors import UserError
 from cm.runtime.inputs import parse_json, read_json
@@ -54,7 +55,7 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
 
     `image_size` crops and resizes as training does (ADM's centre crop); 0 takes the images as they are.
     """
-    stream = str(path).lower().endswith(".npz") and not image_size
+    stream = str(path).lower().endswith(".npz") and not image_size and not is_named_npz(str(path))
     images = NpzImages(path) if stream else FileImages(path, image_size)
     if images.shape[0] < 2:
         raise UserError(f"{path}: holds {images.shape[0]} image; statistics need at least 2")
@@ -62,20 +63,16 @@ def open_images(path: str, image_size: int = 0) -> ImageSet:
 
 
 class NpzImages:
-    """`arr_0` of an npz, compressed or not, streamed from the archive."""
+    """`arr_0` of an npz that has it, compressed or not, streamed from the archive."""
 
     def __init__(self, path: str):
         self.path = str(path)
         self._local = filesystem.cache_locally(self.path)
-        with readable(self.path), filesystem.open_zip(self._local) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                found = ", ".join(sorted(n.removesuffix(".npy") for n in names)) or "nothing"
-                raise UserError(f"has no array arr_0 of images (it holds {found})")
-            with archive.open("arr_0.npy") as member:
-                shape, dtype = _npy_header(member)
-                if dtype != np.uint8:
-                    raise UserError(_wrong_type(member, shape, dtype))
+        archive = filesystem.open_zip(self._local)
+        with readable(self.path), archive, archive.open("arr_0.npy") as member:
+            shape, dtype = _npy_header(member)
+            if dtype != np.uint8:
+                raise UserError(wrong_type("arr_0", member, shape, dtype))
         if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
             raise UserError(f"{path}: arr_0 is {shape}; expected (N, H, W, C): transpose it to channels last")
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or 0 in shape[1:]:
@@ -180,7 +177,8 @@ def open_reference(path: str) -> Reference:
             for kind, (mu, sigma) in STATISTICS.items()
             if mu in arrays.files and sigma in arrays.files
         }
-        has_images, meta = "arr_0" in arrays.files, _read_meta(arrays)
+        named = not statistics and first_of(IMAGES, arrays.files) and is_named_npz(str(path))
+        has_images, meta = "arr_0" in arrays.files or bool(named), _read_meta(arrays)
         if "pool" not in statistics and not has_images:
             raise UserError(
                 f"has neither mu and sigma nor arr_0 (it holds {', '.join(arrays.files) or 'nothing'})"
@@ -234,25 +232,6 @@ def _bounded(arrays: np.lib.npyio.NpzFile, name: str, limit: int) -> np.ndarray:
     if (size := math.prod(shape) * dtype.itemsize) > limit:
         raise UserError(f"{name} unpacks to {size:,} bytes; at most {limit:,} are read")
     return arrays[name]
-
-
-def _wrong_type(member, shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """Why arrays that are not uint8 are refused, with the conversion that would be right for their range."""
-    if dtype.hasobject or dtype.kind not in "fiu":
-        return f"arr_0 is {dtype}; expected uint8 images"
-    count = min(int(np.prod(shape)), 1 << 20)
-    values = np.frombuffer(member.read(count * dtype.itemsize), dtype)
-    if not np.isfinite(values).all():
-        return f"arr_0 is {dtype} and holds values that are not finite; metrics need uint8 images"
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if dtype.kind in "iu" or high > 1:
-        advice = "x.clip(0, 255).astype(np.uint8)"
-    else:
-        scaled = "(x + 1) * 127.5" if low < 0 else "x * 255"
-        advice = f"({scaled}).clip(0, 255).astype(np.uint8)"
-    return (
-        f"arr_0 is {dtype} with values from {low:.3g} to {high:.3g}; metrics need uint8 images: save {advice}"
-    )
 
 
 def _labels(values: np.ndarray, count: int) -> np.ndarray:

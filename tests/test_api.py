@@ -132,6 +132,20 @@ def test_editing(runs):
         teacher.edit.inpaint(image, mask, classes=0)
 
 
+def test_arrays_and_whole_numbers_of_numpy_are_taken(runs):
+    _, _, student = runs
+    labels = np.array([1, 0])
+    images = student.sample(np.int64(2), classes=labels, steps=np.int32(1))
+    torch.testing.assert_close(images, student.sample(2, classes=torch.tensor([1, 0]), steps=1))
+    known = student.denoise(images.numpy(), 1.0, labels)
+    torch.testing.assert_close(known, student.denoise(images, 1.0, [1, 0]))
+    mask = np.zeros((2, 8, 8), bool)
+    mask[1, :, 4:] = True  # one for each image
+    edited = student.edit.inpaint(images.numpy(), mask, classes=labels)
+    torch.testing.assert_close(edited[0], images[0], atol=1e-5, rtol=0)
+    assert (edited[1, :, :, 4:] != images[1, :, :, 4:]).any()
+
+
 def test_an_option_that_the_sampler_does_not_have_is_named(runs):
     with pytest.raises(TypeError, match="sampler heun has no option s_chrn; did you mean s_churn"):
         runs[1].sample(1, classes=0, s_chrn=1.0)
@@ -167,6 +181,20 @@ def test_an_option_that_the_sampler_does_not_have_is_named(runs):
         (lambda m: m.sample("two"), "n must be a whole number from 0 up, got 'two'"),
         (lambda m: m.sample(1, batch_size=0), "batch_size must be a whole number from 1 up"),
         (lambda m: m.sample(1, seed="a"), "seed must be of type int, got 'a'"),
+        (lambda m: m.sample(1, steps=1.0), "steps must be a whole number from 0 up, got 1.0"),
+        (
+            lambda m: m.denoise(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 1.0, 0),
+            "x are torch.uint8, expected floats",
+        ),
+        (lambda m: m.denoise(None, 1.0, 0), "x must be a tensor, got NoneType"),
+        (
+            lambda m: m.edit.inpaint(torch.full((1, 8, 8), 200.0), torch.zeros(8, 8)),
+            r"200 to 200, expected \[-1, 1\]",
+        ),
+        (lambda m: m.edit.inpaint(torch.zeros(1, 8, 8), torch.full((8, 8), 255)), "a mask is 0 or 1.*255"),
+        (lambda m: m.edit.superres(torch.zeros(1, 8, 8), 2.0), "factor must be a whole number.*got 2.0"),
+        (lambda m: m.edit.colorize(torch.zeros(1, 8, 8)), "colorize needs a model of colour images"),
+        (lambda m: m.edit.interpolate("a", 2), "first must be a whole number from 0 up, got 'a'"),
         (lambda m: cm.evaluate(torch.zeros(4, 8, 8), "r"), r"samples of shape \(4, 8, 8\)"),
         (lambda m: m.sample(1, output="png"), "'tensor' or 'pil'"),
         (lambda m: m.sample(1, steps=40), "18 points"),

@@ -142,7 +142,7 @@ def plugin_files(tmp_path, monkeypatch):
 def test_commands_parse(document, command, monkeypatch):
     program, *argv = command
     if program.startswith("cm "):
-        monkeypatch.setattr("cm.commands.words.data_of", lambda run: "data")  # there is no such run
+        monkeypatch.setattr("cm.commands.words.data_of", lambda *_: "data")  # there is no such run
         program, argv = as_program(program.removeprefix("cm "), argv)
     if program in WITHOUT_PARSER:
         assert importlib.util.find_spec(program) and not argv

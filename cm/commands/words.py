@@ -69,7 +69,7 @@ def distill(words: Sequence[str]) -> Line:
     teacher = value_of(line, "teacher_model_path")
     asks = {"-h", "--help"} & set(line)
     if teacher and not asks and not (value_of(line, "data_dir") or _file(line).get("data_dir")):
-        line += ["--data_dir", data_of(teacher)]
+        line += ["--data_dir", data_of(teacher, value_of(line, "plugin") or _file(line).get("plugin", ""))]
     return _training(line, name)
 
 
@@ -111,11 +111,19 @@ def _training(line: Sequence[str], objective: str) -> Line:
     return script, [*line, "--training_mode", objective] if script == "cm_train" else line
 
 
-def data_of(run: str) -> str:
-    """The data that a run was trained on, by its config.json; UserError where that cannot be known."""
+def data_of(run: str, plugin: str = "") -> str:
+    """The data that a run was trained on, by its config.json; UserError where that cannot be known.
+
+    plugin: what --plugin names now. A plug-in that the run names is not loaded unasked: it is code.
+    """
     stored = json_or_none(Path(run, "config.json")) or {}
-    if isinstance(stored.get("data_dir"), str):
-        return stored["data_dir"]
+    data, needs = stored.get("data_dir"), stored.get("plugin")
+    if isinstance(data, str):
+        if needs and not plugin and not Path(data).exists():
+            raise UserError(
+                f"{run} was trained on {data} with --plugin {needs}: give --plugin {needs}, or cm distill RUN DATA"
+            )
+        return data
     raise UserError(f"{run} does not say which data it was trained on: cm distill RUN DATA")
 
 

@@ -42,10 +42,24 @@ def from_integers(values: Any, origin: str) -> Labels:
     """One class index per image, 0 or more; the class names are the numbers."""
     indices = np.asarray(values)
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise UserError(f"{origin}: labels must be one integer per image")
+        hot = "; of one-hot rows store labels.argmax(1)" if indices.ndim == 2 else ""
+        raise UserError(
+            f"{origin}: {indices.dtype} {indices.shape}; labels must be one integer per image{hot}"
+        )
     if indices.size == 0 or indices.min() < 0 or indices.max() >= MAX_CLASSES:
         raise UserError(f"{origin}: labels must lie in [0, {MAX_CLASSES})")
     return Labels(indices.astype(np.int64), tuple(str(i) for i in range(int(indices.max()) + 1)), origin)
+
+
+def from_values(values: Any, origin: str) -> Labels:
+    """One class per image: its index, or its name as text."""
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind != "U" or not len(values):
+        return from_integers(values, origin)
+    names, indices = np.unique(values, return_inverse=True)
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{origin}: {len(names)} names; at most {MAX_CLASSES} classes")
+    return Labels(indices.astype(np.int64), tuple(map(printable, names.tolist())), origin)
 
 
 def resolve(names: Sequence[str], mode: str, dataset_json: Any, where: str) -> Labels:

@@ -55,7 +55,7 @@ class LibrarySource:
         yield f"{self.path}:{self._count}"
 
     def _named(self, values: Any, names: Any) -> Labels:
-        known = label_modes.from_integers(np.asarray(values), f"{self.path}: labels")
+        known = label_modes.from_values(np.asarray(values), f"{self.path}: labels")
         names = tuple(str(name) for name in names or ())
         return Labels(known.indices, names, "the library") if len(names) >= known.num_classes else known
 

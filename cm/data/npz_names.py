@@ -12,11 +12,11 @@ from cm.storage import filesystem
 
 # In order of preference; upper or lower case
 IMAGES = ("images", "x_train", "train_images", "image", "imgs", "x", "data", "samples")
-LABELS = ("labels", "y_train", "train_labels", "label", "y", "targets", "classes")
+LABELS = ("labels", "y_train", "train_labels", "label", "y", "targets", "target", "classes")
 
 
 class NamedNpzSource(ArraySource):
-    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) under one of IMAGES, integer labels (N,) under LABELS."""
+    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) under one of IMAGES; under LABELS integers or names (N,)."""
 
     def __init__(self, path: str):
         with readable(path), filesystem.open_npz(path) as arrays:
@@ -33,7 +33,7 @@ class NamedNpzSource(ArraySource):
         super().__init__(path, images)
         if labels is not None:
             flat = labels.reshape(-1) if labels.size == len(labels) else labels
-            self._stored = label_modes.from_integers(flat, f"{path}: {label_name}")
+            self._stored = label_modes.from_values(flat, f"{path}: {label_name}")
             if len(flat) != len(self.images):
                 raise UserError(f"{path}: {len(flat)} {label_name} for {len(self.images)} {image_name}")
 

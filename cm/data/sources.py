@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -305,7 +305,8 @@ def open_source(path: str) -> Source:
         if matches(row, path):
             return row.load()(path)
     raise UserError(
-        f"{path}: not a folder, .zip or .npz; scripts/prepare_data.py reads tars, lmdb and CIFAR-10"
+        f"{path}: not a folder, .zip, .npz, IDX or parquet file; cm prepare also reads tars, lmdb and CIFAR-10 "
+        "(docs/data.md)"
     )
 
 
@@ -367,6 +368,27 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
         return found | ({"arr_1": bounded_array(arrays, "arr_1")} if "arr_1" in arrays.files else {})
 
 
+def wrong_type(name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """Why an array that is not uint8 is refused, with the conversion to images that would be right for its range.
+
+    member: the array's file, just behind its header.
+    """
+    if dtype.hasobject or dtype.kind not in "fiu":
+        return f"{name} is {dtype}; expected uint8 images"
+    count = min(int(np.prod(shape)), 1 << 20)
+    data = member.read(count * dtype.itemsize)
+    values = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
+    if not np.isfinite(values).all():
+        return f"{name} is {dtype} and holds values that are not finite; expected uint8 images"
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if dtype.kind in "iu" or high > 1:
+        advice = "x.clip(0, 255).astype(np.uint8)"
+    else:
+        scaled = "(x + 1) * 127.5" if low < 0 else "x * 255"
+        advice = f"({scaled}).clip(0, 255).astype(np.uint8)"
+    return f"{name} is {dtype} with values from {low:.3g} to {high:.3g}; expected uint8 images: save {advice}"
+
+
 def bounded_array(arrays: np.lib.npyio.NpzFile, name: str, images: bool = False) -> np.ndarray:
     """An array of an open npz; its type and size are judged from headers before anything is unpacked."""
     member = arrays.zip.getinfo(f"{name}.npy")
@@ -376,8 +398,10 @@ def bounded_array(arrays: np.lib.npyio.NpzFile, name: str, images: bool = False)
         one = np.lib.format.read_magic(file) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
         shape, _fortran, dtype = read(file)
-    if dtype.hasobject or (images and dtype != np.uint8):
-        raise UserError(f"{name} is {dtype}; expected {'uint8' if images else 'integers'}")
+        if images and dtype != np.uint8:
+            raise UserError(wrong_type(name, file, shape, dtype))
+    if dtype.hasobject:
+        raise UserError(f"{name} is {dtype}; expected integers")
     if math.prod(shape) * dtype.itemsize > member.file_size:
         raise UserError(f"{name} says {shape}, which is more than it holds")
     return arrays[name]

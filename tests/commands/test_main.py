@@ -93,6 +93,14 @@ def test_a_student_takes_the_data_of_its_teacher(tmp_path):
     assert parsed("distill", f"{tmp_path} other").data_dir == "other"
 
 
+def test_data_of_a_plug_in_need_it_again(tmp_path):
+    """Code that a run names is not loaded unasked."""
+    (tmp_path / "config.json").write_text(json.dumps({"data_dir": "mine:", "plugin": "mine.py"}))
+    with pytest.raises(UserError, match=r"trained on mine: with --plugin mine\.py: give --plugin mine\.py"):
+        words.distill([str(tmp_path)])
+    assert words.data_of(str(tmp_path), "mine.py") == "mine:"
+
+
 def test_a_file_of_three_keys_leaves_the_rest_to_auto_and_one_of_a_run_names_its_objective(tmp_path):
     three, run = tmp_path / "three.json", tmp_path / "config.json"
     three.write_text(json.dumps({"image_size": 16, "num_channels": 64, "data_dir": "d"}))

@@ -37,7 +37,9 @@ def write_tar(path, files):
             archive.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels"), ("X", "y")])
+@pytest.mark.parametrize(
+    "names", [("x_train", "y_train"), ("images", "labels"), ("X", "y"), ("data", "target")]
+)
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 4, 4, 3), (5, 3, 4, 4)])
 def test_npz_under_usual_names(names, shape, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -57,6 +59,30 @@ def test_npz_without_images_says_what_is_there(tmp_path):
         open_source(str(tmp_path / "d.npz"))
     np.savez(tmp_path / "d.npz", x_train=np.zeros((2, 4, 4)))
     with pytest.raises(UserError, match="x_train is float64"):
+        open_source(str(tmp_path / "d.npz"))
+
+
+@pytest.mark.parametrize(
+    "values, advice",
+    [
+        (np.linspace(0, 1, 32), r"0 to 1; expected uint8 images: save \(x \* 255\)"),
+        (np.linspace(-1, 1, 32), r"-1 to 1.*\(\(x \+ 1\) \* 127.5\)"),
+        (np.arange(32), r"0 to 31.*save x.clip"),
+    ],
+)
+def test_npz_of_other_numbers_says_how_they_become_images(values, advice, tmp_path):
+    np.savez_compressed(tmp_path / "d.npz", images=values.reshape(2, 4, 4))
+    with pytest.raises(UserError, match=advice):
+        open_source(str(tmp_path / "d.npz"))
+
+
+def test_labels_of_an_npz_may_be_names_but_not_rows(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    np.savez(tmp_path / "d.npz", images=pixels, labels=np.array(["dog", "cat", "emu", "cat"]))
+    labels = open_source(str(tmp_path / "d.npz")).labels("auto")
+    assert labels.classes == ("cat", "dog", "emu") and labels.indices.tolist() == [1, 0, 2, 0]
+    np.savez(tmp_path / "d.npz", images=pixels, labels=np.eye(4))
+    with pytest.raises(UserError, match=r"float64 \(4, 4\); labels must be one integer.*labels.argmax\(1\)"):
         open_source(str(tmp_path / "d.npz"))
 
 

@@ -266,7 +266,7 @@ def test_missing_empty_and_unknown_paths(tmp_path):
     one_line(lambda: opened(tmp_path / "none"), "none: no such folder or file")
     one_line(lambda: opened(tmp_path), str(tmp_path), "holds no images")
     (tmp_path / "x.tar").write_bytes(b"")
-    one_line(lambda: opened(tmp_path / "x.tar"), "x.tar", "prepare_data")
+    one_line(lambda: opened(tmp_path / "x.tar"), "x.tar", "cm prepare")
     one_line(lambda: opened("s3://bucket/x"), "s3://bucket/x")
 
 

@@ -152,6 +152,22 @@ def test_models_are_compared_in_one_table(files, network, tmp_path):
     assert lines[2].endswith(f"{runs[1]:.4f}")
 
 
+def test_images_under_usual_names_and_a_mistake_before_anything_is_drawn(
+    files, tmp_path, monkeypatch, capsys
+):
+    for name in ("ref", "samples"):
+        arrays = np.load(files[name])
+        np.savez(tmp_path / f"{name}.npz", x_train=arrays["arr_0"], y_train=arrays["arr_1"])
+    argv = [tmp_path / "ref.npz", tmp_path / "samples.npz", "--features", f"classifier={files['weights']}"]
+    call(monkeypatch, evaluator.main, *argv, "--out", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    network = load_features(f"classifier={files['weights']}", "", CPU)
+    assert found == pytest.approx(measure(files, network, replace(ALL, metrics=DIGITS.metrics))["metrics"])
+    monkeypatch.setattr(evaluator, "to_measure", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"--metrics must be one of.*did you mean fid"):
+        call(monkeypatch, evaluator.main, *argv, "--metrics", "fidd")
+
+
 def test_models_are_drawn_before_they_are_measured(files, tmp_path, monkeypatch, capsys):
     model = tmp_path / "m.pt"
     save_consistency_model(model, in_channels=1)
@@ -175,6 +191,11 @@ def test_models_are_drawn_before_they_are_measured(files, tmp_path, monkeypatch,
     assert [run["samples"]["count"] for run in result["runs"]] == [4, 4, 50]
     assert result["runs"][0]["samples"]["sha256"] != result["runs"][1]["samples"]["sha256"]
     assert len(list(tmp_path.glob("samples/*/samples_4x8x8x1.npz"))) == 2
+    monkeypatch.setattr(
+        sys, "argv", [*argv, "--out_dir", str(tmp_path / "elsewhere")]
+    )  # of a run one cannot write to
+    evaluator.main()
+    assert len(list(tmp_path.glob("elsewhere/samples/*/samples_4x8x8x1.npz"))) == 2
     monkeypatch.setattr(sys, "argv", ["x", files["ref"], files["samples"], "--sampler", "onestep"])
     with pytest.raises(SystemExit):
         evaluator.main()

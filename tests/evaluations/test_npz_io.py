@@ -106,7 +106,7 @@ def test_where_the_result_goes():
 
 PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
 BAD_IMAGES = {
-    "no array arr_0.*holds images": {"images": PIXELS},
+    "no array of images.*holds pixels": {"pixels": PIXELS},
     "at least 2": {"arr_0": PIXELS[:1]},
     r"holds 0 image": {"arr_0": PIXELS[:0]},
     r"transpose it to channels last": {"arr_0": np.zeros((4, 3, 8, 8), np.uint8)},

@@ -446,6 +446,11 @@ def test_a_plan_of_auto_follows_the_data(tmp_path):
     assert (made.image_size, made.in_channels, made.num_classes) == (16, 1, 2)
     network = sum(p.numel() for p in make_network(made).parameters())
     assert plan.step.memory.student == 4 * network and plan.step.images == 20
+    # A file without a preset is what cm train makes of it.
+    file = tmp_path / "three.json"
+    file.write_text(json.dumps({"data_dir": str(tmp_path), "lr": 1e-3}))
+    again = plan_training(str(file), Cluster(cpu(1e11), 1))
+    assert (again.step, again.steps) == (plan.step, plan.steps)
 
 
 def test_bad_input_is_one_line():

@@ -180,7 +180,10 @@ def plan_training(name: str, cluster: Cluster, flags: Sequence[str] = (), slowdo
 
     Where the batch does not fit and no flag says --microbatch, one is chosen.
     """
-    source = ["--config", name] if _is_file(name) else ["--preset", name]
+    source = ["--preset", name]
+    if _is_file(name):  # without a preset as cm train takes it
+        known = {"preset", "script"} & read_file(name).keys() or "--preset" in flags
+        source = ["--config", name] if known else ["--config", name, "--preset", AUTO]
     config = parse_config(SCRIPTS[_training_script(name)], [*source, *flags])
     if config.preset == AUTO and "num_channels" not in config.explicit:
         config = fitted(config)
