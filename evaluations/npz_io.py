@@ -1,9 +1,10 @@
 """Sets of images and reference statistics on disk.
 
 Images: an npz with `arr_0` uint8 (N, H, W, C) and optional labels `arr_1`, or under usual names
-(`cm.data.npz_names`), a folder, a zip, or a prepared store. They are streamed: only the batch in hand is in memory. Statistics: an npz with `mu`, `sigma` (pooled features) and
-optionally `mu_s`, `sigma_s` (spatial features) and `arr_0`, the layout of guided-diffusion's reference batches; files
-written here also carry `meta`, a JSON text that says where the numbers come from.
+(`cm.data.npz_names`), a folder, a zip, or a prepared store. They are streamed: only the batch in hand is in memory.
+Statistics: an npz with `mu`, `sigma` (pooled features) and optionally `mu_s`, `sigma_s` (spatial
+features) and `arr_0`, the layout of guided-diffusion's reference batches; files written here also carry `meta`, a JSON
+text that says where the numbers come from.
 """
 
 import hashlib
@@ -68,8 +69,11 @@ class NpzImages:
     def __init__(self, path: str):
         self.path = str(path)
         self._local = filesystem.cache_locally(self.path)
-        archive = filesystem.open_zip(self._local)
-        with readable(self.path), archive, archive.open("arr_0.npy") as member:
+        with (
+            readable(self.path),
+            filesystem.open_zip(self._local) as archive,
+            archive.open("arr_0.npy") as member,
+        ):
             shape, dtype = _npy_header(member)
             if dtype != np.uint8:
                 raise UserError(wrong_type("arr_0", member, shape, dtype))
