@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = read_run(path)
             best = best_fid(find_results(run, known=known))
             found.append(summary(run, (best.metrics["fid"], best.nfe) if best else None))
-        except UserError as error:
-            unread.append(f"note: {error}")
+        except (UserError, OSError) as error:  # of one run; the others are listed
+            unread.append(f"note: {said(error)}")
     found.sort(key=lambda s: s["age"])
     if options.json:
         print(json.dumps(found, indent=1))
@@ -216,9 +216,13 @@ def program(argv: Sequence[str] | None = None) -> None:
     try:
         main(argv)
     except (UserError, OSError) as error:  # a name that is too long, a mount that went away
-        said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-        print(f"error: {one_line(said)}", file=sys.stderr)
+        print(f"error: {said(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def said(error: UserError | OSError) -> str:
+    """What a mistake or the machine says, in one line."""
+    return one_line(f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error))
 
 
 if __name__ == "__main__":

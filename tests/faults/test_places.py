@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cm.tools import doctor
+from cm.tools import doctor, runs
 from tests.helpers.commands import refused
 from tests.helpers.eval_files import stripes, write_classifier
 from tests.helpers.mp import ROOT
@@ -143,3 +143,13 @@ def test_the_doctor_goes_on_where_it_may_not_look(copy):
     with mode(copy, 0):
         found = {check.name: check for check in doctor.tried(doctor.check_last_runs, str(copy))}
     assert found["last runs"].status == "failed" and str(copy) in found["last runs"].detail
+
+
+@pytest.mark.parametrize("name", ["config.json", "progress.jsonl"])
+def test_one_run_that_may_not_be_read_hides_no_other(name, copy, tmp_path, capsys):
+    shutil.copytree(RUN, tmp_path / "other")
+    with mode(copy / name, 0):
+        runs.main([str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].endswith("other") and len(told) == 3
+    assert told[2].startswith("note: ") and "Permission denied" in told[2] and name in told[2]
