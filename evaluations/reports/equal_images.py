@@ -2,15 +2,18 @@
 
     OMP_NUM_THREADS=1 python -m evaluations.reports.equal_images RUN [--images 19712] [--only cd,ect,sct]
         [--out docs/results/digits_equal_images.json]
+    OMP_NUM_THREADS=1 python -m evaluations.reports.equal_images RUN --students distilled_maps
+        [--out docs/results/digits_distilled_maps.json]
     OMP_NUM_THREADS=1 python -m evaluations.reports.equal_images RUN --students flow_maps
         [--out docs/results/digits_flow_maps.json]
 
 RUN is a folder for data, models and samples; a second call goes on where the first one stopped. Prints a table of what
-is there, writes its numbers as JSON and the first samples as RUN/equal_images.png. Each student is trained by its
+is there, writes its numbers as JSON and a picture: the first samples as RUN/equal_images.png, or of the maps, which are
+sampled with 1, 2, 4 and 8 evaluations, their distances as RUN/equal_images_nfe.png. Each student is trained by its
 preset, but for what must be equal: the network, whose clock is slow so that continuous time works, too, the average of
-the weights, and the number of images. Lengths of a preset's own schedules (stages, warm-up) go with the run. The flow
-maps are trained five times as long, as most begin with random weights, on the networks of their presets, and sampled
-with 1, 2, 4 and 8 evaluations, as are CD and ECT beside them.
+the weights, and the number of images. Lengths of a preset's own schedules (stages, warm-up) go with the run. `family`
+and `distilled_maps` begin with the teacher's weights; `flow_maps` begin with random ones on the networks of their
+presets and see five times as many images.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from cm.runtime.inputs import read_json
 from cm.runtime.provenance import versions
 from evaluations.reports.digits_report import TITLES, measure, picture
 from evaluations.reports.learning_proof import MODELS, PREPARATION, execute
-from evaluations.reports.plots import image_page
+from evaluations.reports.plots import Series, image_page, line_plot
 
 BATCH = 64
 TEACHER = "cont_edm"
@@ -108,40 +111,55 @@ def _named(name: str) -> dict[str, Any]:
     return {"sets": MODELS[name][2], "title": TITLES[f"{name}_onestep"].rpartition(", ")[0]}
 
 
-def flow_maps(images: int) -> list[Student]:
-    """Maps of two times and segments, with CD, ECT and TCM beside them."""
+def distilled_maps(images: int) -> list[Student]:
+    """Maps of two times and segments that begin with the teacher's weights, with CD, ECT and TCM beside them."""
     steps = images // BATCH
-    half, split = steps // 2, f"--split_steps {2 * steps // 3}"
-
-    def student(name: str, title: str, sets: Sets, source: str = "", flags: str = "", **more: Any) -> Student:
-        own = {"preset": f"digits_{name}", "steps": steps, **more}
-        return Student(name, source=source, flags=flags, sets=sets, title=title, same=SAME_LONGER, **own)
+    half = steps // 2
 
     def segments(n: int) -> Student:
         flags = f"--segments {n} --teacher_steps_ramp {half}"
         sets = {f"nfe{n}": f"--sampler progdist --steps {n}"}
-        return student(f"mcd{n}", f"multistep CD, segments: {n}", sets, TEACHER, flags, preset="digits_mcd4")
+        return Student(f"mcd{n}", "digits_mcd4", TEACHER, steps, flags, sets, f"multistep CD, segments: {n}")
 
-    ratio = f"--ratio_steps {half // 8}"
+    def own(name: str, title: str) -> Student:
+        """One that learns from itself, on the teacher's network in the place of its preset's."""
+        network = "--network adm --precond edm --sigma_max 80"
+        sets = {way: f"{flags} {network}" for way, flags in JUMPS.items()}
+        return Student(name, f"digits_{name}", TEACHER, steps, f"--init teacher {network}", sets, title)
+
     two = {n: CONSISTENCY[n] for n in ("nfe1", "nfe2")}  # it learned nothing below its transition at 1
+    lagrangian, eulerian = (f"flow map distillation, {name}" for name in ("Lagrangian", "Eulerian"))
     return [
-        student("cd", "CD", CONSISTENCY, TEACHER),
-        student("ect", "ECT", CONSISTENCY, TEACHER, f"--ratio_steps {steps // 8}"),
-        student(FIRST_STAGE, "", {}, TEACHER, ratio, preset="digits_ect", steps=half),
-        student("tcm", "TCM", two, FIRST_STAGE, ratio, steps=half),
+        Student("cd", "digits_cd", TEACHER, steps, "", CONSISTENCY, "CD"),
+        Student("ect", "digits_ect", TEACHER, steps, f"--ratio_steps {steps // 8}", CONSISTENCY, "ECT"),
+        Student(FIRST_STAGE, "digits_ect", TEACHER, half, f"--ratio_steps {half // 8}"),
+        Student("tcm", "digits_tcm", FIRST_STAGE, half, "", two, "TCM"),
         *(segments(n) for n in FEW),
-        student("ctm", "CTM", GAMMA, TEACHER),
-        student("lmd", "flow map distillation, Lagrangian", JUMPS, TEACHER),
-        student("emd", "flow map distillation, Eulerian", JUMPS, TEACHER),
-        student("ict", "iCT", CONSISTENCY),
-        student("meanflow", "MeanFlow", JUMPS),
-        student("improved_meanflow", "improved MeanFlow", JUMPS),
-        student("esd", "ESD", JUMPS),
-        student("lsd", "LSD", JUMPS),
-        student("psd", "PSD", JUMPS),
-        student("shortcut", "shortcut", JUMPS),
-        student("alphaflow", "alpha-Flow", JUMPS, "", split),
-        student("soflow", "SoFlow", JUMPS, "", split),
+        Student("ctm", "digits_ctm", TEACHER, steps, "", GAMMA, "CTM"),
+        Student("lmd", "digits_lmd", TEACHER, steps, "", JUMPS, lagrangian),
+        Student("emd", "digits_emd", TEACHER, steps, "", JUMPS, eulerian),
+        *(own(name.lower(), name) for name in ("shortcut", "LSD", "PSD", "ESD")),
+    ]
+
+
+def flow_maps(images: int) -> list[Student]:
+    """Maps of two times that begin with random weights, with iCT beside them."""
+    steps = images // BATCH
+
+    def student(name: str, title: str, flags: str = "", sets: Sets = JUMPS) -> Student:
+        return Student(name, f"digits_{name}", "", steps, flags, sets, title, SAME_LONGER)
+
+    split = f"--split_steps {2 * steps // 3}"
+    return [
+        student("ict", "iCT", sets=CONSISTENCY),
+        student("meanflow", "MeanFlow"),
+        student("improved_meanflow", "improved MeanFlow"),
+        student("esd", "ESD"),
+        student("lsd", "LSD"),
+        student("psd", "PSD"),
+        student("shortcut", "shortcut"),
+        student("alphaflow", "alpha-Flow", split),
+        student("soflow", "SoFlow", split),
     ]
 
 
@@ -156,6 +174,7 @@ class Comparison:
 
 COMPARISONS = {
     "family": Comparison(students, DEFAULT_IMAGES, MODELS[TEACHER][2]),
+    "distilled_maps": Comparison(distilled_maps, DEFAULT_IMAGES, DENOISER),
     "flow_maps": Comparison(flow_maps, LONGER, DENOISER),
 }
 
@@ -256,6 +275,22 @@ def table(result: dict[str, Any], compared: str = "family") -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_curves(path: Path, result: dict[str, Any], compared: str) -> None:
+    """Write the curves as PNG."""
+    labels = {"title": "Digits at equal images seen", "x_label": "network evaluations"}
+    line_plot(path, curves(result, compared), **labels, y_label="Fréchet distance", log_x=True)
+
+
+def curves(result: dict[str, Any], compared: str) -> list[Series]:
+    """Fréchet distance by evaluations, a line for each model; multistep models of several segments are one line."""
+    titles = {m.name: m.title for m in models(DEFAULT_IMAGES, compared)}
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in result["rows"]:
+        line = lines.setdefault(titles[row["model"]].partition(", segments")[0], [])
+        line += [(s["nfe"], s["fid"]) for s in row["scores"].values()]
+    return [Series(name, *zip(*sorted(points))) for name, points in lines.items()]
+
+
 def _cell(scores: dict[str, float]) -> str:
     return f"{scores['accuracy']:.1%}, {scores['fid']:.3f}"
 
@@ -282,6 +317,8 @@ def main() -> None:
     save_json(out, result)
     if args.students == "family":
         image_page(args.run / "equal_images.png", picture(args.run))
+    else:
+        draw_curves(args.run / "equal_images_nfe.png", result, args.students)
     print(table(result, args.students))
 
 

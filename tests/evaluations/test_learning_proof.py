@@ -79,18 +79,39 @@ def test_students_are_compared_at_equal_images_on_one_network():
 
 
 def test_flow_maps_are_compared_at_equal_images():
-    students, images = training("flow_maps"), equal_images.LONGER
-    expected = {"ctm", "multistep_distillation", "flow_map_distillation", "flow_map", "meanflow"}
-    assert {"consistency_distillation", "improved_meanflow", *expected} <= {
-        c.training_mode for c in students.values()
+    modes = {"flow_maps": {"consistency_training", "flow_map", "meanflow", "improved_meanflow"}}
+    modes["distilled_maps"] = {
+        "ctm",
+        "multistep_distillation",
+        "flow_map_distillation",
+        "consistency_distillation",
     }
-    for name, c in students.items():
-        halves = 2 if name.startswith("tcm") else 1
-        assert halves * c.total_training_steps * c.global_batch_size == images, name
-        assert (c.time_scale, c.ema_rate, c.num_channels, c.channel_mult) == (4, "0.99", 32, "1,1"), name
-    rows = {m.name: m.sets for m in equal_images.models(images, "flow_maps")}
+    for compared, rate in (("flow_maps", "0.99"), ("distilled_maps", "0.98")):
+        students, images = training(compared), equal_images.COMPARISONS[compared].images
+        assert modes[compared] <= {c.training_mode for c in students.values()}
+        for name, c in students.items():
+            halves = 2 if name.startswith("tcm") else 1
+            assert halves * c.total_training_steps * c.global_batch_size == images, name
+            assert (c.time_scale, c.ema_rate, c.num_channels, c.channel_mult) == (4, rate, 32, "1,1"), name
+            assert bool(c.teacher_model_path) == (compared == "distilled_maps"), name
+    rows = {
+        m.name: m.sets
+        for compared in modes
+        for m in equal_images.models(equal_images.DEFAULT_IMAGES, compared)
+    }
     assert rows["lsd"].keys() == {"nfe1", "nfe2", "nfe4", "nfe8"} and rows["mcd4"].keys() == {"nfe4"}
     assert all(levels.count(",") + 1 == n for n, levels in equal_images.LEVELS.items())
+
+
+def test_curves_join_the_models_of_several_segments():
+    rows = [
+        {"model": "mcd2", "scores": {"nfe2": {"nfe": 2, "fid": 0.25}}},
+        {"model": "ctm", "scores": {"nfe1": {"nfe": 1, "fid": 0.5}}},
+        {"model": "mcd1", "scores": {"nfe1": {"nfe": 1, "fid": 0.75}}},
+    ]
+    multistep, ctm = equal_images.curves({"rows": rows}, "distilled_maps")
+    assert (multistep.name, multistep.x, multistep.y) == ("multistep CD", (1, 2), (0.75, 0.25))
+    assert (ctm.name, ctm.x, ctm.y) == ("CTM", (1,), (0.5,))
 
 
 def test_a_part_of_the_students_and_the_table_of_what_is_there():
@@ -106,9 +127,9 @@ def test_a_part_of_the_students_and_the_table_of_what_is_there():
     assert equal_images.table(result).splitlines()[2] == "| sCT | teacher | 19,712 | 1: 50.0%, 1.250 |  |"
 
 
-@pytest.mark.parametrize("compared", ["family", "flow_maps"])
+@pytest.mark.parametrize("compared", equal_images.COMPARISONS)
 def test_the_table_of_the_systems_is_that_of_the_stored_numbers(compared):
-    root, name = Path(__file__).parents[2], {"family": "equal_images", "flow_maps": "flow_maps"}[compared]
+    root, name = Path(__file__).parents[2], {"family": "equal_images"}.get(compared, compared)
     stored = json.loads((root / f"docs/results/digits_{name}.json").read_text())
     assert equal_images.table(stored, compared) in (root / "docs/systems.md").read_text()
     rows = {row["model"]: row for row in stored["rows"]}
