@@ -86,7 +86,7 @@ def line_plot(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_title(title, loc="left")
+    figure.suptitle(title, x=0.01, ha="left")  # a title of the axes would run into the legend
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)

@@ -26,7 +26,7 @@ def test_a_plot_shows_every_series_that_has_points(tmp_path):
     assert np.allclose(bars, [[8.1, 9.9], [4.5, 5.5], [2.7, 3.3]])
     assert published.lines[0].get_linestyle() == "--" and published.lines[0].get_marker() == "o"
     assert [text.get_text() for text in figure.legends[0].texts] == ["measured", "published"]
-    assert (axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
+    assert (figure.get_suptitle(), axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
