@@ -36,7 +36,7 @@ _BATCH = 128
 SIZES = ("image_size", "channels", "num_classes", "patch")  # what a file says of itself
 LARGEST = 1 << 16  # of them
 MOST_VALUES = 1 << 28  # of pixels that one is trained on, a byte each
-EPOCHS, SEEN = 30, 600_000  # passes, and images of all passes where nobody asked for their number
+EPOCHS, SEEN = 30, 200_000  # passes, and images of all passes where nobody asked for their number
 # What a file of this module calls itself, and what older ones did
 NAME, OLD_NAME = "classifier", "digits"
 
