@@ -72,8 +72,8 @@ DENOISER = {
     "nfe2": {"sampler": "euler", "steps": 2},
     "nfe4": {"sampler": "euler", "steps": 4},
 }
-JUMPS = {f"nfe{n}": {"sampler": "jumps", "steps": n} for n in (1, 2, 4)}
-GAMMA = {f"nfe{n}": {"sampler": "gamma", "steps": n} for n in (1, 2, 4)}
+JUMPS = {f"nfe{n}": {"sampler": "jumps", "steps": n} for n in (1, 2, 4, 8)}
+GAMMA = {f"nfe{n}": {"sampler": "gamma", "steps": n} for n in (1, 2, 4, 8)}
 METHODS = {
     "edm": Method("EDM teacher", "", "edm_train", DENOISER),
     "cd": Method("CD", sets=CONSISTENCY),
@@ -140,6 +140,15 @@ VARIATIONS = {
     "ict_s20": _variation("ict", "the same, N from 10 to 20", **PAPER, end_scales=20),
     "ict_s0": _variation("ict", "the same, N from 2 to 64", **PAPER, start_scales=2, end_scales=64),
     "ict_rate": _variation("ict", "the same, rate 5e-4", **PAPER, lr=5e-4),
+    # Whether Lagrangian maps want more pairs of high levels, where the one step of a sample begins
+    "lmd_wide": _variation(
+        "lmd",
+        "Lagrangian map distillation, ln(t) of deviation 2.5",
+        t_mean=0.0,
+        t_std=2.5,
+        r_mean=-1.5,
+        r_std=2.5,
+    ),
     # The ablation of iCT (Song & Dhariwal 2023, Figure 5): each takes one of its parts away
     "ict_mu": _variation("ict", "iCT with a target network, mu = 0.9", start_ema=0.9),
     "ict_l2": _variation("ict", "iCT with l2", loss_norm="l2"),

@@ -18,8 +18,8 @@ from evaluations.study.levels import levels_table
 from evaluations.study.methods import MANY, TEACHER, Method, Study, evaluations_of
 
 Results = dict[str, dict[str, Any]]
-COLUMNS = ("nfe1", "nfe2", "nfe4", MANY)
-TITLES = {"nfe1": "one evaluation", "nfe2": "two", "nfe4": "four", MANY: "35"}
+COLUMNS = ("nfe1", "nfe2", "nfe4", "nfe8", MANY)
+TITLES = {"nfe1": "one evaluation", "nfe2": "two", "nfe4": "four", "nfe8": "eight", MANY: "35"}
 GRID = 12  # samples of each row of the grid
 PAGE = "# Study\n"
 
@@ -121,7 +121,7 @@ def distances_table(study: Study, results: Results) -> list[str]:
         cells = [_cell(s) if s else "" for s in sets]
         lines.append(f"| {method.title} | {seen:,} | " + " | ".join(cells) + " |")
     if "floor" in results:
-        lines.append(f"| training images | | | | | {results['floor']['metrics']['fid']:.2f} |")
+        lines.append(f"| training images {'| ' * len(COLUMNS)}| {results['floor']['metrics']['fid']:.2f} |")
     return lines
 
 
