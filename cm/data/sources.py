@@ -28,17 +28,16 @@ MAX_MEMBER_BYTES = 256 << 20
 MAX_COMPRESSION = 200
 # Of macOS, Synology and Windows
 SYSTEM_NAMES = (
-    *(
-        "__MACOSX",
-        "@eaDir",
-        "@tmp",
-        "@Recycle",
-        "@Recently-Snapshot",
-        "#recycle",
-        "#snapshot",
-        "$RECYCLE.BIN",
-    ),
-    *("System Volume Information", "lost+found"),
+    "__MACOSX",
+    "@eaDir",
+    "@tmp",
+    "@Recycle",
+    "@Recently-Snapshot",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
 )
 
 
