@@ -378,16 +378,15 @@ def evaluate(
             return evaluate(
                 path, reference, features=features, metrics=metrics, protocol=protocol, force=force, **options
             )
-    library = importlib.import_module("evaluations.evaluator")
-    known = library.open_reference(reference)
-    paths = [samples] if isinstance(samples, str) else list(samples)
-    chosen, strict = library.choose_protocol(protocol, features, known)
-    device = choose_device("auto")
-    network, chosen = library.measuring(features, chosen, strict, known, device)
     if wrong := [name for name in options if name not in ("batch_size", "bootstrap", "seed")]:
         raise TypeError(f"evaluate has no option {wrong[0]}: batch_size, bootstrap or seed")
+    library = importlib.import_module("evaluations.evaluator")
+    known = library.open_reference(reference)
+    images = [library.open_images(path) for path in ([samples] if isinstance(samples, str) else samples)]
+    chosen, strict = library.choose_protocol(protocol, features, known)
+    library.parse_metrics(metrics, chosen)  # a mistake is known before a network is trained
+    network, chosen = library.measuring(features, chosen, strict, known, choose_device("auto"))
     how = library.Options(chosen, library.parse_metrics(metrics, chosen), **options)
-    images = [library.open_images(path) for path in paths]
     return library.evaluate(known, images, network, how, strict=strict, force=force, seeds=len(images))[
         "metrics"
     ]

@@ -96,6 +96,17 @@ def test_metrics_are_those_of_the_evaluator(tmp_path):
     assert cm.evaluate(known, known, **asked)["fid"] < 1e-6 < found["fid"]
 
 
+def test_a_mistake_in_what_is_evaluated_is_known_before_a_network_is_made(tmp_path, monkeypatch):
+    known = str(write_npz(tmp_path / "ref.npz", 20))
+    monkeypatch.setattr("evaluations.evaluator.measuring", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(TypeError, match="no option batchsize: batch_size"):
+        cm.evaluate(known, known, batchsize=4)
+    with pytest.raises(UserError, match="did you mean fid"):
+        cm.evaluate(known, known, metrics="fidd")
+    with pytest.raises(UserError, match=r"none\.npz"):
+        cm.evaluate([known, str(tmp_path / "none.npz")], known)
+
+
 def test_edits_of_a_model_that_is_not_finite_are_refused(runs):
     _, _, student = runs
     broken = copy.deepcopy(student)
