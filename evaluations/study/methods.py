@@ -95,7 +95,12 @@ METHODS = {
     ),
     "meanflow": Method("MeanFlow", sets=JUMPS),
     "lmd": Method("Lagrangian map distillation", sets=JUMPS),
+    "emd": Method("Eulerian map distillation", sets=JUMPS),
+    "esd": Method("ESD", sets=JUMPS),
+    "lsd": Method("LSD", sets=JUMPS),
+    "psd": Method("PSD", sets=JUMPS),
     "alphaflow": Method("alpha-Flow", sets=JUMPS),
+    "soflow": Method("SoFlow", sets=JUMPS),
     "shortcut": Method("shortcut model", sets=JUMPS),
     "ctm": Method("CTM", sets=GAMMA),
     # A model for each number of steps
@@ -103,6 +108,7 @@ METHODS = {
         f"mcd{n}": Method(f"multistep CD, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
         for n in (1, 2, 4)
     },
+    "mct2": Method("multistep CT, segments: 2", sets={"nfe2": PROGRESSIVE["nfe2"]}),
 }
 ONE = {"nfe1": CONSISTENCY["nfe1"]}
 

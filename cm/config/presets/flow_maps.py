@@ -74,6 +74,7 @@ HALVES: Flags = {"identity": "progressive", **SELF}
 SHORTCUT: Flags = {**HALVES, "gap_share": 0.125, "time_law": "dyadic"}
 SPLIT: Flags = {"identity": "progressive", "flow_velocity": "data", "split_start": 0.9}
 ALPHA: Flags = {**SPLIT, "split_end": 0.05}
+SOFLOW: Flags = {**SPLIT, "split_end": 1 / 64, "gap_power": 2.0}
 
 
 # --- Fashion-MNIST: from the teacher's weights, to which the second clock of the network adds nothing at first ---
@@ -98,12 +99,17 @@ PRESETS: dict[str, Preset] = {
     "digits_psd": _digits("flow_map", **HALVES, split_uniform=True),
     # From flow matching of trajectories to nearly MeanFlow
     "digits_alphaflow": _digits("flow_map", **ALPHA, split_steps=1000),
-    "digits_soflow": _digits("flow_map", **SPLIT, split_end=1 / 64, split_steps=1000, gap_power=2.0),
+    "digits_soflow": _digits("flow_map", **SOFLOW, split_steps=1000),
     # From the weights of a teacher, digits_cont_edm
     "digits_lmd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT, identity="lagrangian"),
     "digits_emd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT),
     "fashion_meanflow": _fashion("meanflow"),
     "fashion_lmd": _fashion("flow_map_distillation", identity="lagrangian"),
+    "fashion_emd": _fashion("flow_map_distillation"),
+    "fashion_esd": _fashion("flow_map", **SELF),
+    "fashion_lsd": _fashion("flow_map", identity="lagrangian", **SELF),
+    "fashion_psd": _fashion("flow_map", **HALVES, split_uniform=True),
     "fashion_alphaflow": _fashion("flow_map", **ALPHA, split_steps=2 * FASHION_STEPS // 3),
+    "fashion_soflow": _fashion("flow_map", **SOFLOW, split_steps=2 * FASHION_STEPS // 3),
     "fashion_shortcut": _fashion("flow_map", **SHORTCUT),
 }
