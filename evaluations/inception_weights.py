@@ -8,12 +8,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cm.errors import UserError
 from cm.storage.downloads import check_sha256, local_copy
 from cm.storage.filesystem import cache_folder
+from cm.storage.shapes import shapes_only
 from cm.storage.torch_format import check_size, read_torch
 from evaluations.inception_v3 import InceptionV3
 
@@ -151,7 +151,7 @@ def read_inception_state(path: str | Path) -> dict[str, Tensor]:
                 f"{WHAT}: {path} is not the FID Inception: its batch norms have scales ({scales[0]})"
             )
         state = {ours: state[theirs] for theirs, ours in pytorch_fid_names().items() if theirs in state}
-    with torch.device("meta"):
+    with shapes_only():
         expected = {k: tuple(v.shape) for k, v in InceptionV3().state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     if found != expected:

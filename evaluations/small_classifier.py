@@ -27,6 +27,7 @@ from cm.runtime.files import writing
 from cm.runtime.inputs import misfit
 from cm.runtime.progress import progress
 from cm.storage.filesystem import cache_folder, make_cache_folder
+from cm.storage.shapes import shapes_only
 from cm.storage.weights import check_matching, load_weights, save_weights
 from evaluations.npz_io import ImageSet, Reference, open_images
 
@@ -127,7 +128,7 @@ def load_classifier(path: str) -> tuple[SmallClassifier, dict]:
     if not all(size and 0 < size <= LARGEST for size in sizes):
         raise UserError(f"--features {NAME}={path}: its description must have {', '.join(SIZES)}")
     *shape, patch = sizes
-    with torch.device("meta"):  # compared before memory is taken
+    with shapes_only():  # compared before memory is taken
         check_matching(SmallClassifier(*shape, patch=patch), state, f"--features {NAME}={path}")
     net = SmallClassifier(*shape, patch=patch)
     net.load_state_dict(state)

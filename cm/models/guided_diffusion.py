@@ -8,7 +8,6 @@ sqrt(abar_t) = 1 / sqrt(1 + sigma^2) and c_noise the t with the nearest sigma_t.
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cm.diffusion.denoiser import NoisyClassifier
@@ -17,6 +16,7 @@ from cm.errors import UserError
 from cm.models.identify import HEAD_CHANNELS, RELEASED_HEADS, Heads, count_blocks, ratio, uses_scale_shift
 from cm.networks.architecture import Architecture, build_network
 from cm.networks.attention import qkv_legacy_to_new
+from cm.storage.shapes import shapes_only
 from cm.storage.unpickle import one_line
 from cm.storage.weights import check_matching
 
@@ -97,7 +97,7 @@ def released_classifier(
 
     Its times are those that the released ones were trained with at this size.
     """
-    with one_line(f"--guide {source} is no classifier of guided-diffusion"), torch.device("meta"):
+    with one_line(f"--guide {source} is no classifier of guided-diffusion"), shapes_only():
         num_classes = len(state["out.2.c_proj.weight"])
         network = build_network(
             Architecture(

@@ -18,6 +18,7 @@ from cm.models.factory import create_network, create_precond
 from cm.models.files import ModelFile, load_model_file
 from cm.models.guided_diffusion import is_classifier, released_classifier
 from cm.models.pretrained import Pretrained, pretrained_from
+from cm.storage.shapes import shapes_only
 from cm.storage.weights import check_matching
 
 
@@ -74,7 +75,7 @@ def _classifier(
         known = flags_of(ClassifierConfig)
         found = file.config
         config = configure(ClassifierConfig, **{n: value for n, value in found.items() if n in known})
-        with torch.device("meta"):
+        with shapes_only():
             check_matching(create_network(config), file.state, f"--guide {file.path}")
         network = create_network(config)
         network.load_state_dict(file.state)

@@ -20,6 +20,7 @@ from cm.models.files import ModelFile, load_model_file, searched_points
 from cm.models.identify import identify
 from cm.models.memory_format import memory_format
 from cm.runtime import logger
+from cm.storage.shapes import shapes_only
 from cm.storage.weights import check_matching
 
 ConfigType = TypeVar("ConfigType", bound=ModelFlags)
@@ -114,7 +115,7 @@ def pretrained_from(config: ConfigType, file: ModelFile, flag: str = "model_path
     """As `load_pretrained`, of weights that are read already. flag: what named them."""
     config = completed(config, file)
     device = choose_device(config.device)
-    with torch.device("meta"):  # compared before memory is taken
+    with shapes_only():  # compared before memory is taken
         check_matching(create_network(config), file.state, f"--{flag} {file.path}")
     network = create_network(config)
     network.load_state_dict(file.state)

@@ -18,6 +18,7 @@ from cm.config.choices import PRECISIONS
 from cm.errors import UserError
 from cm.objectives.distances import Distance, at_least_fp32, resize
 from cm.runtime.torchvision_operators import declare_missing_operators
+from cm.storage.shapes import shapes_only
 from cm.storage.torch_format import read_torch
 
 # Smaller images are enlarged before they are compared.
@@ -198,7 +199,7 @@ def meta_vgg() -> nn.Sequential:
     import_piq()  # which knows how to import torchvision
     from torchvision.models import vgg16
 
-    with torch.device("meta"):
+    with shapes_only():
         return vgg16(weights=None).features[: int(list(FEATURES)[-1]) + 1].requires_grad_(False)
 
 

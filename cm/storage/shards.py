@@ -8,22 +8,12 @@ nothing that was saved can run code.
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from cm.errors import UserError
 from cm.runtime import distributed
@@ -41,52 +31,18 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the bytes of a piece of a tensor lie, under the names that torch's reader asks for."""
-
-    relative_path: str
-    offset: int
-    length: int
-    transform_descriptors: tuple = ()
-
-
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write this rank's part of tensors, distributed or the same on all ranks, into a folder that exists.
 
     All ranks must call it; UserError on all of them where one cannot write.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
-    try:
-        saved = dcp.save(dict(tensors), storage_writer=writer)
-    except dcp.CheckpointException as error:
-        raise UserError(_causes(error)) from None
+    from cm.storage.pieces import described, write_pieces
+
+    saved = write_pieces(folder, tensors)
     if distributed.is_main():
         with whole_file(folder / INDEX) as file:
-            file.write(json.dumps(_described(saved)).encode())
+            file.write(json.dumps(described(saved)).encode())
         (folder / PICKLED).unlink()
-
-
-def _causes(error: dcp.CheckpointException) -> str:
-    causes = "; ".join(f"rank {rank}: {problem}" for rank, (problem, _) in error.failures.items())
-    return " ".join(causes.split())[:300]
-
-
-def _described(saved: Metadata) -> dict[str, Any]:
-    found = {
-        name: {"dtype": str(t.properties.dtype).removeprefix("torch."), "size": list(t.size), "pieces": []}
-        for name, t in saved.state_dict_metadata.items()
-    }
-    sizes = {
-        (name, chunk.offsets): list(chunk.sizes)
-        for name, t in saved.state_dict_metadata.items()
-        for chunk in t.chunks
-    }
-    for key, place in saved.storage_data.items():
-        begin = key.offset if key.offset is not None else torch.Size([0] * len(found[key.fqn]["size"]))
-        where = [place.relative_path, place.offset, place.length]
-        found[key.fqn]["pieces"].append([list(begin), sizes[key.fqn, begin], *where])
-    return found
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -124,25 +80,6 @@ def _count(value: Any) -> int:
     return value
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader of shards with our index in the place of its pickle."""
-
-    def __init__(self, folder: Path, index: Mapping[str, Any]):
-        super().__init__(folder)
-        self.index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        described, places = {}, {}
-        for name, entry in self.index.items():
-            chunks = []
-            for begin, extent, *place in entry["pieces"]:
-                chunks.append(ChunkStorageMetadata(torch.Size(begin), torch.Size(extent)))
-                places[MetadataIndex(name, begin)] = Place(*place)
-            properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
-            described[name] = TensorStorageMetadata(properties, torch.Size(entry["size"]), chunks)
-        return Metadata(described, storage_data=places)
-
-
 def load_shards(
     folder: Path, tensors: Mapping[str, Tensor], index: Mapping[str, Any], **options: Any
 ) -> None:
@@ -154,12 +91,9 @@ def load_shards(
         if name not in index or list(tensor.shape) != index[name]["size"]:
             there = f"has shape {tuple(index[name]['size'])}" if name in index else "is missing"
             raise UserError(f"{folder}: {name} {there}, the run has shape {tuple(tensor.shape)}")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")  # no_dist is what was asked for
-            dcp.load(dict(tensors), storage_reader=_Reader(folder, index), **options)
-    except dcp.CheckpointException as error:  # no Exception
-        raise UserError(f"the shards in {folder} cannot be read: {_causes(error)}") from None
+    from cm.storage.pieces import read_pieces
+
+    read_pieces(folder, tensors, index, **options)
 
 
 def names_of(index: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from cm.config.rules import inside_patches
 from cm.config.scripts import CmTrainConfig, TrainConfig
 from cm.models.factory import DEFAULT_CHANNELS, create_network
 from cm.runtime.platform import available_memory
+from cm.storage.shapes import shapes_only
 
 # Tensors of the level's width that a block keeps: residual blocks on the way down and up (where the skip connection
 # doubles the input), attention.
@@ -26,7 +27,7 @@ CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "me
 
 def bytes_of_weights(config: TrainConfig) -> int:
     """Weights of all networks, gradients, moments and averages, in fp32."""
-    with torch.device("meta"):
+    with shapes_only():
         parameters = sum(p.numel() for p in create_network(config).parameters())
     copies = 4 + (0 if config.ema_device == "cpu" else len(parse_ema_rates(config.ema_rate)))
     if isinstance(config, CmTrainConfig):

@@ -23,6 +23,7 @@ from cm.networks.unet import ResBlock
 from cm.nn import append_dims, mean_flat
 from cm.runtime.cpu import keep_freed_memory
 from cm.runtime.torchvision_operators import declare_missing_operators
+from cm.storage.shapes import shapes_only
 from cm.tools.bench.runs import Options, randomized
 from cm.tools.convert.diffusers import to_diffusers, unet_config
 from cm.tools.profiling.kernels import COUNTED, time_shares
@@ -169,7 +170,7 @@ def make_inputs(config: SampleConfig, batch: int, device: torch.device) -> tuple
 
 def forward_flops(config: SampleConfig, x: Tensor, times: Tensor) -> float:
     """Operations of a forward pass of the whole batch."""
-    with torch.device("meta"):
+    with shapes_only():
         net = create_network(config)
     with torch.no_grad(), traced() as tracer:
         net(x.to("meta"), times.to("meta"))

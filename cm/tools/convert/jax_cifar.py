@@ -15,6 +15,7 @@ from cm.errors import UserError, extra
 from cm.networks.architecture import build_network
 from cm.networks.layers import fir_kernel
 from cm.runtime.inputs import open_regular, read_regular
+from cm.storage.shapes import shapes_only
 from cm.storage.unpickle import one_line
 from cm.tools.convert.edm_layout import identify
 from cm.tools.convert.layout import Config, State, architecture, check_fits
@@ -137,7 +138,7 @@ def convert_params(arrays: dict[str, np.ndarray], source: str) -> tuple[State, C
         state[f"{places[layer]}.{_leaf_name(leaf, array)}"] = _to_torch(array)
     state = _merge_attention(state, source)
     config = identify(state, source)
-    with torch.device("meta"):
+    with shapes_only():
         names = build_network(architecture(config)).state_dict()
     taps = (1, 3, 3, 1) if config["network"] == "ncsnpp" else (1, 1)
     state |= {name: fir_kernel(taps) for name in names if name.endswith("resample_filter")}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cm.config.derived import stored_scales
@@ -15,6 +14,7 @@ from cm.config.fields import flags_of
 from cm.config.rows import NETWORKS, OBJECTIVES
 from cm.errors import UserError
 from cm.networks.architecture import Architecture, build_network
+from cm.storage.shapes import shapes_only
 from cm.storage.weights import check_matching
 
 Config = dict[str, Any]
@@ -113,7 +113,7 @@ def network_options(config: Config) -> dict[str, Any]:
 
 def check_fits(state: State, config: Config, source: str) -> State:
     """The state dict in the order of the network in `config`; UserError names the first tensors that differ from it."""
-    with torch.device("meta"):
+    with shapes_only():
         network = build_network(architecture(config), options=network_options(config))
     check_matching(network, state, source)
     return {name: state[name] for name in network.state_dict()}
