@@ -5,6 +5,7 @@ Shapes: B batch, C channels, `*spatial` one, two or three image dimensions.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 NORM_GROUPS = 32
 NO_CLASS = -1  # the label of an image whose class is not told
+# Channels of a group below which torch's kernels for channels-last are slow on CPUs, and pixels of such images from
+# which the forward one is not
+NARROW, LARGE = 8, 1024
 LANES = 64  # elements that the widest vector instructions take at once, or a multiple
 UNGUIDED = (1.0, 0.0, 1.0)  # 1 / scale of a guidance, and the first and the last time at which it acts
 
@@ -58,6 +62,8 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation that computes in fp32 at least and returns the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _suits_column_norm(x, self.num_groups, self.weight, self.bias):
+            return ColumnNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         rows = x.to(dtype)
@@ -78,13 +84,145 @@ def on_this_cpu(x: Tensor) -> bool:
 
 def modulated_norm(norm: GroupNorm32, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) (1 + scale) + shift for x (B, C, *spatial), scale and shift (B, C)."""
-    if on_this_cpu(x) and x.dtype == norm.weight.dtype and x.is_contiguous():
-        # Every image brings its own weight and bias: as channels of one image, they cost no pass of their own.
-        weight = torch.addcmul(norm.weight, norm.weight, scale).flatten()
-        bias = torch.addcmul(norm.bias + shift, norm.bias, scale).flatten()
-        rows = x.reshape(1, -1, *x.shape[2:])
-        return F.group_norm(rows, len(x) * norm.num_groups, weight, bias, norm.eps).reshape(x.shape)
+    columns = _suits_column_norm(x, norm.num_groups, norm.weight, scale, shift)
+    if columns or (on_this_cpu(x) and x.dtype == norm.weight.dtype and x.is_contiguous()):
+        # Every image brings its own weight and bias, which costs no pass of their own.
+        weight = torch.addcmul(norm.weight, norm.weight, scale)
+        bias = torch.addcmul(norm.bias + shift, norm.bias, scale)
+        if columns:
+            return ColumnNorm.apply(x, weight, bias, norm.num_groups, norm.eps)[0]
+        rows, groups = x.reshape(1, -1, *x.shape[2:]), len(x) * norm.num_groups  # as channels of one image
+        return F.group_norm(rows, groups, weight.flatten(), bias.flatten(), norm.eps).reshape(x.shape)
     return torch.addcmul(append_dims(shift, x.ndim), norm(x), append_dims(1 + scale, x.ndim))
+
+
+class ColumnNorm(torch.autograd.Function):
+    """Group norm of channels-last images by sums of columns: x (B, C, H, W), weight and bias (C,) or (B, C).
+
+    y = (x - mean) rate weight + bias with rate = 1 / sqrt(variance + eps) of a group; returns (y, mean, rate). For the
+    CPU, where torch's kernels walk such images by the few channels of a group.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, channels, *sides = x.shape
+        pixels = math.prod(sides)
+        if pixels >= LARGE:
+            own = weight.ndim == 1
+            affine = (weight, bias) if own else (None, None)
+            y, mean, rate = torch.native_group_norm(x, *affine, batch, channels, pixels, groups, eps)
+            if not own:
+                y = torch.addcmul(append_dims(bias, 4), y, append_dims(weight, 4))
+            return y, mean[..., None], rate[..., None]
+        centred, mean, rate = _moments(_columns(x), groups, eps)
+        scale = _each_channel(_grouped(weight, groups) * rate)
+        y = torch.addcmul(bias.view(-1, 1, channels), centred, scale, out=centred)
+        return y.view(batch, *sides, channels).movedim(-1, 1), mean, rate
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, _, ctx.groups, ctx.eps = inputs
+        _, mean, rate = output
+        ctx.mark_non_differentiable(mean, rate)
+        ctx.save_for_backward(x, weight, mean, rate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rate = ctx.saved_tensors
+        rows, grads = _columns(x), _columns(grad)
+        if torch.is_grad_enabled():  # second derivatives
+            _, mean, rate = _moments(rows, ctx.groups, ctx.eps)
+        elements = rows.shape[1] * rows.shape[2] // ctx.groups
+        by_bias = _grouped(grads.sum(1), ctx.groups)
+        product = _grouped((grads * rows).sum(1), ctx.groups)
+        by_weight = (product - mean * by_bias) * rate
+        weight = _grouped(weight, ctx.groups)
+        moved = (weight * by_bias).sum(-1, keepdim=True) / elements
+        spread = (weight * by_weight).sum(-1, keepdim=True) / elements
+        # rate (weight grad - moved - normalised spread)
+        slope = -spread * rate.square()
+        offset = -(slope * mean + moved * rate)
+        by_x = torch.addcmul(_each_channel(offset, x), rows, _each_channel(slope, x))
+        by_x = by_x.addcmul_(grads, _each_channel(weight * rate))
+        by_x = by_x.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        whole = (by_weight.flatten(1), by_bias.flatten(1))
+        if ctx.saved_tensors[1].ndim == 1:
+            whole = tuple(g.sum(0) for g in whole)
+        return by_x, *whole, None, None
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(B, C, H, W) in channels-last -> (B, H W, C), contiguous."""
+    return x.contiguous(memory_format=torch.channels_last).movedim(1, -1).flatten(1, 2)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(C,) or (B, C) -> (1 or B, groups, C / groups)."""
+    return x.view(-1, groups, x.shape[-1] // groups)
+
+
+def _each_channel(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """(B, groups, C / groups), or with 1 in its place for the C of `like`, -> (B, 1, C)."""
+    width = x.shape[2] if like is None else like.shape[1] // x.shape[1]
+    return x.expand(-1, -1, width).reshape(len(x), 1, -1)
+
+
+def _moments(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns (B, L, C) less the mean of their group, the mean and 1 / sqrt(variance + eps), (B, groups, 1) both."""
+    elements = rows.shape[1] * rows.shape[2] // groups
+    mean = _grouped(rows.sum(1), groups).sum(-1, keepdim=True) / elements
+    centred = rows - mean.expand(-1, -1, rows.shape[2] // groups).reshape(len(rows), 1, -1)
+    variance = _grouped(centred.square().sum(1), groups).sum(-1, keepdim=True) / elements
+    return centred, mean, (variance + eps).rsqrt()
+
+
+def _suits_column_norm(x: Tensor, groups: int, *others: Tensor) -> bool:
+    """Whether `ColumnNorm` takes an image, and is faster than torch's kernels."""
+    if not on_this_cpu(x) or torch.compiler.is_compiling() or x.ndim != 4 or x.shape[1] >= NARROW * groups:
+        return False
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return last and all(a.dtype == torch.float32 and not _has_tangent(a) for a in (x, *others))
+
+
+# A 4x4 kernel that does what doubling by nearest neighbour and a 3x3 kernel do: element k of the former is the sum of
+# the elements of the latter that meet the same pixel of the small image, along each axis.
+DOUBLED = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+
+
+def conv_doubled(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x doubled by nearest neighbour) for a convolution that keeps the size of an image, (B, C, *spatial).
+
+    3x3 on CPUs: one transposed convolution of the small image, which needs 4 products in the place of 9.
+    """
+    if not _pays_doubled(conv, x):
+        scale = [float(factor) for factor in doubling(x.ndim - 2)]
+        return conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
+    out_channels, channels = conv.weight.shape[:2]
+    table = torch.kron(DOUBLED, DOUBLED)
+    if (
+        conv.weight.stride(1) == 1
+    ):  # channels_last: the gradient must come back with the parameter's strides for DDP
+        kernel = table @ conv.weight.permute(0, 2, 3, 1).reshape(out_channels, 9, channels)
+        kernel = kernel.view(out_channels, 4, 4, channels).permute(3, 0, 1, 2)
+    else:
+        kernel = (conv.weight.flatten(2) @ table.T).view(out_channels, channels, 4, 4).transpose(0, 1)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+def _pays_doubled(conv: nn.Module, x: Tensor) -> bool:
+    """Whether the products that are saved cost more than the kernel; not a question of the batch."""
+    if not (isinstance(conv, nn.Conv2d) and on_this_cpu(x)) or {x.dtype, conv.weight.dtype} != {
+        torch.float32
+    }:
+        return False
+    return conv.kernel_size == (3, 3) and 2 * x.shape[2] * x.shape[3] >= x.shape[1]
+
+
+def doubling(dims: int) -> tuple[int, ...]:
+    """Factor of one resampling by dimension: 2, but volumes keep the size of their first dimension."""
+    return (1, 2, 2) if dims == 3 else (2,) * dims
 
 
 def normalization(channels: int) -> GroupNorm32:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from cm.networks.attention import AttentionBlock
@@ -22,7 +21,9 @@ from cm.nn import (
     append_dims,
     avg_pool_nd,
     checkpoint,
+    conv_doubled,
     conv_nd,
+    doubling,
     linear,
     modulated_norm,
     normalization,
@@ -48,18 +49,12 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         return x
 
 
-def _scale_of(dims: int) -> tuple[int, ...]:
-    """Factor of one resampling by dimension: 2, but volumes keep the size of their first dimension."""
-    return (1, 2, 2) if dims == 3 else (2,) * dims
-
-
 class Upsample(nn.Module):
     """Nearest-neighbour doubling of the spatial size, then a 3x3 convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
         self.channels = channels
-        self.scale = tuple(float(factor) for factor in _scale_of(dims))
         if use_conv:
             self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
         else:
@@ -67,7 +62,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_channels(x, self.channels)
-        return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
+        return conv_doubled(self.conv, x)
 
 
 class Downsample(nn.Module):
@@ -76,7 +71,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
         self.channels = channels
-        stride = _scale_of(dims)
+        stride = doubling(dims)
         if use_conv:
             self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
         else:
@@ -154,7 +149,8 @@ class ResBlock(TimestepBlock):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = conv(self.resample(activation(norm(x))))
+        h = activation(norm(x))
+        h = conv_doubled(conv, h) if isinstance(self.resample, Upsample) else conv(self.resample(h))
         emb_out = self._modulation(emb).to(h.dtype)
         if self.use_scale_shift_norm:
             h = self.out_layers[1:](modulated_norm(self.out_layers[0], h, *emb_out.chunk(2, dim=1)))

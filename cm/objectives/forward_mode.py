@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from cm.errors import UserError
 
 ROUNDED = "rounded_when_gathered"  # attribute of networks that FSDP gathers in half precision
-LINEAR_IN_INPUT = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
+LINEAR_IN_INPUT = (torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, F.linear)
 
 
 class FixedWeights(TorchFunctionMode):
