@@ -1,4 +1,4 @@
-"""What networks do otherwise on CPUs, against the plain operations: group norm in channels-last, doubling convolutions."""
+"""What networks do otherwise on CPUs, against the plain operations: norms in channels-last, doubling convolutions."""
 
 import pytest
 import torch
