@@ -5,6 +5,9 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from cm.errors import UserError
 
 GB, GIB, TERA = 10**9, 2**30, 10**12
@@ -44,16 +47,16 @@ class Device:
     launch: float = LAUNCH
     is_gpu: bool = True
 
-    def seconds(self, kind: str, flops: float, moved: float) -> float:
-        """Of one operation: its arithmetic or its memory traffic, whichever takes longer.
+    def peak(self, kind: str) -> float:
+        """FLOP/s. kind: half; conv32, fp32 convolutions, which cuDNN does in TF32; fp32, all else."""
+        return {"half": self.half, "conv32": self.tf32, "fp32": self.fp32}[kind]
 
-        kind: half; conv32, fp32 convolutions, which cuDNN does in TF32; fp32, other arithmetic, which torch does not.
-        """
-        peak = {"half": self.half, "conv32": self.tf32, "fp32": self.fp32}[kind]
+    def seconds(self, peak: ArrayLike, flops: ArrayLike, moved: ArrayLike) -> np.ndarray:
+        """Of operations: their arithmetic or their memory traffic, whichever takes longer. peak: of their kinds."""
         arithmetic = flops / (self.product_share * peak)
-        return max(arithmetic, self.traffic(moved), self.launch)
+        return np.maximum(np.maximum(arithmetic, self.traffic(moved)), self.launch)
 
-    def traffic(self, moved: float) -> float:
+    def traffic(self, moved: ArrayLike) -> ArrayLike:
         """Seconds to read and write so many bytes."""
         return moved / (self.memory_share * self.bandwidth)
 

@@ -3,12 +3,14 @@
 import math
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
+
 from cm.config.derived import global_batch, precision
 from cm.config.parsing import parse_ema_profiles, parse_ema_rates
 from cm.config.scripts import SampleConfig, TrainConfig
 from cm.tools.planning.devices import BACKWARD, CONTEXT, FRAGMENTS, OVERLAP, WORKSPACE, Cluster, Device
 from cm.tools.planning.step import StepTrace, Weights, call_trace, step_trace
-from cm.tools.profiling.trace import Trace
+from cm.tools.profiling.trace import KINDS, Trace, in_order
 
 FP32 = 4  # bytes
 DDP_BUCKET = 128 * 2**20  # bytes; the last one has nothing left to hide behind
@@ -93,14 +95,20 @@ def plan_step(config: TrainConfig, cluster: Cluster, *, microbatch: int = 0, slo
     return Step(images, size, memory, replace(time, communication=exposed), peak, flops)
 
 
+def seconds(trace: Trace, device: Device) -> np.ndarray:
+    """Of each operation."""
+    peaks = np.array([device.peak(kind) for kind in KINDS])
+    return device.seconds(peaks[trace.kinds], *trace.amounts)
+
+
 def forward_seconds(trace: Trace, device: Device) -> float:
     """Of a trace's operations before the backward pass, one after the other."""
-    return sum(device.seconds(op.kind, op.flops, op.moved) for op in trace.ops[: trace.backward])
+    return in_order(seconds(trace, device)[: trace.backward])
 
 
 def backward_seconds(trace: Trace, device: Device) -> float:
     """Of the backward pass."""
-    return BACKWARD * sum(device.seconds(op.kind, op.flops, op.moved) for op in trace.ops[trace.backward :])
+    return BACKWARD * in_order(seconds(trace, device)[trace.backward :])
 
 
 def shards(config: TrainConfig, count: int) -> int:

@@ -19,6 +19,7 @@ from cm.models.factory import DEFAULT_CHANNELS, create_denoiser, create_network,
 from cm.objectives.base import Draw, Objective, Roles
 from cm.objectives.lpips import FEATURES, Lpips, _compare, assemble, meta_vgg
 from cm.seeding import StepRandom
+from cm.storage.shapes import shapes_only
 from cm.tools.profiling.trace import Trace, Tracer, between, traced
 from cm.training.blocks import blocks_of
 from cm.training.factory import create_objective, trains_consistency
@@ -79,6 +80,8 @@ class MetaLpips(Lpips):
             return _compare(self._network, *(self._prepare(x).to(dtype) for x in (a, b)))
 
     def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        if self._network is not None:  # a step that asks for it again does not make it again
+            return
         with META:
             linear = [torch.empty(1, width, 1, 1) for width in FEATURES.values()]
             self._network = assemble(meta_vgg(), linear, self.average_pool)
@@ -89,7 +92,7 @@ class MetaLpips(Lpips):
 
 def make_network(config: Config, *, train: bool = True, two_times: bool | None = None) -> nn.Module:
     """The configured network on the meta device, in its precision. two_times: as in `create_network`."""
-    with META:
+    with shapes_only():
         network = create_network(config, two_times=two_times).train(train)
     if precision(config) != "fp32":
         network.convert_torso(PRECISIONS.load(precision(config)))

@@ -6,9 +6,10 @@ The operations are those that torch dispatches, the backward pass included; the 
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
+KINDS = ("half", "conv32", "fp32")
+REMEMBERED = 50_000  # operations on arguments of other shapes
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,17 @@ class Op:
     phase: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
-    """ops in their order; those from number `backward` on belong to the backward pass.
+    """Operations in their order, column by column; those from number `backward` on belong to the backward pass.
 
+    kinds: numbers of KINDS. amounts (2, n): FLOPs and bytes that they read and write. phases: what each was done for.
     peak: bytes of tensors alive at once, those before the trace apart. largest: bytes of the largest tensor.
     """
 
-    ops: tuple[Op, ...]
+    kinds: np.ndarray
+    amounts: np.ndarray
+    phases: np.ndarray
     peak: float
     largest: float
     backward: int
@@ -48,35 +54,54 @@ class Trace:
     @property
     def flops(self) -> float:
         """Of all operations; a multiplication and an addition are two."""
-        return sum(op.flops for op in self.ops)
+        return in_order(self.amounts[0])
 
     def flops_by_phase(self) -> dict[str, float]:
         """The same, for each phase that has any."""
-        found: dict[str, float] = {}
-        for op in self.ops:
-            if op.flops:
-                found[op.phase] = found.get(op.phase, 0.0) + op.flops
-        return found
+        flops, counted = self.amounts[0], self.amounts[0] > 0
+        phases = dict.fromkeys(self.phases[counted])  # the first one first
+        return {str(phase): in_order(flops[counted & (self.phases == phase)]) for phase in phases}
 
     @property
     def moved(self) -> float:
         """Bytes that all operations read and write."""
-        return sum(op.moved for op in self.ops)
+        return in_order(self.amounts[1])
+
+
+def in_order(values: np.ndarray) -> float:
+    """Their sum from the first to the last, so that no number depends on how numpy splits an array."""
+    return float(np.cumsum(values)[-1]) if len(values) else 0.0
 
 
 def between(a: Trace, b: Trace, share: float) -> Trace:
     """The trace at a + share (b - a): of another batch size, from traces of two, in which everything is linear."""
-    if [op.kind for op in a.ops] != [op.kind for op in b.ops]:
+    if not np.array_equal(a.kinds, b.kinds):
         raise ValueError("the traces are not of the same operations")
 
-    def mix(x: float, y: float) -> float:
+    def mix(x: Any, y: Any) -> Any:
         return x + share * (y - x)
 
-    ops = tuple(
-        Op(x.kind, mix(x.flops, y.flops), mix(x.moved, y.moved), x.phase)
-        for x, y in zip(a.ops, b.ops, strict=True)
-    )
-    return Trace(ops, mix(a.peak, b.peak), mix(a.largest, b.largest), a.backward)
+    amounts = mix(a.amounts, b.amounts)
+    return Trace(a.kinds, amounts, a.phases, mix(a.peak, b.peak), mix(a.largest, b.largest), a.backward)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an operation costs and gives on arguments of some form. op: its costs; None for a view.
+
+    gives: "new", tensors of the sizes, strides and dtypes `made`, alone or in a `container`; "first", its first
+    argument, changed in place; None: it has to run each time.
+    """
+
+    op: Op | None
+    gives: str | None = None
+    made: tuple[tuple, ...] = ()
+    container: type | None = None
+
+
+# On the meta device torch asks Python for most shapes, a tenth of a millisecond each. Networks repeat their layers, and
+# steps their passes: what a call gave is known for the next one.
+_calls: dict[tuple, _Call] = {}
 
 
 class Tracer(TorchDispatchMode):
@@ -92,17 +117,27 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        read = {t.untyped_storage()._cdata for t in inputs}
-        made = [t for t in outputs if t.untyped_storage()._cdata not in read]
-        for t in made:
+        key = (func, _form(args), _form(kwargs))
+        call = _calls.get(key)
+        new: list[Tensor] = []
+        if call is None or call.gives is None:
+            out = func(*args, **kwargs)
+            if call is None or call.op is not None:
+                new = _new_tensors(args, kwargs, out)
+            if call is None:
+                call = _learned(func, args, kwargs, out, new, key)
+                if len(_calls) >= REMEMBERED:
+                    _calls.clear()
+                _calls[key] = call
+        elif call.gives == "first":
+            out = args[0]
+        else:
+            new = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in call.made]
+            out = new[0] if call.container is None else call.container(new)
+        for t in new:
             self._allocate(t.untyped_storage())
-        in_place = func._schema.is_mutable
-        if in_place or made:
-            moved = sum(_nbytes(t) for t in (*inputs, *(outputs if in_place else made)))
-            self.ops.append(Op(_kind(func, inputs), _flops(func, args, kwargs, out), moved, self._phase))
+        if call.op is not None:
+            self.ops.append(replace(call.op, phase=self._phase) if self._phase else call.op)
         return out
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
@@ -121,7 +156,10 @@ class Tracer(TorchDispatchMode):
     def trace(self) -> Trace:
         """What has been seen."""
         backward = len(self.ops) if self._backward is None else self._backward
-        return Trace(tuple(self.ops), self.peak, self.largest, backward)
+        kinds = np.array([KINDS.index(op.kind) for op in self.ops], np.intp)
+        amounts = np.array([[op.flops for op in self.ops], [op.moved for op in self.ops]], np.float64)
+        phases = np.array([op.phase for op in self.ops], np.str_)
+        return Trace(kinds, amounts, phases, self.peak, self.largest, backward)
 
     def backward_begins(self) -> None:
         """What follows is the backward pass, which is a phase."""
@@ -141,6 +179,54 @@ class Tracer(TorchDispatchMode):
         calls = ExitStack()
         network.register_forward_pre_hook(lambda *_: calls.enter_context(self.phase(name)))
         network.register_forward_hook(lambda *_: calls.close())
+
+
+def _form(value: Any) -> Any:
+    """All of an argument that costs and results depend on. Storages count, since an expanded tensor has little."""
+    if isinstance(value, Tensor):
+        where = value.is_meta, value._is_zerotensor()
+        return value.shape, value.stride(), value.dtype, where, value.untyped_storage().nbytes()
+    if isinstance(value, list | tuple):
+        return tuple([_form(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(name, _form(v)) for name, v in value.items()])
+    return type(value), value  # 1, 1.0 and True are equal
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+def _new_tensors(args: tuple, kwargs: dict, out: Any) -> list[Tensor]:
+    """Results that are no views of arguments."""
+    read = {t.untyped_storage()._cdata for t in _tensors(args, kwargs)}
+    return [t for t in _tensors(out) if t.untyped_storage()._cdata not in read]
+
+
+def _learned(func: Any, args: tuple, kwargs: dict, out: Any, new: list[Tensor], key: tuple) -> _Call:
+    """What a call has shown."""
+    inputs, in_place, op = _tensors(args, kwargs), func._schema.is_mutable, None
+    if in_place or new:
+        moved = sum(_nbytes(t) for t in (*inputs, *(_tensors(out) if in_place else new)))
+        op = Op(_kind(func, inputs), _flops(func, args, kwargs, out), moved)
+    if in_place:
+        written = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+        same = out is args[0] and out.is_meta and sum(written) == 1 and key[1] == _form(args)
+        return _Call(op, "first" if same else None)
+    container = None if isinstance(out, Tensor) else type(out)
+    results = [out] if container is None else list(out) if container in (list, tuple) else []
+    made = tuple((t.shape, t.stride(), t.dtype) for t in new)
+    plain = len(new) == len(results) and all(a is b and _is_dense(a) for a, b in zip(new, results))
+    apart = len({t.untyped_storage()._cdata for t in new}) == len(new)
+    return _Call(op, "new", made, container) if new and plain and apart else _Call(op)
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether a tensor made by its sizes and strides takes as many bytes."""
+    if not t.is_meta or t._is_zerotensor():
+        return False
+    other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return t.storage_offset() == 0 and t.untyped_storage().nbytes() == other.untyped_storage().nbytes()
 
 
 def _nbytes(t: Tensor) -> int:
