@@ -149,6 +149,13 @@ def flow_maps(images: int) -> list[Student]:
     def student(name: str, title: str, flags: str = "", sets: Sets = JUMPS) -> Student:
         return Student(name, f"digits_{name}", "", steps, flags, sets, title, SAME_LONGER)
 
+    def segments(n: int) -> Student:
+        flags = f"--segments {n} --teacher_steps_ramp {steps // 2}"
+        sets = {f"nfe{n}": f"--sampler progdist --steps {n}"}
+        title = f"multistep CT, segments: {n}"
+        return Student(f"mct{n}", "digits_mct2", "", steps, flags, sets, title, SAME_LONGER)
+
+    alone = "--training_mode ctm_training --init random"
     split = f"--split_steps {2 * steps // 3}"
     return [
         student("ict", "iCT", sets=CONSISTENCY),
@@ -160,6 +167,8 @@ def flow_maps(images: int) -> list[Student]:
         student("shortcut", "shortcut"),
         student("alphaflow", "alpha-Flow", split),
         student("soflow", "SoFlow", split),
+        Student("ctm_training", "digits_ctm", "", steps, alone, GAMMA, "CTM without a teacher", SAME_LONGER),
+        *(segments(n) for n in FEW),
     ]
 
 

@@ -103,6 +103,7 @@ METHODS = {
     "soflow": Method("SoFlow", sets=JUMPS),
     "shortcut": Method("shortcut model", sets=JUMPS),
     "ctm": Method("CTM", sets=GAMMA),
+    "ctm_training": Method("CTM without its teacher's steps", sets=GAMMA),
     # A model for each number of steps
     **{
         f"mcd{n}": Method(f"multistep CD, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})

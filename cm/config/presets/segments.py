@@ -95,9 +95,20 @@ PRESETS: dict[str, Preset] = {
         DRAWS,
     ),
     "digits_ctm": _trajectories(DIGITS8, {**SMALL_CTM, "total_training_steps": 500}, SAMPLING),
-    "fashion_ctm": _trajectories(
-        FASHION, {**SMALL_CTM, **FASHION_SAVES, "total_training_steps": FASHION_STEPS}, SAMPLING
-    ),
+    **{
+        f"fashion_{mode}": _trajectories(
+            FASHION,
+            {
+                **SMALL_CTM,
+                **FASHION_SAVES,
+                "training_mode": mode,
+                "total_training_steps": FASHION_STEPS,
+                **own,
+            },
+            SAMPLING,
+        )
+        for mode, own in (("ctm", {}), ("ctm_training", {"init": "teacher"}))
+    },
     **{f"imagenet64_mcd{segments}": _imagenet(segments) for segments in (1, 2, 4, 8, 16)},
     **{f"digits_mcd{segments}": _small("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
     **{
