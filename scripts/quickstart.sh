@@ -53,6 +53,9 @@ run() {
   echo "  \$ $*"
   "$@" 2>&1 | tee -a "$out/quickstart.log" | progress || { tail -n 20 "$out/quickstart.log" >&2; exit 1; }
 }
+# What is no job of several ranks goes beside the next command, until `joined`.
+beside() { "$@" & other=$!; }
+joined() { wait "$other"; }
 on_ranks() { run mpiexec -n "$ranks" python "$@"; }
 short() { if [ -n "$smoke" ]; then echo "--total_training_steps $1 --preview_interval 10"; else echo "--preview_interval 100"; fi; }
 samples() {
@@ -67,16 +70,17 @@ mkdir -p "$out"
 : >"$out/quickstart.log"
 
 say "handwritten digits, bundled with scikit-learn: 1500 to train on, 297 to edit"
-run python scripts/prepare_data.py $digits "$out/data" --image_size "$size" --split train --overwrite True
+beside run python scripts/prepare_data.py $digits "$out/data" --image_size "$size" --split train --overwrite True
 run python scripts/prepare_data.py $digits "$out/test" --image_size "$size" --split test --overwrite True ${smoke:+--limit 40}
-run python -m evaluations.small_classifier "$out/data" "$out/classifier.pt"
+joined
+run python -m evaluations.small_classifier "$out/data" "$out/classifier.pt" ${smoke:+--epochs 3}
 say "EDM teacher"
-on_ranks scripts/edm_train.py --preset ${p}_edm --data_dir "$out/data" --out_dir "$out/edm" $(short 60)
+on_ranks scripts/edm_train.py --preset ${p}_edm --data_dir "$out/data" --out_dir "$out/edm" $(short 30)
 say "consistency distillation of the teacher"
-on_ranks scripts/cm_train.py --preset ${p}_cd --data_dir "$out/data" --teacher_model_path "$out/edm" --out_dir "$out/cd" $(short 30)
+on_ranks scripts/cm_train.py --preset ${p}_cd --data_dir "$out/data" --teacher_model_path "$out/edm" --out_dir "$out/cd" $(short 20)
 if [ -z "$colour" ]; then
   say "consistency training in isolation"
-  on_ranks scripts/cm_train.py --preset ${p}_ct --data_dir "$out/data" --out_dir "$out/ct" $(short 30)
+  on_ranks scripts/cm_train.py --preset ${p}_ct --data_dir "$out/data" --out_dir "$out/ct" $(short 20)
 fi
 say "samples: the teacher with 18 and 2 Heun steps, consistency models with one and two"
 samples edm_heun18 --preset ${p}_edm --model_path "$out/edm"
@@ -96,12 +100,14 @@ edit inpaint
 edit superres --factor 4
 if [ -n "$colour" ]; then edit colorize; fi
 say "numbers and pictures"
-run python -m evaluations.reports.digits_report "$out"
-run python -m evaluations.reports.edit_report "$out"/edits/* --out "$out/editing.md"
-run python -m evaluations.reports.edit_page "$out/cd" "$out/test" "$out/editing.png"
 runs=("$out/edm")
 for method in $methods; do runs+=("$out/$method"); done
+beside run python -m evaluations.reports.digits_report "$out"
+run python -m evaluations.reports.edit_report "$out"/edits/* --out "$out/editing.md"
+joined
+beside run python -m evaluations.reports.edit_page "$out/cd" "$out/test" "$out/editing.png"
 run python -m evaluations.reports.run_report.command "${runs[@]}" --out "$out/report.html"
+joined
 cat "$out/report.md" "$out/editing.md"
 say "done; everything is in $out. Open $out/report.html in a browser: curves, previews over time, samples, numbers"
 echo "        pictures: $out/{report,editing}.png, $out/search_cd/search.png"

@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 # One thread per process: the processes of multi-rank tests would otherwise wait for each other's threads.
-OMP_NUM_THREADS=1 exec python -m pytest -q -m "not perf" -n "${CM_TEST_WORKERS:-2}" --dist loadfile --durations=15 "$@"
+OMP_NUM_THREADS=1 exec python -m pytest -q -m "not perf" -n "${CM_TEST_WORKERS:-2}" --dist loadfile \
+  --no-loadscope-reorder --durations=15 "$@" # in the order of tests/conftest.py, not of the number of tests

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cm.runtime import logger
-from cm.tools import demo
+from cm.tools import demo, doctor
 from tests.helpers.commands import run
 from tests.helpers.damage import KINDS, PASSED_OVER, REPORTS, valid_inputs
 from tests.helpers.memory import at_most
@@ -60,6 +60,7 @@ def judge(kind: str, number: int, world: Path, folder: Path, monkeypatch) -> int
     before = fingerprint(folder)
     monkeypatch.setattr(demo, "page", lambda tried: None)  # needs gradio; what is damaged is read before
     monkeypatch.setattr(demo, "serve", lambda *_: None)
+    monkeypatch.setattr(doctor, "check_import", lambda check: check)  # a process of its own, for two seconds
     with at_most(BYTES), at_most_seconds(SECONDS):
         code, text = run(argv, monkeypatch)
     after, what = fingerprint(folder), f"{kind} {number}: {' '.join(argv)}\n{text}"

@@ -32,7 +32,9 @@ LAUNCHER_NAMES = {
 }
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "cm.commands.train"]
+)
 
 
 def run_ranks(

@@ -40,6 +40,7 @@ def slow(self, name, content):
     return convert(self, name, content)
 
 convert, prepare.Conversion.__call__ = prepare.Conversion.__call__, slow
+prepare._CHUNK = 4  # a worker ends with its chunk
 folder = sys.argv[1]
 job.run_main(lambda: prepare.prepare(f"{folder}/in", f"{folder}/out", image_size=8, num_workers=2))
 """
