@@ -20,14 +20,18 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# Files that take longest, the longest first: with --dist loadfile a long one that begins late keeps a worker busy alone.
-LONG = """
-faults/test_ranks.py test_learning.py training/test_sharding.py tools/test_planning.py training/test_compile.py
-faults/test_programs.py training/test_fsdp.py faults/test_damage.py commands/test_main.py training/test_train_ranks.py
-runtime/test_termination.py training/test_posthoc_ema.py tools/test_bench.py runtime/test_launch.py
-runtime/test_waiting.py training/test_fake_device.py faults/test_elastic.py faces/test_train_util.py
-tools/test_planning_command.py data/test_stream.py faults/test_kill.py
-""".split()
+# The longest files, longest first: with --dist loadfile one that begins late keeps its worker busy alone.
+# fmt: off
+LONG = (
+    "faults/test_ranks.py", "test_learning.py", "training/test_sharding.py", "tools/test_planning.py",
+    "training/test_compile.py", "faults/test_programs.py", "training/test_fsdp.py", "faults/test_damage.py",
+    "commands/test_main.py", "training/test_train_ranks.py", "runtime/test_termination.py",
+    "training/test_posthoc_ema.py", "tools/test_bench.py", "runtime/test_launch.py",
+    "runtime/test_waiting.py", "training/test_fake_device.py", "faults/test_elastic.py",
+    "faces/test_train_util.py", "tools/test_planning_command.py", "data/test_stream.py",
+    "faults/test_kill.py",
+)
+# fmt: on
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for d in ("cm", "evaluations", "scripts") for p in (ROOT / d).rglob("*.py"))
 # The packages from the ground up: each may import what stands before it, and nothing else of the project.
@@ -74,6 +76,10 @@ def test_importing_the_library_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_files_that_begin_first_are_there():
+    assert all((ROOT / "tests" / name).is_file() for name in LONG)
 
 
 def test_flags_and_presets_need_no_torch():
