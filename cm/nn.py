@@ -194,16 +194,20 @@ DOUBLED = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch
 def conv_doubled(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x doubled by nearest neighbour) for a convolution that keeps the size of an image, (B, C, *spatial).
 
-    3x3 on CPUs: one transposed convolution of the small image, which needs 4 products in the place of 9.
+    3x3 on CPUs: by 4 products in the place of 9.
     """
-    if not _pays_doubled(conv, x):
-        scale = [float(factor) for factor in doubling(x.ndim - 2)]
-        return conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
+    if pays_doubled(conv, x):
+        return of_doubled(conv, x)
+    scale = [float(factor) for factor in doubling(x.ndim - 2)]
+    return conv(F.interpolate(x, scale_factor=scale, mode="nearest"))
+
+
+def of_doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The same for a 3x3 convolution as one transposed convolution of the small image."""
     out_channels, channels = conv.weight.shape[:2]
     table = torch.kron(DOUBLED, DOUBLED)
-    if (
-        conv.weight.stride(1) == 1
-    ):  # channels_last: the gradient must come back with the parameter's strides for DDP
+    # channels_last: the gradient must come back with the parameter's strides for DDP
+    if conv.weight.stride(1) == 1:
         kernel = table @ conv.weight.permute(0, 2, 3, 1).reshape(out_channels, 9, channels)
         kernel = kernel.view(out_channels, 4, 4, channels).permute(3, 0, 1, 2)
     else:
@@ -211,13 +215,11 @@ def conv_doubled(conv: nn.Module, x: Tensor) -> Tensor:
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
-def _pays_doubled(conv: nn.Module, x: Tensor) -> bool:
+def pays_doubled(conv: nn.Module, x: Tensor) -> bool:
     """Whether the products that are saved cost more than the kernel; not a question of the batch."""
-    if not (isinstance(conv, nn.Conv2d) and on_this_cpu(x)) or {x.dtype, conv.weight.dtype} != {
-        torch.float32
-    }:
+    if not (isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and on_this_cpu(x)):
         return False
-    return conv.kernel_size == (3, 3) and 2 * x.shape[2] * x.shape[3] >= x.shape[1]
+    return x.dtype == conv.weight.dtype == torch.float32 and 2 * x.shape[2] * x.shape[3] >= x.shape[1]
 
 
 def doubling(dims: int) -> tuple[int, ...]:

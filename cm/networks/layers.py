@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.nn import GroupNorm32
+from cm.nn import GroupNorm32, of_doubled, pays_doubled
 
 
 def fir_kernel(taps: Sequence[float]) -> Tensor:
@@ -58,8 +58,11 @@ class UpConv(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, taps: Sequence[float]):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.register_buffer("resample_filter", fir_kernel(taps))
+        self.nearest = list(taps) == [1, 1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.nearest and pays_doubled(self, x):
+            return of_doubled(self, x)
         if self.kernel_size == (1, 1):
             # Mixing channels commutes with filtering and is four times cheaper on the small image.
             # The bias does not: the filter meets zeros outside the border.

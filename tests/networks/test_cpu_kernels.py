@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cm.networks.layers import UpConv, fir_up
 from cm.nn import ColumnNorm, GroupNorm32, append_dims, conv_doubled, conv_nd, modulated_norm
 
 LAST = torch.channels_last
@@ -85,9 +86,18 @@ def test_a_convolution_of_a_doubled_image(layout, sides):
     assert conv.weight.grad.stride() == conv.weight.stride()
 
 
+def test_up_blocks_of_the_score_sde_networks():
+    torch.manual_seed(0)
+    for taps, transposed in (([1, 1], True), ([1, 3, 3, 1], False)):
+        conv, x = UpConv(8, 5, 3, taps), torch.randn(2, 8, 4, 6)
+        expected = F.conv2d(fir_up(x, conv.resample_filter), conv.weight, conv.bias, padding=1)
+        torch.testing.assert_close(conv(x), expected)
+        assert (products(conv, x) < 2 * expected.numel() * 8 * 9) == transposed
+
+
 def products(conv, x):
     with FlopCounterMode(display=False) as counter:
-        conv_doubled(conv, x)
+        conv(x) if isinstance(conv, UpConv) else conv_doubled(conv, x)
     return counter.get_total_flops()
 
 
