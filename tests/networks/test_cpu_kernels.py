@@ -70,6 +70,11 @@ def test_a_tangent_of_the_modulation_alone():
     torch.testing.assert_close(found, expected)
 
 
+def test_norms_of_a_batch_of_batches():
+    norm, rows = GroupNorm32(32, 64), torch.randn(3, 2, 64, 4, 4)
+    torch.testing.assert_close(torch.func.vmap(norm)(rows), torch.stack([norm(x) for x in rows]))
+
+
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
 @pytest.mark.parametrize("sides", [(4, 6), (2, 8)])
 def test_a_convolution_of_a_doubled_image(layout, sides):
