@@ -182,7 +182,9 @@ def _suits_column_norm(x: Tensor, groups: int, *others: Tensor) -> bool:
     """Whether `ColumnNorm` takes an image, and is faster than torch's kernels."""
     if not on_this_cpu(x) or torch.compiler.is_compiling() or x.ndim != 4 or x.shape[1] >= NARROW * groups:
         return False
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)  # vmap knows the first only
+    last = not x.is_contiguous() and x.is_contiguous(
+        memory_format=torch.channels_last
+    )  # vmap knows the first only
     return last and all(a.dtype == torch.float32 and not _has_tangent(a) for a in (x, *others))
 
 
