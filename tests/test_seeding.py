@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cm import seeding
-from cm.seeding import StepRandom, derive_seed
+from cm.seeding import StepRandom, derive_seed, derive_seeds
 
 
 def test_derive_seed_is_fixed_and_sensitive():
@@ -19,6 +19,12 @@ def test_derive_seed_is_fixed_and_sensitive():
     assert derive_seed(-1, "noise", 0, 5) == 2859794088501950974
     assert derive_seed(0, "noise", 1, 2) != derive_seed(0, "noise", 2, 1)
     assert derive_seed("1") != derive_seed(1)
+
+
+@pytest.mark.parametrize("parts", [(0,), ("it's", 3), (np.int64(7), "noise", -1, 2**40)])
+def test_seeds_of_rows_are_theirs_one_by_one(parts):
+    rows = range(8, 12)
+    assert list(derive_seeds(*parts, rows=rows)) == [derive_seed(*parts, row) for row in rows]
     assert derive_seed(np.int64(3), "a") == derive_seed(3, "a")
     assert all(0 <= derive_seed(i) < 2**63 for i in range(200))
 

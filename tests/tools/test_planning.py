@@ -326,8 +326,8 @@ def test_the_largest_microbatch_is_the_largest():
 def kinds_of_presets() -> list[str]:
     """The smallest preset of each objective on each network; a trace takes seconds."""
     found = {}
-    for name in sorted(presets.PRESETS, key=lambda n: cost(config_of(n))):
-        c = config_of(name)
+    configs = {name: config_of(name) for name in presets.PRESETS}
+    for name, c in sorted(configs.items(), key=lambda item: cost(item[1])):
         distance = getattr(c, "loss_norm", "").startswith("lpips"), getattr(c, "stop_grad", True)
         found.setdefault((c.network, training_mode(c), *distance), name)
     return list(found.values())
