@@ -1,5 +1,6 @@
 """The orderly end of a job: one report of an error, one exit code, and no rank that waits for ever."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -52,6 +53,8 @@ def run_main(main: Callable[[], object]) -> None:
     """
     with lasting_streams(), _signals_as_exceptions():
         _run_main(main)
+        if distributed.store() is not None:
+            _leave_finished()
 
 
 class Terminated(KeyboardInterrupt):
@@ -187,6 +190,19 @@ def _end_job(code: int, text: str, patient: bool) -> NoReturn:
         guard.cancel()
         raise SystemExit(code) from None
     _leave(code, text, told)
+
+
+def _leave_finished() -> NoReturn:
+    """End a rank that has done its work, without the interpreter's teardown.
+
+    Threads of torch's process group outlive the group, and one that meets the teardown aborts the process: a job that
+    had finished would fail.
+    """
+    atexit._run_exitfuncs()
+    launch.finalize_mpi()
+    for stream in (sys.stdout, sys.stderr):
+        screen(stream).flush()
+    os._exit(0)
 
 
 def _leave(code: int, text: str, told: threading.Event) -> NoReturn:

@@ -152,6 +152,12 @@ def abort_mpi(code: int) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
+def finalize_mpi() -> None:
+    """Leave MPI, if this process has started it; the interpreter's teardown would do so."""
+    if (module := sys.modules.get("mpi4py.MPI")) and module.Is_initialized() and not module.Is_finalized():
+        module.Finalize()
+
+
 def _connect_mpi(launch: Launch, timeout: timedelta) -> tuple[Launch, dist.Store]:
     comm, node = _mpi_communicators(launch)
     launch = Launch("mpi", comm.rank, comm.size, node.rank, node.size)

@@ -1,5 +1,7 @@
 """Programs that test_launch starts with real launchers: python -m tests.helpers.launch_programs NAME."""
 
+import atexit
+import os
 import sys
 import time
 
@@ -68,6 +70,19 @@ def exit_code_on_all() -> None:
 def exit_code_on_one_that_others_survive() -> None:
     if distributed.is_main():
         sys.exit(3)
+
+
+class AbortsTeardown:
+    """What a thread of C++ may do that meets the teardown of the interpreter."""
+
+    def __del__(self, abort=os.abort):
+        abort()
+
+
+def finished_before_a_teardown_that_aborts() -> None:
+    distributed.setup_dist(timeout=60)
+    sys.modules[__name__].kept = AbortsTeardown()
+    atexit.register(print, f"rank {distributed.get_rank()} says good bye")
 
 
 if __name__ == "__main__":

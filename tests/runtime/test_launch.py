@@ -79,6 +79,8 @@ def real_runs():
         ("mpiexec", "user_error_before_setup", 2),
         ("mpiexec", "user_error_on_one", 2),
         ("torchrun", "crash_on_one", 2),
+        ("mpiexec", "finished_before_a_teardown_that_aborts", 2),
+        ("torchrun", "finished_before_a_teardown_that_aborts", 2),
     ]
     with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
         yield {(launcher, name): pool.submit(launch_program, name, n, launcher) for launcher, name, n in runs}
@@ -124,6 +126,17 @@ def test_torchrun_ends_all_ranks(real_runs):
     ours = result.stderr.split("torch/distributed/elastic")[0]
     assert result.returncode != 0 and ours.count("Traceback") == 1
     assert "ArithmeticError: deliberate\n" in ours
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_ranks_that_have_finished_meet_no_teardown(launcher, real_runs):
+    result = real_runs[launcher, "finished_before_a_teardown_that_aborts"].result()
+    assert result.returncode == 0 and "terminat" not in result.stderr.lower()
+    assert sorted(filter(None, result.stdout.splitlines())) == [
+        "rank 0 says good bye",
+        "rank 1 says good bye",
+    ]
 
 
 @pytest.mark.mpi
