@@ -15,6 +15,7 @@ DPI = 100
 TILE = 48  # pixels: smaller images are enlarged to at least this size on a page
 MARKERS = "os^"
 TITLE = 0.32  # inches above the images of a block
+LEGEND_LINE = 0.22  # inches of a row of a legend
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def line_plot(
     series = [s for s in series if len(s.x)]
     if not series:
         raise ValueError(f"{title}: nothing to plot")
-    figure = new_figure(7.2, 4.4)
+    figure = new_figure(7.2, max(4.4, 0.4 + LEGEND_LINE * len(series)))
     axes = figure.subplots()
     for i, s in enumerate(series):
         x, y, error = zip(*sorted(zip(s.x, s.y, s.error or [0] * len(s.x))))

@@ -34,6 +34,12 @@ def test_a_plot_shows_every_series_that_has_points(tmp_path):
         line_plot(tmp_path / "q.png", [Series("a", [], [])], **LABELS)
 
 
+def test_a_long_legend_fits(tmp_path):
+    figure = line_plot(tmp_path / "p.png", [Series(f"method {i}", [1], [1.0]) for i in range(40)], **LABELS)
+    box = figure.legends[0].get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= figure.bbox.height
+
+
 def test_logarithmic_axes(tmp_path):
     series = [Series("a", [9, 36], [100.0, 2.0]), Series("b", [18], [7.0])]
     (axes,) = line_plot(tmp_path / "p.png", series, log_x=True, **LABELS).axes
