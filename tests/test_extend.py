@@ -42,8 +42,13 @@ def examples(tmp_path, monkeypatch):
     for name, text in EXAMPLES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
+    forget_all()  # what tests of other files have left
     yield tmp_path
     logger.reset()
+    forget_all()
+
+
+def forget_all():
     for plugin in list(plugins._loaded):
         plugins.forget(plugin)
 
@@ -82,8 +87,7 @@ def test_a_loss_from_help_to_samples(examples):
     assert not any(name.startswith("target") for name in names), "mu = 0 keeps no copy of the student"
     _, meta = load_weights(complete_checkpoints("run")[0] / "model000002.pt")
     assert meta["config"]["plugins"][0]["rows"] == ["training_mode huber_ct"]
-    for plugin in list(plugins._loaded):
-        plugins.forget(plugin)
+    forget_all()
     again = parse_config(
         CmTrainConfig, ["--config", "run", *LOSS[:2]]
     )  # the plug-in brings rows that the file names
