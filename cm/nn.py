@@ -117,7 +117,7 @@ class ColumnNorm(torch.autograd.Function):
                 y = torch.addcmul(append_dims(bias, 4), y, append_dims(weight, 4))
             return y, mean[..., None], rate[..., None]
         centred, mean, rate = _moments(_columns(x), groups, eps)
-        scale = _each_channel(_grouped(weight, groups) * rate)
+        scale = _each_channel(_grouped(weight, groups) * rate, channels)
         y = torch.addcmul(bias.view(-1, 1, channels), centred, scale, out=centred)
         return y.view(batch, *sides, channels).movedim(-1, 1), mean, rate
 
@@ -134,7 +134,8 @@ class ColumnNorm(torch.autograd.Function):
         rows, grads = _columns(x), _columns(grad)
         if torch.is_grad_enabled():  # second derivatives
             _, mean, rate = _moments(rows, ctx.groups, ctx.eps)
-        elements = rows.shape[1] * rows.shape[2] // ctx.groups
+        channels, shared = rows.shape[2], weight.ndim == 1
+        elements = rows.shape[1] * channels // ctx.groups
         by_bias = _grouped(grads.sum(1), ctx.groups)
         product = _grouped((grads * rows).sum(1), ctx.groups)
         by_weight = (product - mean * by_bias) * rate
@@ -144,11 +145,11 @@ class ColumnNorm(torch.autograd.Function):
         # rate (weight grad - moved - normalised spread)
         slope = -spread * rate.square()
         offset = -(slope * mean + moved * rate)
-        by_x = torch.addcmul(_each_channel(offset, x), rows, _each_channel(slope, x))
-        by_x = by_x.addcmul_(grads, _each_channel(weight * rate))
-        by_x = by_x.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        by_x = torch.addcmul(_each_channel(offset, channels), rows, _each_channel(slope, channels))
+        by_x = by_x.addcmul_(grads, _each_channel(weight * rate, channels))
+        by_x = by_x.view(len(x), *x.shape[2:], channels).movedim(-1, 1)
         whole = (by_weight.flatten(1), by_bias.flatten(1))
-        if ctx.saved_tensors[1].ndim == 1:
+        if shared:
             whole = tuple(g.sum(0) for g in whole)
         return by_x, *whole, None, None
 
@@ -163,17 +164,16 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.view(-1, groups, x.shape[-1] // groups)
 
 
-def _each_channel(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """(B, groups, C / groups), or with 1 in its place for the C of `like`, -> (B, 1, C)."""
-    width = x.shape[2] if like is None else like.shape[1] // x.shape[1]
-    return x.expand(-1, -1, width).reshape(len(x), 1, -1)
+def _each_channel(x: Tensor, channels: int) -> Tensor:
+    """(B, groups, C / groups or 1) -> (B, 1, C)."""
+    return x.expand(-1, -1, channels // x.shape[1]).reshape(len(x), 1, channels)
 
 
 def _moments(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Columns (B, L, C) less the mean of their group, the mean and 1 / sqrt(variance + eps), (B, groups, 1) both."""
     elements = rows.shape[1] * rows.shape[2] // groups
     mean = _grouped(rows.sum(1), groups).sum(-1, keepdim=True) / elements
-    centred = rows - mean.expand(-1, -1, rows.shape[2] // groups).reshape(len(rows), 1, -1)
+    centred = rows - _each_channel(mean, rows.shape[2])
     variance = _grouped(centred.square().sum(1), groups).sum(-1, keepdim=True) / elements
     return centred, mean, (variance + eps).rsqrt()
 
@@ -182,15 +182,17 @@ def _suits_column_norm(x: Tensor, groups: int, *others: Tensor) -> bool:
     """Whether `ColumnNorm` takes an image, and is faster than torch's kernels."""
     if not on_this_cpu(x) or torch.compiler.is_compiling() or x.ndim != 4 or x.shape[1] >= NARROW * groups:
         return False
-    last = not x.is_contiguous() and x.is_contiguous(
+    if x.is_contiguous() or not x.is_contiguous(
         memory_format=torch.channels_last
-    )  # vmap knows the first only
-    return last and all(a.dtype == torch.float32 and not _has_tangent(a) for a in (x, *others))
+    ):  # vmap knows the first only
+        return False
+    return all(a.dtype == torch.float32 and not _has_tangent(a) for a in (x, *others))
 
 
 # A 4x4 kernel that does what doubling by nearest neighbour and a 3x3 kernel do: element k of the former is the sum of
 # the elements of the latter that meet the same pixel of the small image, along each axis.
-DOUBLED = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+_ALONG = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+DOUBLED = torch.kron(_ALONG, _ALONG)  # (16, 9)
 
 
 def conv_doubled(conv: nn.Module, x: Tensor) -> Tensor:
@@ -207,13 +209,12 @@ def conv_doubled(conv: nn.Module, x: Tensor) -> Tensor:
 def of_doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The same for a 3x3 convolution as one transposed convolution of the small image."""
     out_channels, channels = conv.weight.shape[:2]
-    table = torch.kron(DOUBLED, DOUBLED)
     # channels_last: the gradient must come back with the parameter's strides for DDP
     if conv.weight.stride(1) == 1:
-        kernel = table @ conv.weight.permute(0, 2, 3, 1).reshape(out_channels, 9, channels)
+        kernel = DOUBLED @ conv.weight.permute(0, 2, 3, 1).reshape(out_channels, 9, channels)
         kernel = kernel.view(out_channels, 4, 4, channels).permute(3, 0, 1, 2)
     else:
-        kernel = (conv.weight.flatten(2) @ table.T).view(out_channels, channels, 4, 4).transpose(0, 1)
+        kernel = (conv.weight.flatten(2) @ DOUBLED.T).view(out_channels, channels, 4, 4).transpose(0, 1)
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -281,7 +282,7 @@ def test_a_save_that_is_cut_off_leaves_the_one_before_it(how, tmp_path):
         assert "the newest complete checkpoint is" in errors[0]
     except RuntimeError as error:
         # Either the death of rank 1 is seen first, or what rank 0 says of it
-        assert how == "killed" and ("exit code -9" in str(error) or "rank 0 failed" in str(error))
+        assert how == "killed" and re.search("exit code -9|(closed|reset) by peer|remote worker", str(error))
     assert complete_checkpoints(tmp_path) == [step_directory(tmp_path, 0)]
     verify_checkpoint(step_directory(tmp_path, 0))
     assert begin_checkpoint(tmp_path, 1).name == ".tmp_step_000001"
