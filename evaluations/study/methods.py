@@ -94,6 +94,8 @@ METHODS = {
         middles=(1.2, 1.6, 2.4, 3.2),
     ),
     "meanflow": Method("MeanFlow", sets=JUMPS),
+    "meanflow_random": Method("MeanFlow, from random weights", "", sets=JUMPS),
+    "improved_meanflow": Method("improved MeanFlow, from random weights", "", sets=JUMPS),
     "lmd": Method("Lagrangian map distillation", sets=JUMPS),
     "emd": Method("Eulerian map distillation", sets=JUMPS),
     "esd": Method("ESD", sets=JUMPS),
@@ -109,7 +111,10 @@ METHODS = {
         f"mcd{n}": Method(f"multistep CD, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
         for n in (1, 2, 4)
     },
-    "mct2": Method("multistep CT, segments: 2", sets={"nfe2": PROGRESSIVE["nfe2"]}),
+    **{
+        f"mct{n}": Method(f"multistep CT, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
+        for n in (1, 2, 4)
+    },
 }
 ONE = {"nfe1": CONSISTENCY["nfe1"]}
 

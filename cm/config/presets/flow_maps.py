@@ -13,6 +13,7 @@ from cm.config.presets.small import (
     FASHION,
     FASHION_SAVES,
     FASHION_STEPS,
+    FASHION_TEACHER_STEPS,
     SAMPLING,
     SLOW_CLOCK,
     TRAINING,
@@ -66,6 +67,7 @@ def _digits(mode: str, model: Flags = FLOW, **cell: Any) -> Preset:
     return _flow_map({**DIGITS8, **model}, {**SMALL, **train, **cell}, SAMPLING)
 
 
+IMPROVED: Flags = {"label_dropout": 0.1, "norm_p": 1.0}
 STUDENT: Flags = {"init": "teacher", "lr": 5e-4, "total_training_steps": 800}
 # A map is consistent with itself when it is constant, too: an error that its own size divides makes the rows that
 # compare it with itself outweigh those of the data, and all of these end there. So plain squares, and few such rows.
@@ -80,9 +82,15 @@ SOFLOW: Flags = {**SPLIT, "split_end": 1 / 64, "gap_power": 2.0}
 # --- Fashion-MNIST: from the teacher's weights, to which the second clock of the network adds nothing at first ---
 
 
-def _fashion(mode: str, **cell: Any) -> Preset:
+def _fashion(mode: str, model: Flags = FASHION, **cell: Any) -> Preset:
     train = {"training_mode": mode, "init": "teacher", "lr": 5e-4, "total_training_steps": FASHION_STEPS}
-    return _flow_map(FASHION, {**SMALL, **FASHION_SAVES, **train, **cell}, SAMPLING)
+    return _flow_map(model, {**SMALL, **FASHION_SAVES, **train, **cell}, SAMPLING)
+
+
+# Without a teacher: as many images as the teacher and a student see together
+def _fashion_random(mode: str, **cell: Any) -> Preset:
+    own = {"init": "random", "lr": 2e-3, "total_training_steps": FASHION_TEACHER_STEPS + FASHION_STEPS}
+    return _fashion(mode, {**FASHION, **FLOW}, **own, **cell)
 
 
 PRESETS: dict[str, Preset] = {
@@ -90,7 +98,7 @@ PRESETS: dict[str, Preset] = {
     "cifar10_meanflow_v1": _cifar(V1),
     "digits_meanflow": _digits("meanflow"),
     "digits_meanflow_guided": _digits("meanflow", label_dropout=0.1, kappa=0.5),
-    "digits_improved_meanflow": _digits("improved_meanflow", label_dropout=0.1, norm_p=1.0),
+    "digits_improved_meanflow": _digits("improved_meanflow", **IMPROVED),
     # Frans et al. 2025: 7 of 8 rows learn the velocity
     "digits_shortcut": _digits("flow_map", **SHORTCUT),
     # Boffi et al. 2025
@@ -104,6 +112,8 @@ PRESETS: dict[str, Preset] = {
     "digits_lmd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT, identity="lagrangian"),
     "digits_emd": _digits("flow_map_distillation", SLOW_CLOCK, **STUDENT),
     "fashion_meanflow": _fashion("meanflow"),
+    "fashion_meanflow_random": _fashion_random("meanflow"),
+    "fashion_improved_meanflow": _fashion_random("improved_meanflow", **IMPROVED),
     "fashion_lmd": _fashion("flow_map_distillation", identity="lagrangian"),
     "fashion_emd": _fashion("flow_map_distillation"),
     "fashion_esd": _fashion("flow_map", **SELF),

@@ -115,6 +115,11 @@ PRESETS: dict[str, Preset] = {
         f"fashion_mcd{n}": _small("multistep_distillation", n, FASHION_STEPS, FASHION, **FASHION_SAVES)
         for n in (1, 2, 4)
     },
-    "fashion_mct2": _small("multistep_training", 2, FASHION_STEPS, FASHION, **FASHION_SAVES, init="teacher"),
+    **{
+        f"fashion_mct{n}": _small(
+            "multistep_training", n, FASHION_STEPS, FASHION, **FASHION_SAVES, init="teacher"
+        )
+        for n in (1, 2, 4)
+    },
     "digits_mct2": _small("multistep_training", 2, 1500, init="random", ema_rate="0.99"),
 }
