@@ -26,6 +26,9 @@ from cm.runtime.liveness import describe_last_run, furthest_behind, read_beats
 from cm.runtime.platform import SEES_ENDS
 
 INTERVAL = 0.2
+# Two looks at the clock that are further apart count as this many seconds: a process that was stopped, or whose machine
+# slept, is not stuck.
+ASLEEP = 5.0
 RECORD_BYTES = 1024
 
 
@@ -39,7 +42,8 @@ class Heartbeat:
         self.run_dir = Path(run_dir)
         self.limits = limits
         self.interval = interval
-        self._now = ("start", 0, time.time(), time.monotonic())
+        self._now = self._seen = ("start", 0, time.time(), time.monotonic())
+        self._spent, self._looked = 0.0, self._now[3]  # seconds of the phase that was seen last, and when
         self._main = threading.main_thread().ident
 
     def phase(self, name: str, step: int) -> None:
@@ -121,9 +125,13 @@ class Heartbeat:
             self._check_time()
 
     def _check_time(self) -> None:
-        phase, step, _, began = self._now
-        limit = self._limit(phase)
-        if time.monotonic() - began > limit:
+        now, entered = time.monotonic(), self._now
+        phase, step, _, began = entered
+        if entered is not self._seen:
+            self._seen, self._spent, self._looked = entered, 0.0, began
+        self._spent += min(now - self._looked, ASLEEP)
+        self._looked, limit = now, self._limit(phase)
+        if self._spent > limit:
             culprit = liveness.furthest_behind(liveness.read_beats(self.run_dir)) or self._beat()
             flag = liveness.PHASES[phase][1]
             text = f"no progress for {limit:g} s (--{flag}) at step {step}; furthest behind is {culprit}"

@@ -113,6 +113,27 @@ def test_a_phase_that_takes_too_long_ends_the_job_and_says_where(tmp_path, monke
     assert (found["ended"], found["step"], found["rank"], found["exit_code"]) == ("stuck rank", 3, 0, 1)
 
 
+def test_a_process_that_was_stopped_is_not_stuck(tmp_path, monkeypatch):
+    """Ctrl-Z for an hour, or a laptop that slept: the clock went on, the run did not. Seconds of work still count."""
+    ends, clock = [], [1000.0]
+    monkeypatch.setattr(watchdog.job, "end_job", lambda code, text: ends.append(text))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    write_beats(tmp_path, beat(0))
+    life = watchdog.Heartbeat(tmp_path, LIMITS)
+    life.phase("step", 3)
+
+    def after(seconds):
+        clock[0] += seconds
+        life._check_time()
+        return bool(ends)
+
+    assert [after(s) for s in (3600.0, 1.0, 7200.0)] == [False] * 3  # 5 + 1 + 5 of 50 s
+    assert [after(4.0) for _ in range(9)] == [False] * 9
+    life.phase("step", 4)  # progress: the next step has its own time
+    assert [after(4.5) for _ in range(11)] == [False] * 11
+    assert after(1.0)
+
+
 def write_beats(folder, *ranks):
     liveness.folder(folder).mkdir(exist_ok=True)
     for rank in ranks:

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
+import cm.nn
 from cm.config.derived import precision
-from cm.tools.bench.gpu import command, parts
+from cm.tools.bench.gpu import command, norms, parts
 from cm.tools.bench.gpu.page import AIMS, page
 from cm.tools.bench.gpu.parts import PARTS, Setup
 from cm.tools.bench.runs import sample_config, train_cases, train_config
@@ -107,3 +109,30 @@ def test_tests_are_told_one_by_one(monkeypatch, tmp_path):
         ("test_b", "FAILED"),
     ]
     assert rows[2].figures["failed"] and rows[2].figures["exit_code"] == 1
+
+
+@pytest.mark.parametrize("form", norms.FORMS)
+def test_forms_of_a_norm_are_one_function(form):
+    """In fp32 each is the definition, gradients included; in bf16 its error is that of the last digits."""
+    random = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(32, 64)
+    x = torch.randn(2, 64, 4, 4, generator=random).add_(0.3).requires_grad_()
+    scale, shift = torch.randn(2, 2, 64, generator=random)
+    groups = x.double().view(2, 32, -1)
+    normal = (groups - groups.mean(2, keepdim=True)) / (
+        groups.var(2, keepdim=True, correction=0) + norm.eps
+    ).sqrt()
+    moved = normal.view(x.shape) * (1 + scale[..., None, None]) + shift[..., None, None]
+    expected = moved * moved.sigmoid()
+    found = norms.FORMS[form](cm.nn.normalization(64), x, scale, shift)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    (mine,), (theirs,) = (torch.autograd.grad(y.square().sum(), x) for y in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    for layout in norms.FORMATS.values():
+        assert 0 < norms.error(norms.FORMS[form], torch.device("cpu"), layout) < 0.05
+
+
+def test_rows_of_norms():
+    rows = list(norms.bench_norms(torch.device("cpu"), batch=2, tiny=True))
+    assert [row.name for row in rows] == [f"norms/{f}/{k}" for f in norms.FORMS for k in norms.FORMATS]
+    assert all(row.figures["median_ms"] > 0 for row in rows)

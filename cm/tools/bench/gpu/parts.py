@@ -17,6 +17,7 @@ from cm.config.registry import resolve
 from cm.models.factory import choose_device
 from cm.tools.bench.data import bench_data
 from cm.tools.bench.gpu.learning import learn
+from cm.tools.bench.gpu.norms import bench_norms
 from cm.tools.bench.runs import Options, description, train_cases, train_config, training
 from cm.tools.bench.sample import bench_sample, noise_rows
 from cm.tools.bench.train import bench_train, compare_with_original
@@ -193,6 +194,10 @@ def _inception(setup: Setup) -> Iterator[Row]:
     yield from bench_inception(options, choose_device(setup.device), batch=1 if setup.tiny else 0)
 
 
+def _norms(setup: Setup) -> Iterator[Row]:
+    yield from bench_norms(choose_device(setup.device), batch=2 if setup.tiny else 64, tiny=setup.tiny)
+
+
 def _data(setup: Setup) -> Iterator[Row]:
     options = Options("tiny", setup.device, (), 1, 2 if setup.tiny else 5)
     yield from bench_data(replace(options, cases=("store64",)), count=16 if setup.tiny else 64)
@@ -219,6 +224,7 @@ PARTS: dict[str, Part] = {
         _steps("cd"),
     ),
     "sample": Part("One-step sampling", 40, _sampling),
+    "norms": Part("Group norm and SiLU by form, forward and backward, bf16", 40, _norms),
     "cd_compiled": Part(
         "CD step, compiled",
         150,
