@@ -20,8 +20,8 @@ LENGTHS = (
 class Method:
     """One row of a study. teacher: the method whose model it learns from; empty: none.
 
-    sets: name of a sample set -> flags that draw it; {middle} is a noise level m of `middles` that is searched, {high}
-    and {low} are 4 m and m / 4. models: sets that are drawn with the model of a stage: how many stages were over.
+    sets: name of a sample set -> flags that draw it; {m} is a noise level of `middles` that is searched, {4m} and {m/4}
+    are its multiples. models: sets that are drawn with the model of a stage: how many stages were over.
     edits: whether it edits test images, too. figure: a run of the paper's figures in miniature: one-step distances
     while it learns, and nothing else.
     like, flags: a variation of that method, and what it changes; for what it shows, one evaluation is enough.
@@ -41,7 +41,7 @@ class Method:
     @property
     def searches(self) -> bool:
         """Whether a set asks for a noise level that is to be searched."""
-        return any("{middle}" in str(value) for flags in self.sets.values() for value in flags.values())
+        return any("{m}" in str(value) for flags in self.sets.values() for value in flags.values())
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,17 @@ class Study:
 
 CONSISTENCY = {
     "nfe1": {"sampler": "onestep"},
-    "nfe2": {"sampler": "multistep", "sigmas": "80,{middle}"},
-    "nfe4": {"sampler": "multistep", "sigmas": "80,{high},{middle},{low}"},
+    "nfe2": {"sampler": "multistep", "sigmas": "80,{m}"},
+    "nfe4": {"sampler": "multistep", "sigmas": "80,{4m},{m},{m/4}"},
+    "nfe8": {"sampler": "multistep", "sigmas": "80,{8m},{4m},{2m},{m},{m/2},{m/4},{m/8}"},
 }
-PROGRESSIVE = {f"nfe{n}": {"sampler": "progdist", "steps": n} for n in (1, 2, 4)}
-PROGRESSIVE_STAGES = {
-    "nfe2": 5,
-    "nfe4": 3,
-}  # 16, 8 and 4 steps take one stage's length each, 2 and 1 twice that
+PROGRESSIVE = {f"nfe{n}": {"sampler": "progdist", "steps": n} for n in (1, 2, 4, 8)}
+# 16, 8 and 4 steps take one stage's length each, 2 and 1 twice that
+PROGRESSIVE_STAGES = {"nfe2": 5, "nfe4": 3, "nfe8": 2}
 DENOISER = {
     MANY: {"sampler": "heun", "steps": 18},
     "nfe1": {"sampler": "heun", "steps": 1},
-    "nfe2": {"sampler": "euler", "steps": 2},
-    "nfe4": {"sampler": "euler", "steps": 4},
+    **{f"nfe{n}": {"sampler": "euler", "steps": n} for n in (2, 4, 8)},
 }
 JUMPS = {f"nfe{n}": {"sampler": "jumps", "steps": n} for n in (1, 2, 4, 8)}
 GAMMA = {f"nfe{n}": {"sampler": "gamma", "steps": n} for n in (1, 2, 4, 8)}
@@ -109,11 +107,11 @@ METHODS = {
     # A model for each number of steps
     **{
         f"mcd{n}": Method(f"multistep CD, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
-        for n in (1, 2, 4)
+        for n in (1, 2, 4, 8)
     },
     **{
         f"mct{n}": Method(f"multistep CT, segments: {n}", sets={f"nfe{n}": PROGRESSIVE[f"nfe{n}"]})
-        for n in (1, 2, 4)
+        for n in (1, 2, 4, 8)
     },
 }
 ONE = {"nfe1": CONSISTENCY["nfe1"]}
@@ -207,7 +205,9 @@ def set_flags(flags: Mapping[str, Any], middle: float | None) -> dict[str, Any]:
     """The flags of a sample set with the searched noise level in its place."""
     if middle is None:
         return dict(flags)
-    levels = {"middle": f"{middle:g}", "high": f"{4 * middle:g}", "low": f"{middle / 4:g}"}
+    levels = {"m": f"{middle:g}"}
+    for k in (2, 4, 8):
+        levels |= {f"{k}m": f"{k * middle:g}", f"m/{k}": f"{middle / k:g}"}
     return {n: v.format(**levels) if isinstance(v, str) else v for n, v in flags.items()}
 
 

@@ -113,7 +113,9 @@ def test_every_training_of_the_study_is_a_configuration(name):
 
 
 def test_noise_levels_of_a_set():
+    assert set_flags(CONSISTENCY["nfe2"], 0.8)["sigmas"] == "80,0.8"
     assert set_flags(CONSISTENCY["nfe4"], 0.8)["sigmas"] == "80,3.2,0.8,0.2"
+    assert set_flags(CONSISTENCY["nfe8"], 0.8)["sigmas"] == "80,6.4,3.2,1.6,0.8,0.4,0.2,0.1"
     assert set_flags({"steps": 18}, None) == {"steps": 18}
     assert [evaluations_of(kind) for kind in ("nfe1", "nfe4", MANY)] == [1, 4, 35]
 

@@ -18,7 +18,7 @@ from cm.tools.bench.train import bench_train, overhead_share
 from cm.tools.planning.step import step_flops
 from cm.tools.profiling.kernels import is_filter, time_shares
 from cm.tools.profiling.report import Report, Row, compare, environment, load_report
-from cm.tools.profiling.timing import PhaseClock, interleaved, peak_memory
+from cm.tools.profiling.timing import PhaseClock, Timing, beside_peers, interleaved, peak_memory
 from cm.training.factory import create_objective
 from cm.training.memory import bytes_per_image
 from tests.helpers.mp import run_ranks
@@ -90,6 +90,16 @@ def test_phase_clock_adds_up_calls():
     times = clock.read()
     assert times.keys() == {"wait", "all"} and min(times.values()) > 0
     assert clock.read() == {}
+
+
+def test_ratios_to_the_fastest_peer():
+    """By medians, and turn by turn: a machine that slows down for all alike changes the second only within a turn."""
+    times = {"cm": [1.0, 4.0, 9.0], "slow": [9.0, 9.0, 9.0], "fast": [2.0, 5.0, 10.0]}
+    found = beside_peers({name: Timing(seconds, seconds) for name, seconds in times.items()})
+    assert found["best_peer"] == "fast" and found["peers"].keys() == {"slow", "fast"}
+    assert found["ratio_to_best_peer"] == found["cpu_ratio_to_best_peer"] == 0.8
+    # 0.5, 0.8 and 0.9, each twice
+    assert found["ratio_by_turn"] == pytest.approx([0.575, 0.8, 0.875])
 
 
 def test_interleaved_calls_in_turns():

@@ -113,13 +113,13 @@ PRESETS: dict[str, Preset] = {
     **{f"digits_mcd{segments}": _small("multistep_distillation", segments, 500) for segments in (1, 2, 4)},
     **{
         f"fashion_mcd{n}": _small("multistep_distillation", n, FASHION_STEPS, FASHION, **FASHION_SAVES)
-        for n in (1, 2, 4)
+        for n in (1, 2, 4, 8)
     },
     **{
         f"fashion_mct{n}": _small(
             "multistep_training", n, FASHION_STEPS, FASHION, **FASHION_SAVES, init="teacher"
         )
-        for n in (1, 2, 4)
+        for n in (1, 2, 4, 8)
     },
     "digits_mct2": _small("multistep_training", 2, 1500, init="random", ema_rate="0.99"),
 }

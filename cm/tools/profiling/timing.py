@@ -72,14 +72,19 @@ def interleaved(
 
 
 def beside_peers(timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Our times (`cm`) and those of its peers; ratios to the fastest one, below 1 in our favour."""
+    """Our times (`cm`) and those of its peers; ratios to the fastest one, below 1 in our favour.
+
+    ratio_by_turn: quartiles of the ratios of calls that followed one another; slow changes of the machine spare them.
+    """
     ours, peers = timings["cm"], {name: t for name, t in timings.items() if name != "cm"}
     best = min(peers, key=lambda name: peers[name].median)
+    turns = [a / b for a, b in zip(ours.seconds, peers[best].seconds, strict=True)]
     return {
         **ours.summary(),
         "best_peer": best,
         "ratio_to_best_peer": ours.median / peers[best].median,
         "cpu_ratio_to_best_peer": ours.cpu_median / min(t.cpu_median for t in peers.values()),
+        "ratio_by_turn": [round(q, 4) for q in statistics.quantiles(turns * 2, n=4, method="inclusive")],
         "peers": {name: t.summary() for name, t in peers.items()},
     }
 
