@@ -61,7 +61,7 @@ def bench_norms(device: torch.device, *, batch: int = 64, tiny: bool = False) ->
             )
         timings = interleaved(runs, device, warmup=1 if tiny else 3, repeats=repeats)
         for kind, timing in timings.items():
-            figures = {**timing.summary(), "largest_error": error(form, device, FORMATS[kind])}
+            figures = {**timing.summary(), "largest_gap": error(form, device, FORMATS[kind])}
             yield Row(f"norms/{name}/{kind}", {"batch": batch, "levels": levels}, figures)
 
 
