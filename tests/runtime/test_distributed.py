@@ -185,6 +185,19 @@ def test_run_main_of_one_process(alone, capsys, error, code, text):
     assert stop.value.code == code and capsys.readouterr().err == text
 
 
+@pytest.mark.parametrize("caught, code", [(KeyboardInterrupt(), 130), (job.Terminated(15), 143)])
+def test_a_signal_while_a_class_is_made(alone, capsys, caught, code):
+    """Python 3.11 raises a RuntimeError from it; half a second after its start a program imports such classes."""
+
+    class Field:
+        def __set_name__(self, owner, name):
+            raise caught
+
+    with pytest.raises(SystemExit) as stop:
+        job.run_main(lambda: type("Owner", (), {"field": Field()}))
+    assert stop.value.code == code and "Traceback" not in capsys.readouterr().err
+
+
 def test_run_main_shows_the_traceback_of_a_programming_error(alone, capsys):
     with pytest.raises(SystemExit) as stop:
         job.run_main(lambda: fail(ArithmeticError("deliberate")))
