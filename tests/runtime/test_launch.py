@@ -133,7 +133,8 @@ def test_torchrun_ends_all_ranks(real_runs):
 def test_ranks_that_have_finished_meet_no_teardown(launcher, real_runs):
     result = real_runs[launcher, "finished_before_a_teardown_that_aborts"].result()
     assert result.returncode == 0 and "terminat" not in result.stderr.lower()
-    assert sorted(filter(None, result.stdout.splitlines())) == [
+    # Lines of two processes may run into one another
+    assert sorted(re.findall(r"rank \d says good bye", result.stdout)) == [
         "rank 0 says good bye",
         "rank 1 says good bye",
     ]
