@@ -125,7 +125,7 @@ def _run_main(main: Callable[[], object]) -> None:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code of the job, and what is to be printed once."""
-    error = lost_worker(error) or _signal_behind(error) or error
+    error = lost_worker(error) or signal_behind(error) or error
     if isinstance(error, UserError):
         return 2, f"error: {one_line(str(error))}\n"
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
@@ -144,7 +144,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     return 1, where + "".join(traceback.format_exception(error))
 
 
-def _signal_behind(error: BaseException) -> KeyboardInterrupt | None:
+def signal_behind(error: BaseException) -> KeyboardInterrupt | None:
     """The signal that another error was raised from: Python wraps one that meets a class being made, as imports do."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):

@@ -239,6 +239,7 @@ def _explain(error: RuntimeError, run_dir: str) -> None:
 
 
 def _record(error: BaseException, run_dir: str) -> None:
+    error = job.signal_behind(error) or error
     ended = liveness.BAD_NUMBERS if isinstance(error, BadNumbers) else liveness.ERROR
     code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     message = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

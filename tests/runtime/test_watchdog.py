@@ -231,3 +231,11 @@ def test_the_doctor_tells_of_the_runs_that_did_not_reach_their_end(tmp_path):
     assert found["run lost"].status == "note" and "rank 1 of 4 on host" in found["run lost"].detail
     assert [check.name for check in check_last_runs(str(lost))] == ["run lost"]
     assert check_last_runs(str(tmp_path / "nowhere")) == []
+
+
+def test_a_signal_within_another_error_is_remembered_as_one(tmp_path):
+    """A signal that meets a class being made: the record has the exit code of the signal, as the program."""
+    with pytest.raises(RuntimeError), watchdog.supervised(str(tmp_path), LIMITS):
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+    found = liveness.read_status(tmp_path)
+    assert found["exit_code"] == 130 and "KeyboardInterrupt" in found["message"]
